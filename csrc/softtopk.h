@@ -1,0 +1,69 @@
+// The native contract: every launcher's prototype on one page.
+//
+// The mathematics is in softtopk/backends/reference.py and csrc/laplace.h. Rows are read as
+// x[row * stride + i]; outputs are contiguous. float32, float16 and bfloat16 compute in float,
+// float64 in double: `solution` (rows, 5), grad_k and grad_alpha (rows,) are of that type.
+// Launchers check nothing that Python has checked. Those of cuda:: run on the given device and
+// stream, restore the current device, and throw std::runtime_error with the driver's words.
+#pragma once
+
+#include <cstdint>
+
+namespace softtopk {
+
+enum class Type : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+
+// A batch of rows of n contiguous elements each. largest = false reads every value negated.
+struct Rows {
+  const void* data;
+  Type type;
+  int64_t rows;
+  int64_t n;
+  int64_t stride;  // in elements, from one row to the next; 0 for an expanded row
+  bool largest;
+};
+
+// One value per row: data[row * stride] (float32 or float64), or `number` when data is null.
+struct PerRow {
+  const void* data;
+  Type type;
+  int64_t stride;
+  double number;
+};
+
+namespace cpu {
+
+// p (rows, n) in x's type; solution (rows, 5) = r_A, r_B, P, Q, D.
+void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, void* p, void* solution,
+                       int threads);
+
+// v[row * v_stride + i] in x's type; grad_x (rows, n) in x's type.
+void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha, const void* v,
+                        int64_t v_stride, void* grad_x, void* grad_k, void* grad_alpha, int threads);
+
+// mask (rows, n) of 0 and 1 in x's type; a NaN row is NaN.
+void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int threads);
+
+// indices (rows, max_k), ascending, then -1; counts (rows,).
+void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* indices,
+                       int64_t* counts, int threads);
+
+}  // namespace cpu
+
+namespace cuda {
+
+void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, void* p, void* solution,
+                       int device, void* stream);
+
+void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha, const void* v,
+                        int64_t v_stride, void* grad_x, void* grad_k, void* grad_alpha, int device,
+                        void* stream);
+
+void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int device, void* stream);
+
+void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* indices,
+                       int64_t* counts, int device, void* stream);
+
+}  // namespace cuda
+
+}  // namespace softtopk

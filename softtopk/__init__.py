@@ -1,0 +1,7 @@
+"""Differentiable top-k (LapSum) at the speed of memory, with a learnable k for every row."""
+
+from softtopk.dispatch import BackendUnavailable, available_backends
+from softtopk.functional import hard_topk, soft_topk
+
+__version__ = "0.1.0"
+__all__ = ["BackendUnavailable", "available_backends", "hard_topk", "soft_topk"]

@@ -1,0 +1,220 @@
+"""The public functions: argument checks, broadcasting, and what the arguments mean."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from softtopk import dispatch, ops
+from softtopk.backends.reference import compute_dtype
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def soft_topk(
+    x: Tensor,
+    k: float | Tensor,
+    alpha: float | Tensor = 0.1,
+    *,
+    dim: int = -1,
+    largest: bool = True,
+    hard: bool = False,
+    return_threshold: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Differentiable top-k: a weight in [0, 1] for every element, summing to k along `dim`.
+
+    .. math::  p_i = F((x_i - b) / \alpha), \qquad \sum_i p_i = k
+
+    with F the CDF of the Laplace distribution and b the unique threshold that meets the budget
+    (LapSum, Struski et al., ICML 2025, arXiv 2503.06242). alpha -> 0 gives the hard top-k mask,
+    alpha -> infinity gives k/n everywhere.
+
+    Args:
+        x: float16, bfloat16, float32 or float64 of any shape and strides. -inf masks an element
+            (p = 0), +inf takes one unit of k (p = 1); neither gets a gradient.
+        k: the budget, 0 <= k <= n, not necessarily an integer: a number, or a tensor that
+            broadcasts to x's shape without `dim`, one value per row. Float tensors get a gradient.
+            Tensor values out of range are clamped and get a gradient of 0.
+        alpha: the scale, > 0, in the units of x: the transition is about 3 alpha wide on each
+            side of b. A number or a tensor like k; float tensors get a gradient.
+        dim: the dimension that is selected from.
+        largest: False selects the smallest elements: the operator applied to -x.
+        hard: the result is the hard top-k mask (`hard_topk`), the gradients are the soft ones.
+        return_threshold: also return b, in the compute dtype and without gradient, of x's shape
+            without `dim`; +inf where k is 0, -inf where k is n (negated for largest=False).
+        backend: "cuda", "triton", "cpu" or "reference"; None takes SOFTTOPK_BACKEND or, without
+            it, the fastest that is there for x's device (`available_backends`).
+
+    Returns:
+        p of x's shape and dtype, and b if asked for. Computed in float64 for float64 x, in float32
+        for all others; k and alpha are never rounded to x's dtype. A row with a NaN in x, k or
+        alpha, or with alpha <= 0 or infinite in a tensor, is NaN; other rows are not touched.
+
+    Raises:
+        ValueError: k or alpha out of range as a number, n = 0, shapes or devices that do not fit,
+            an unknown backend.
+        TypeError: x, k or alpha of another type or dtype.
+        IndexError: dim out of range.
+        softtopk.BackendUnavailable: the backend cannot run here; the message says why.
+
+    >>> soft_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
+    tensor([1.0000e+00, 3.3689e-03, 9.9663e-01, 1.5295e-07])
+    """
+    rows = Rows(x, dim)
+    k = rows.number("k", k, 0, rows.n)
+    alpha = rows.number("alpha", alpha, 0, math.inf, open_interval=True)
+    name = dispatch.choose(backend, x.device)
+    flat_k, flat_alpha = rows.per_row("k", k), rows.per_row("alpha", alpha)
+    p, solution = ops.SoftTopKFunction.apply(
+        rows.flat, flat_k, flat_alpha, bool(largest), bool(hard), name
+    )
+    p = rows.restore(p)
+    if not return_threshold:
+        return p
+    b = threshold(solution, flat_alpha, largest).reshape(rows.shape)
+    return p, b
+
+
+def hard_topk(
+    x: Tensor,
+    k: float | Tensor,
+    *,
+    dim: int = -1,
+    largest: bool = True,
+    max_k: int | None = None,
+    return_indices: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """The limit of `soft_topk` as alpha -> 0: the round-half-up(k) largest elements along `dim`.
+
+    Ties go to the lowest index. As in `soft_topk`, k as a tensor is clamped so that every +inf is
+    selected and no -inf is, and `largest=False` selects the smallest.
+
+    Args:
+        x, dim, largest, backend: as in `soft_topk`.
+        k: 0 <= k <= n: a number, or a tensor that broadcasts to x's shape without `dim`.
+        max_k: with return_indices, the length of the result along `dim`. It defaults to
+            round-half-up(k) for a number and must be given for a tensor, so that nothing has to
+            wait for the device. A row with a larger budget is cut to its max_k largest.
+        return_indices: return (values, indices, counts) in place of the mask.
+
+    Returns:
+        A mask of 0 and 1 of x's shape and dtype, without gradient; or, with return_indices, the
+        values (x's dtype, differentiable in x), their indices along `dim` (int64, ascending), both
+        of length max_k along `dim`, and the counts (int64, x's shape without `dim`). Unused places
+        hold 0 and -1. A row with a NaN in x or k is NaN in the mask and has the count 0.
+
+    Raises:
+        As `soft_topk`; ValueError for a max_k that is missing, not an integer or negative.
+
+    >>> hard_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
+    tensor([1., 0., 1., 0.])
+    """
+    rows = Rows(x, dim)
+    k = rows.number("k", k, 0, rows.n)
+    name = dispatch.choose(backend, x.device)
+    if not return_indices:
+        if max_k is not None:
+            raise ValueError(f"max_k={max_k!r} has a meaning only with return_indices=True")
+        tensor, number = ops.split(rows.per_row("k", k))
+        with torch.no_grad():
+            return rows.restore(ops.mask_op(rows.flat, tensor, number, bool(largest), name))
+    if max_k is None:
+        if isinstance(k, Tensor):
+            raise ValueError("max_k=None: give max_k when k is a tensor")
+        max_k = math.floor(k + 0.5)
+    elif isinstance(max_k, bool) or not isinstance(max_k, int) or max_k < 0:
+        raise ValueError(f"max_k={max_k!r} must be an integer >= 0")
+    tensor, number = ops.split(rows.per_row("k", k))
+    with torch.no_grad():
+        indices, counts = ops.indices_op(rows.flat, tensor, number, max_k, bool(largest), name)
+    values = torch.where(indices < 0, 0, rows.flat.gather(1, indices.clamp(min=0)))
+    return rows.restore(values), rows.restore(indices), counts.reshape(rows.shape)
+
+
+class Rows:
+    """A checked x as 2-D rows along `dim`, and the per-row arguments in the same order."""
+
+    def __init__(self, x: Tensor, dim: int):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"x has dtype {x.dtype}; float16, bfloat16, float32 or float64 is needed")
+        if x.layout != torch.strided:
+            raise TypeError(f"x has layout {x.layout}; a strided tensor is needed")
+        if x.dim() == 0:
+            raise ValueError("x has shape (): at least one dimension is needed")
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"dim={dim!r} must be an integer")
+        if not -x.dim() <= dim < x.dim():
+            raise IndexError(f"dim={dim} is out of range for x of shape {tuple(x.shape)}")
+        if x.shape[dim] == 0:
+            raise ValueError(f"x of shape {tuple(x.shape)} has no element along dim={dim}")
+        self.x, self.dim = x, dim
+        last = x.movedim(dim, -1)
+        self.last_shape = last.shape
+        self.shape = last.shape[:-1]
+        self.n = last.shape[-1]
+        self.flat = last.reshape(self.shape.numel(), self.n)
+
+    def number(self, name: str, value, low: float, high: float, open_interval: bool = False):
+        """A Python number in its range as a float; a tensor of a fitting shape as it is."""
+        if isinstance(value, Tensor):
+            if value.dtype not in FLOATS + INTEGERS:
+                raise TypeError(f"{name} has dtype {value.dtype}; a float or integer dtype is needed")
+            if value.device != self.x.device:
+                raise ValueError(f"{name} is on {value.device}, x on {self.x.device}")
+            try:
+                fits = torch.broadcast_shapes(value.shape, self.shape) == self.shape
+            except RuntimeError:
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"{name} of shape {tuple(value.shape)} does not broadcast to {tuple(self.shape)},"
+                    f" the shape of x, {tuple(self.x.shape)}, without dim={self.dim}"
+                )
+            return value
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number or a tensor, not {type(value).__name__}")
+        value = float(value)
+        if open_interval and not low < value < high:
+            raise ValueError(f"{name}={value} must be > {low} and finite")
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value} must lie between {low} and {high}")
+        return value
+
+    def per_row(self, name: str, value: float | Tensor) -> float | Tensor:
+        """A number as it is; a tensor as float32 or float64 of shape (rows,), never rounded to half."""
+        if not isinstance(value, Tensor):
+            return value
+        if value.dtype != torch.float32:
+            half = value.dtype in (torch.float16, torch.bfloat16)
+            value = value.to(torch.float32 if half else torch.float64)
+        return value.expand(self.shape).reshape(-1)
+
+    def restore(self, flat: Tensor) -> Tensor:
+        """(rows, m) back to x's layout of dimensions, with m along `dim`."""
+        return flat.reshape(*self.shape, flat.shape[1]).movedim(-1, self.dim)
+
+
+def threshold(solution: Tensor, alpha: float | Tensor, largest: bool) -> Tensor:
+    """b (rows,) from the solution: the root, rounded to the compute dtype (backends/reference.py)."""
+    r_A, r_B, P, Q, D = solution.double().unbind(1)
+    alpha = alpha.double() if isinstance(alpha, Tensor) else alpha
+    coupling = (P.log() + Q.log() - (r_A - r_B) / alpha) / 2  # log sqrt(P Q exp(-G))
+    # H_A = (R + D) / 2 = P exp(-(r_A - b) / alpha) / 2 for D > 0, and its mirror image below.
+    log_larger = torch.where(
+        D == 0, coupling, torch.hypot(D, coupling.exp()).add(D.abs()).log()
+    )
+    above = r_A + alpha * (log_larger - P.log())
+    below = r_B - alpha * (log_larger - Q.log())
+    middle = 0.5 * (r_A + r_B) + 0.5 * alpha * (Q.log() - P.log())
+    b = torch.where(D == 0, middle, torch.where(D > 0, above, below))
+    b = torch.where((D == 0) & (r_A == torch.inf), torch.inf, b)
+    b = torch.where((D == 0) & (r_B == -torch.inf) & (r_A != torch.inf), -torch.inf, b)
+    return (b if largest else -b).to(solution.dtype)
