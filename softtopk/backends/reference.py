@@ -116,18 +116,19 @@ def tails(x: Tensor, r_A: Tensor, r_B: Tensor, alpha: Tensor) -> Tensor:
 
 
 def densities(solution: Solution, alpha: Tensor) -> Densities:
-    """The factors of h and q; the smaller of H_A, H_B in its conjugate form, without cancellation."""
+    """The factors of h and q. The masses w = H / R come first: at D = 0 they are 1/2 exactly, however
+    small R is, and the smaller one is taken in its conjugate form, without cancellation."""
     r_A, r_B, P, Q, D = solution
     coupling = P.sqrt() * Q.sqrt() * torch.exp(-(r_A - r_B) / alpha / 2)
     R = torch.hypot(D, coupling)
-    larger = (R + D.abs()) / 2
-    smaller = coupling * safe_divide(coupling, 2 * (R + D.abs()))
-    H_A, H_B = torch.where(D >= 0, larger, smaller), torch.where(D >= 0, smaller, larger)
+    larger = (1 + D.abs() / R) / 2
+    smaller = (coupling / R) * (coupling / (R + D.abs())) / 2
     # R = 0: D = 0 and the coupling underflowed or one side is empty; the masses at the limit.
     both = torch.where((P > 0) & (Q > 0), 0.5, 1.0).to(P.dtype)
-    w_A = torch.where(R == 0, both * (P > 0), H_A / R)
-    w_B = torch.where(R == 0, both * (Q > 0), H_B / R)
-    return Densities(R, safe_divide(H_A, P), safe_divide(H_B, Q), safe_divide(w_A, P), safe_divide(w_B, Q))
+    w_A = torch.where(R == 0, both * (P > 0), torch.where(D >= 0, larger, smaller))
+    w_B = torch.where(R == 0, both * (Q > 0), torch.where(D >= 0, smaller, larger))
+    q_A, q_B = safe_divide(w_A, P), safe_divide(w_B, Q)
+    return Densities(R, q_A * R, q_B * R, q_A, q_B)
 
 
 def safe_divide(a: Tensor, b: Tensor) -> Tensor:
