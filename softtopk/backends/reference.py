@@ -69,6 +69,11 @@ def column(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.full((x.shape[0], 1), value, dtype=dtype, device=x.device)
 
 
+def signed(x: Tensor, largest: bool) -> Tensor:
+    """x or -x, contiguous, so that the order of every sum follows the indices whatever the strides."""
+    return (x if largest else -x).contiguous()
+
+
 def solve(x: Tensor, k: Tensor, alpha: Tensor) -> Solution:
     """The solution of each row of x (rows, n) in the compute dtype; k is (rows, 1) float64."""
     n = x.shape[1]
@@ -142,7 +147,7 @@ def soft_topk_forward(
     """p (rows, n) in x's dtype, and the solution (rows, 5) in the compute dtype."""
     dtype = compute_dtype(x.dtype)
     scale = column(alpha, x, dtype)
-    values = x.to(dtype) if largest else -x.to(dtype)
+    values = signed(x.to(dtype), largest)
     solution = solve(values, column(k, x, torch.float64), scale)
     factors = densities(solution, scale)
     above = values >= solution.r_A
@@ -163,8 +168,8 @@ def soft_topk_backward(
     """
     dtype = compute_dtype(x.dtype)
     scale = column(alpha, x, dtype)
-    values = x.to(dtype) if largest else -x.to(dtype)
-    v = v.to(dtype)
+    values = signed(x.to(dtype), largest)
+    v = v.to(dtype).contiguous()
     row = Solution(*solution.split(1, dim=1))
     factors = densities(row, scale)
     above = values >= row.r_A
@@ -189,7 +194,7 @@ def soft_topk_backward(
 
 def hard_topk_mask(x: Tensor, k: float | Tensor, largest: bool = True) -> Tensor:
     """1 for the round-half-up(k) largest elements of each row, lowest index first among equals; 0 elsewhere."""
-    values = x if largest else -x
+    values = signed(x, largest)
     rank = values.sort(dim=1, descending=True, stable=True).indices.argsort(1)
     mask = (rank < hard_budget(values, k)).to(x.dtype)
     return torch.where(bad_rows(values, k), torch.nan, mask)
@@ -199,7 +204,7 @@ def hard_topk_indices(
     x: Tensor, k: float | Tensor, max_k: int, largest: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The same elements, at most max_k of a row: indices (rows, max_k) int64, ascending, then -1; counts (rows,) int64."""
-    values = x if largest else -x
+    values = signed(x, largest)
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :max_k]
     counts = hard_budget(values, k).clamp(max=max_k)
     counts = torch.where(bad_rows(values, k), 0, counts)
