@@ -71,7 +71,7 @@ def mask_kernel(
 
 
 def hard_topk_mask(x: Tensor, k: float | Tensor, largest: bool = True) -> Tensor:
-    """1 for the round-half-up(k) largest elements of each row, lowest index first among equals; 0 elsewhere."""
+    """1 for the round-half-up(k) largest elements of each row, lowest index first among equals; else 0."""
     rows, n = x.shape
     mask = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     if rows == 0:
@@ -118,7 +118,10 @@ def indices_kernel(
 def hard_topk_indices(
     x: Tensor, k: float | Tensor, max_k: int, largest: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The same elements, at most max_k of a row: indices (rows, max_k) int64, ascending, then -1; counts (rows,) int64."""
+    """The same elements, at most max_k of a row, the largest.
+
+    Indices (rows, max_k) int64, ascending, then -1; counts (rows,) int64.
+    """
     rows, n = x.shape
     indices = torch.empty((rows, max_k), dtype=torch.int64, device=x.device)
     counts = torch.empty((rows,), dtype=torch.int64, device=x.device)

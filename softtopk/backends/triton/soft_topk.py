@@ -15,7 +15,6 @@ from torch import Tensor
 from softtopk.backends.reference import compute_dtype
 from softtopk.backends.triton import launch
 from softtopk.backends.triton.solve import (
-    INF,
     LN_2,
     chunk,
     densities,

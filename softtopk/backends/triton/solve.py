@@ -235,7 +235,7 @@ def densities(r_A, r_B, P, Q, D, alpha):
     """R, q_A, q_B: q = q_A e above and q_B e below, and h = R q."""
     # The exponent in float64, its whole part apart: h and its gradients keep their last places
     # however wide the gap is.
-    t = (r_A - r_B).to(tl.float64) * (-0.5 * LOG2_E) / alpha.to(tl.float64)
+    t = (r_A.to(tl.float64) - r_B.to(tl.float64)) * (-0.5 * LOG2_E) / alpha.to(tl.float64)
     t = tl.maximum(t, -2000.0)
     whole = tl.floor(t)
     half_gap = tl.exp2((t - whole).to(D.dtype)) * tl.exp2(whole.to(D.dtype))

@@ -1,0 +1,65 @@
+"""Compile every Triton kernel for sm_80 and sm_90 GPUs that need not be there.
+
+The process must not have TRITON_INTERPRET=1, under which the kernels are not compilable functions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+torch.cuda.is_available = lambda: True  # the backend refuses to load where nothing can run
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from softtopk.backends.reference import compute_dtype  # noqa: E402
+from softtopk.backends.triton import hard_topk, launch, soft_topk  # noqa: E402
+
+KERNELS = {
+    soft_topk.forward_kernel: 1,  # rows kept in registers
+    soft_topk.backward_kernel: 2,
+    hard_topk.mask_kernel: 1,
+    hard_topk.indices_kernel: 1,
+}
+POINTERS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
+}  # fmt: skip
+# Architecture, x's dtype, n, contiguous elements, k and alpha as tensors: every branch of the kernels.
+CASES = [
+    (90, torch.float32, 300, True, False),
+    (80, torch.float32, 300_000, False, True),
+    (80, torch.bfloat16, 300, False, True),
+    (90, torch.float16, 300_000, True, False),
+    (90, torch.float64, 300, True, True),
+    (80, torch.float64, 300_000, False, False),
+]
+
+
+def compile_kernel(kernel, arrays, arch, dtype, n, contiguous, tensors):
+    compute = compute_dtype(dtype)
+    tile = launch.tile(n, compute, arrays)
+    types = dict.fromkeys(("x", "v", "p", "mask", "grad_x"), POINTERS[dtype])
+    types |= dict.fromkeys(("solution", "grad_k", "grad_alpha"), POINTERS[compute])
+    types |= {"indices": "*i64", "counts": "*i64", "k": "*fp64", "alpha": "*fp32"}
+    types |= {"k_bits": "i64", "alpha_bits": "i64"}
+    constants = {
+        "LARGEST": contiguous, "T": launch.triton_dtype(compute), "BLOCK": tile.BLOCK,
+        "CHUNKS": tile.CHUNKS, "FILL": 2,
+    }  # fmt: skip
+    if contiguous:
+        constants |= {"x_step": 1, "v_step": 1}
+    if not tensors:
+        constants |= {"k": None, "alpha": None}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in kernel.arg_names}
+    options = {"num_warps": tile.num_warps, "maxnreg": tile.maxnreg}
+    source = ASTSource(kernel, signature, constants)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+if __name__ == "__main__":
+    for kernel, arrays in KERNELS.items():
+        for case in CASES:
+            binary = compile_kernel(kernel, arrays, *case)
+            print(kernel.fn.__name__, *case, len(binary.asm["cubin"]), "bytes", flush=True)
