@@ -523,14 +523,17 @@ void mask(const Row& row, T value, int64_t ties, void* out) {
 
 template <typename T, typename In>
 void indices(const Row& row, T value, int64_t ties, int64_t* out) {
-  for_blocks<T, In>(row, [&](const Block<T>& x, int64_t first, int64_t count) LAMBDA_INLINE {
+  for_blocks<T, In>(row, [&](const Block<T>& x, int64_t first, int64_t) LAMBDA_INLINE {
     Mask<T> chosen{};
-    for (auto& v : x.v) chosen |= ties > 0 ? v >= value : v > value;
+    for (auto& v : x.v) chosen |= v >= value;
     if (!any<T>(chosen)) return false;
-    T values[kBlock<T>];
-    store(x, values);
-    for (int64_t i = 0; i < count; ++i)
-      if (values[i] > value || (values[i] == value && ties-- > 0)) *out++ = first + i;
+    for (int j = 0; j < kVectors; ++j) {
+      if (!any<T>(x.v[j] >= value)) continue;
+      fold(x.v[j], first + j * kWidth<T>, [&](int64_t i, T lane) {
+        if (lane > value || (lane == value && ties-- > 0)) *out++ = i;
+        return i + 1;
+      });
+    }
     return false;
   });
 }
