@@ -133,7 +133,7 @@ class SparseAutoencoder(nn.Module):
         """
         rows = self.rows(x)
         phase = phase or self.inference_phase(hard=True)
-        selection = self.selector(self.encoder(rows), rows, self.b_dec, phase)
+        selection = self.selector(self, rows, self.encoder(rows), phase)
         reconstruction = self.decoder(selection.latents)
         terms = {"reconstruction": losses.reconstruction(rows, reconstruction)}
         terms |= self.selector.loss_terms(self, rows, selection, phase)
@@ -158,7 +158,7 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor, hard: bool = True) -> Tensor:
         """Latents (..., n) of x (..., d); hard=False gates softly, at the final alpha."""
         rows = self.rows(x)
-        selection = self.selector(self.encoder(rows), rows, self.b_dec, self.inference_phase(hard))
+        selection = self.selector(self, rows, self.encoder(rows), self.inference_phase(hard))
         return selection.latents.reshape(*x.shape[:-1], self.config.n)
 
     def decode(self, latents: Tensor) -> Tensor:
