@@ -41,32 +41,30 @@ SOFTTOPK_HOST_DEVICE T coupling(const Solution<T>& s, T alpha) {
   return std::sqrt(s.P) * std::sqrt(s.Q) * std::exp(-(s.r_A - s.r_B) / alpha / 2);
 }
 
+// The masses w = H / R come first: at D = 0 they are 1/2 exactly, however small R is, and the
+// smaller one is taken in its conjugate form, without cancellation.
 template <typename T>
 SOFTTOPK_HOST_DEVICE Densities<T> densities(const Solution<T>& s, T alpha) {
   const T c = coupling(s, alpha);
   const T magnitude = std::abs(s.D);
   const T R = std::hypot(s.D, c);
-  Densities<T> out;
-  out.R = R;
   T w_A, w_B;
   if (R == 0) {  // D = 0 and the coupling underflowed or one side is empty: the limit
     const T both = s.P > 0 && s.Q > 0 ? T(0.5) : T(1);
-    out.h_A = out.h_B = 0;
     w_A = s.P > 0 ? both : T(0);
     w_B = s.Q > 0 ? both : T(0);
   } else {
-    // The smaller of H_A, H_B in its conjugate form: no cancellation.
-    const T larger = (R + magnitude) / 2;
-    const T smaller = c * (c / (2 * (R + magnitude)));
-    const T H_A = s.D >= 0 ? larger : smaller;
-    const T H_B = s.D >= 0 ? smaller : larger;
-    out.h_A = s.P == 0 ? T(0) : H_A / s.P;
-    out.h_B = s.Q == 0 ? T(0) : H_B / s.Q;
-    w_A = H_A / R;
-    w_B = H_B / R;
+    const T larger = (1 + magnitude / R) / 2;
+    const T smaller = (c / R) * (c / (R + magnitude)) / 2;
+    w_A = s.D >= 0 ? larger : smaller;
+    w_B = s.D >= 0 ? smaller : larger;
   }
+  Densities<T> out;
+  out.R = R;
   out.q_A = s.P == 0 ? T(0) : w_A / s.P;
   out.q_B = s.Q == 0 ? T(0) : w_B / s.Q;
+  out.h_A = out.q_A * R;
+  out.h_B = out.q_B * R;
   if (s.D != s.D) out.h_A = out.h_B = out.q_A = out.q_B = s.D;  // a NaN row
   return out;
 }

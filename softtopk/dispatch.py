@@ -64,10 +64,12 @@ def choose(backend: str | None, device: torch.device) -> str:
 @functools.cache
 def default(device_type: str) -> str:
     """The most preferred backend that is available for a device type."""
-    return next(b for b in BACKENDS if runs_on(b, device_type) and load(b)[0] is not None)
+    fits = (b for b, (_, devices) in BACKENDS.items() if devices is None or device_type in devices)
+    return next(b for b in fits if load(b)[0] is not None)
 
 
 def runs_on(name: str, device_type: str) -> bool:
+    """Whether a backend that was asked for by name takes tensors of a device type."""
     devices = BACKENDS[name][1]
     if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return True  # the interpreter runs on host memory

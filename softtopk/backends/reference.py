@@ -69,6 +69,11 @@ def column(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.full((x.shape[0], 1), value, dtype=dtype, device=x.device)
 
 
+def signed(x: Tensor, largest: bool) -> Tensor:
+    """x or -x, contiguous, so that the order of every sum follows the indices whatever the strides."""
+    return (x if largest else -x).contiguous()
+
+
 def solve(x: Tensor, k: Tensor, alpha: Tensor) -> Solution:
     """The solution of each row of x (rows, n) in the compute dtype; k is (rows, 1) float64."""
     n = x.shape[1]
@@ -116,18 +121,19 @@ def tails(x: Tensor, r_A: Tensor, r_B: Tensor, alpha: Tensor) -> Tensor:
 
 
 def densities(solution: Solution, alpha: Tensor) -> Densities:
-    """The factors of h and q; the smaller of H_A, H_B in its conjugate form, without cancellation."""
+    """The factors of h and q. The masses w = H / R come first: at D = 0 they are 1/2 exactly, however
+    small R is, and the smaller one is taken in its conjugate form, without cancellation."""
     r_A, r_B, P, Q, D = solution
     coupling = P.sqrt() * Q.sqrt() * torch.exp(-(r_A - r_B) / alpha / 2)
     R = torch.hypot(D, coupling)
-    larger = (R + D.abs()) / 2
-    smaller = coupling * safe_divide(coupling, 2 * (R + D.abs()))
-    H_A, H_B = torch.where(D >= 0, larger, smaller), torch.where(D >= 0, smaller, larger)
+    larger = (1 + D.abs() / R) / 2
+    smaller = (coupling / R) * (coupling / (R + D.abs())) / 2
     # R = 0: D = 0 and the coupling underflowed or one side is empty; the masses at the limit.
     both = torch.where((P > 0) & (Q > 0), 0.5, 1.0).to(P.dtype)
-    w_A = torch.where(R == 0, both * (P > 0), H_A / R)
-    w_B = torch.where(R == 0, both * (Q > 0), H_B / R)
-    return Densities(R, safe_divide(H_A, P), safe_divide(H_B, Q), safe_divide(w_A, P), safe_divide(w_B, Q))
+    w_A = torch.where(R == 0, both * (P > 0), torch.where(D >= 0, larger, smaller))
+    w_B = torch.where(R == 0, both * (Q > 0), torch.where(D >= 0, smaller, larger))
+    q_A, q_B = safe_divide(w_A, P), safe_divide(w_B, Q)
+    return Densities(R, q_A * R, q_B * R, q_A, q_B)
 
 
 def safe_divide(a: Tensor, b: Tensor) -> Tensor:
@@ -141,7 +147,7 @@ def soft_topk_forward(
     """p (rows, n) in x's dtype, and the solution (rows, 5) in the compute dtype."""
     dtype = compute_dtype(x.dtype)
     scale = column(alpha, x, dtype)
-    values = x.to(dtype) if largest else -x.to(dtype)
+    values = signed(x.to(dtype), largest)
     solution = solve(values, column(k, x, torch.float64), scale)
     factors = densities(solution, scale)
     above = values >= solution.r_A
@@ -162,8 +168,8 @@ def soft_topk_backward(
     """
     dtype = compute_dtype(x.dtype)
     scale = column(alpha, x, dtype)
-    values = x.to(dtype) if largest else -x.to(dtype)
-    v = v.to(dtype)
+    values = signed(x.to(dtype), largest)
+    v = v.to(dtype).contiguous()
     row = Solution(*solution.split(1, dim=1))
     factors = densities(row, scale)
     above = values >= row.r_A
@@ -188,7 +194,7 @@ def soft_topk_backward(
 
 def hard_topk_mask(x: Tensor, k: float | Tensor, largest: bool = True) -> Tensor:
     """1 for the round-half-up(k) largest elements of each row, lowest index first among equals; 0 elsewhere."""
-    values = x if largest else -x
+    values = signed(x, largest)
     rank = values.sort(dim=1, descending=True, stable=True).indices.argsort(1)
     mask = (rank < hard_budget(values, k)).to(x.dtype)
     return torch.where(bad_rows(values, k), torch.nan, mask)
@@ -198,7 +204,7 @@ def hard_topk_indices(
     x: Tensor, k: float | Tensor, max_k: int, largest: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The same elements, at most max_k of a row: indices (rows, max_k) int64, ascending, then -1; counts (rows,) int64."""
-    values = x if largest else -x
+    values = signed(x, largest)
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :max_k]
     counts = hard_budget(values, k).clamp(max=max_k)
     counts = torch.where(bad_rows(values, k), 0, counts)

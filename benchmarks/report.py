@@ -1,0 +1,102 @@
+"""Write the tables of README.md from benchmarks/results; no figure there is typed by hand.
+
+    python -m benchmarks.report            # rewrite the tables between their markers
+    python -m benchmarks.report --check    # exit 1 when a table is stale
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, NAME being a function of TABLES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.environment import RESULTS, ROOT
+
+README = ROOT / "README.md"
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def markdown(header: list[str], body: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
+    return "\n".join(lines)
+
+
+def caption(environment: dict) -> str:
+    parts = [environment.get("gpu") or environment["processor"], f"torch {environment['torch']}"]
+    if "triton" in environment:
+        parts.append(f"Triton {environment['triton']}")
+    return ", ".join(parts) + f", commit {environment['commit']}"
+
+
+def timing(file: str) -> str:
+    """Milliseconds and fraction of the floor per shape: forward and backward of each backend, and peers."""
+    data = load(file)
+    rows = data["rows"]
+    shapes = list(dict.fromkeys((r["rows"], r["n"]) for r in rows))
+    out = []
+    for dtype in dict.fromkeys(r["dtype"] for r in rows):
+        of_dtype = [r for r in rows if r["dtype"] == dtype]
+        body = []
+        for name in ("forward", "backward"):
+            cells = {(r["rows"], r["n"]): r["floor_ms"] for r in of_dtype if r["pass"] == name}
+            body.append([f"floor of the {name}", "", *(f"{cells[s]:.3g}" for s in shapes)])
+            for backend in dict.fromkeys(r["backend"] for r in of_dtype):
+                for alpha in dict.fromkeys(r["alpha"] for r in of_dtype):
+                    match = [r for r in of_dtype if (r["backend"], r["alpha"], r["pass"]) == (backend, alpha, name)]
+                    at = {(r["rows"], r["n"]): f"{r['ms']:.3g} ({r['fraction']:.0%})" for r in match}
+                    body.append([f"{backend} {name}", f"{alpha:g}", *(at.get(s, "") for s in shapes)])
+        for peer in dict.fromkeys(p for r in of_dtype for p in r["peers"]):
+            at = {(r["rows"], r["n"]): f"{r['peers'][peer]:.3g}" for r in of_dtype if peer in r["peers"]}
+            body.append([peer, "", *(at.get(s, "") for s in shapes)])
+        header = [f"{dtype}, ms", "alpha", *(f"{a}×{n}" for a, n in shapes)]
+        out.append(markdown(header, body))
+    return "\n\n".join(out) + f"\n\n{caption(data['environment'])}"
+
+
+def accuracy() -> str:
+    """Worst ratio of every error to its bar over all cells, per backend and machine."""
+    names = ("p", "sum", "grad_x", "grad_k", "grad_alpha")
+    body = []
+    for path in sorted(RESULTS.glob("accuracy-*.json")):
+        data = json.loads(path.read_text())
+        for backend in dict.fromkeys(r["backend"] for r in data["rows"]):
+            cells = [r for r in data["rows"] if r["backend"] == backend]
+            worst = [f"{max(r[name] for r in cells):.2f}" for name in names]
+            body.append([backend, path.stem.removeprefix("accuracy-"), str(len(cells)), *worst])
+    return markdown(["backend", "on", "cells", *names], body)
+
+
+TABLES = {
+    "accuracy": accuracy,
+    "timing-h200": lambda: timing("soft_topk-h200.json"),
+    "timing-cpu": lambda: timing("soft_topk-cpu.json"),
+}
+
+
+def render(text: str) -> str:
+    """The text with every marked table made anew; KeyError for a name that TABLES lacks."""
+    pattern = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+    return pattern.sub(lambda m: m[1] + TABLES[m[2]]() + "\n" + m[3], text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare; exit 1 when stale")
+    parser.add_argument("--readme", type=Path, default=README)
+    args = parser.parse_args()
+    text = args.readme.read_text()
+    fresh = render(text)
+    if args.check:
+        sys.exit(0 if fresh == text else f"{args.readme} is stale: run python -m benchmarks.report")
+    args.readme.write_text(fresh)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Shared fixtures: GPU tests skip without a GPU, Triton interprets there, uninitialised memory is NaN."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by triton at import
+
+import softtopk
+
+
+def device_of(backend: str) -> str:
+    """Where a backend's tests run: on the GPU for cuda and, when there is one, triton."""
+    gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
+    return "cuda" if gpu else "cpu"
+
+
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
+def backend(request) -> str:
+    """The name of each backend in turn, skipped with its reason where it is not there."""
+    reason = softtopk.available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def device(backend) -> str:
+    return device_of(backend)
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory(request):
+    """torch.empty and its relatives return NaN: an element that a kernel does not write is seen."""
+    if "softsae" in request.path.parts:  # whole models: the same kernels, only slower
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # switches the filling on
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -1,0 +1,128 @@
+"""Every backend at the accuracy bars: outputs and gradients against the float64 oracle."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from softtopk import dispatch
+from tests.accuracy import oracle, ratios, run, units_in_last_place
+from tests.cases import ADVERSARIAL_FAMILIES, ALPHAS, BAR_FAMILIES, LENGTHS, budgets, gapped, make
+
+
+@functools.cache
+def bar_case(family: str, n: int, alpha: float):
+    """One row per budget, a random v, and the oracle's result; shared by all backends."""
+    k = torch.tensor(budgets(n), dtype=torch.float64)
+    x = make(family, len(k), n, seed=n)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(n + 1))
+    return x, k, v, oracle(x, k, alpha, v)
+
+
+def assert_within_bars(got, want, k, alpha, v):
+    over = {name: r for name, r in ratios(got, want, k, alpha, v).items() if not r <= 1}
+    assert not over, f"times the bar: {over}"
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("family", BAR_FAMILIES)
+def test_bars(backend, device, family, alpha, n):
+    x, k, v, want = bar_case(family, n, alpha)
+    got = run(dispatch.module(backend), x.to(device), k.to(device), alpha, v.to(device))
+    assert_within_bars(got, want, k, alpha, v)
+
+
+@pytest.mark.parametrize("n", [31, 5000])
+@pytest.mark.parametrize("alpha", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("family", ADVERSARIAL_FAMILIES)
+def test_adversarial_rows(backend, device, family, alpha, n):
+    x, k, v, want = bar_case(family, n, alpha)
+    got = run(dispatch.module(backend), x.to(device), k.to(device), alpha, v.to(device))
+    assert_within_bars(got, want, k, alpha, v)
+
+
+@pytest.mark.parametrize("n", [64, 5000])
+@pytest.mark.parametrize("gap", [1e1, 1e2, 1e3, 1e4, 1e6])
+def test_integer_k_in_a_gap(backend, device, gap, n):
+    """p is exact with almost any threshold in the gap; grad_k is not."""
+    alpha = 1e-4
+    x = gapped(gap, alpha, 32, n)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    want = oracle(x, 32.0, alpha, v)
+    got = run(dispatch.module(backend), x.to(device), 32.0, alpha, v.to(device))
+    assert_within_bars(got, want, 32.0, alpha, v)
+
+
+@pytest.mark.parametrize("alpha", [1e-45, 1e-40, 1e-38, 1e-20, 1e10, 1e30])
+@pytest.mark.parametrize("family", ["normal", "tied", "huge_range", "denormal"])
+def test_extreme_alpha(backend, device, family, alpha):
+    """alpha as float32 (1e-45 and 1e-40 are denormal; 1 / alpha overflows below 4e-39)."""
+    alpha = torch.full((3,), alpha, dtype=torch.float32)
+    k = torch.tensor([1.0, 7.5, 40.0], dtype=torch.float64)
+    x = make(family, 3, 100)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    want = oracle(x, k, alpha, v)
+    got = run(dispatch.module(backend), x.to(device), k.to(device), alpha.to(device), v.to(device))
+    over = {n: r for n, r in ratios(got, want, k, alpha, v).items() if n in ("p", "sum", "grad_k") and not r <= 1}
+    assert not over, f"times the bar: {over}"
+
+
+def test_alpha_over_six_decades_in_one_batch(backend, device):
+    alpha = torch.logspace(-5, 1, 13)
+    k = torch.linspace(0.5, 200.25, 13)
+    x = make("normal", 13, 3000)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    want = oracle(x, k, alpha, v)
+    got = run(dispatch.module(backend), x.to(device), k.to(device), alpha.to(device), v.to(device))
+    assert_within_bars(got, want, k, alpha, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("family", BAR_FAMILIES)
+@pytest.mark.parametrize("n", [31, 4096])
+def test_half_precision_is_one_rounding(backend, device, family, alpha, n, dtype):
+    k = torch.tensor(budgets(n), dtype=torch.float64)
+    x = make(family, len(k), n, seed=n).clamp(-6e4, 6e4).to(dtype)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    want = oracle(x, k, alpha, v)
+    module = dispatch.module(backend)
+    p, solution = module.soft_topk_forward(x.to(device), k.to(device), alpha, True)
+    assert units_in_last_place(p.cpu(), want.p).max() <= 1
+    grad_x, grad_k, grad_alpha = module.soft_topk_backward(x.to(device), solution, alpha, v.to(device), True)
+    unit = torch.finfo(dtype).eps
+    scale = want.grad_x.abs().amax(1, keepdim=True)
+    representable = scale <= torch.finfo(dtype).max
+    error = (grad_x.double().cpu() - want.grad_x).abs() - unit * want.grad_x.abs()
+    floor = torch.finfo(dtype).tiny
+    assert torch.where(representable, error - 1e-5 * scale - floor, -1).max() <= 0
+    assert ((grad_k.double().cpu() - want.grad_k).abs() <= 1e-5 * v.abs().amax(1)).all()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("family", BAR_FAMILIES)
+def test_float64(backend, device, family, alpha):
+    n = 4096
+    k = torch.tensor(budgets(n), dtype=torch.float64)
+    x = make(family, len(k), n).double() * (1 + 1e-9)
+    v = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    want = oracle(x, k, alpha, v)
+    got = run(dispatch.module(backend), x.to(device), k.to(device), alpha, v.to(device))
+    ulp = torch.finfo(torch.float64).eps * x.abs().max().item()
+    assert (got.p - want.p).abs().max() <= 1e-12 + 4 * ulp / alpha
+    assert (got.grad_k - want.grad_k).abs().max() <= 1e-11 * v.abs().max() + 4 * ulp / alpha
+    grad_x_bar = (1e-10 + 8 * ulp / alpha) * want.grad_x.abs().amax(1, keepdim=True)
+    assert ((got.grad_x - want.grad_x).abs() <= grad_x_bar).all()
+
+
+def test_k_number_keeps_double_precision(backend, device):
+    """k = n - 1e-9 in float32 rows: D = |A| - k must not be rounded to float32 before the difference."""
+    x = make("normal", 1, 4096)
+    v = torch.ones_like(x)
+    k = 4096 - 1e-9
+    for value in (k, torch.tensor([k], dtype=torch.float64, device=device)):
+        got = run(dispatch.module(backend), x.to(device), value, 0.01, v.to(device))
+        assert got.solution[0, 4].item() == pytest.approx(1e-9, rel=1e-3)
