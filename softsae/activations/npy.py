@@ -18,7 +18,6 @@ class NpySource(RowSource):
 
     Args:
         path: the file.
-        on_nonfinite: "refuse" or "skip" (`RowSource`).
 
     Raises:
         FileNotFoundError: no such file.
@@ -26,8 +25,7 @@ class NpySource(RowSource):
             header promises. The message names the file and what it found.
     """
 
-    def __init__(self, path: str | Path, on_nonfinite: str = "refuse"):
-        super().__init__(on_nonfinite)
+    def __init__(self, path: str | Path):
         path = Path(path)
         self.name = str(path)
         if not path.is_file():

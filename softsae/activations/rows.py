@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,28 +11,17 @@ from torch import Tensor
 from softsae.activations.shuffle import Shuffle
 
 BLOCK_BYTES = 64 * 2**20  # rows gathered at once, in the order in which they lie on disk
-ON_NONFINITE = ("refuse", "skip")
 
 
 class RowSource:
     """Rows that are read by index; `batches` serves them globally shuffled.
 
-    A subclass gives `name`, `rows`, `d` and `read`.
-
-    Args:
-        on_nonfinite: "refuse" raises at the first row with NaN or infinity, "skip" puts another row
-            of the same batch in its place, so that batches keep their size, and warns once.
+    A subclass gives `name`, `rows`, `d`, `read` and, if it knows better, `place`.
     """
 
     name: str
     rows: int
     d: int
-
-    def __init__(self, on_nonfinite: str = "refuse"):
-        if on_nonfinite not in ON_NONFINITE:
-            raise ValueError(f"on_nonfinite={on_nonfinite!r} is unknown; choose {' or '.join(ON_NONFINITE)}")
-        self.on_nonfinite = on_nonfinite
-        self._warned = False
 
     def __len__(self) -> int:
         return self.rows
@@ -54,42 +42,30 @@ class RowSource:
         gathered for several batches at once and in ascending order, which is how disks like it.
         """
         order = Shuffle(self.rows, seed)
-        together = max(1, BLOCK_BYTES // (4 * self.d * batch_size))
+        block_rows = min(self.rows, BLOCK_BYTES // (4 * self.d))
+        together = max(1, block_rows // batch_size)
         while True:
             rows = order.rows(start * batch_size, together * batch_size)
             ascending, inverse = np.unique(rows, return_inverse=True)
-            block = self.read(ascending)[torch.from_numpy(inverse)]
-            for i in range(together):
-                here = slice(i * batch_size, (i + 1) * batch_size)
-                yield self.finite(block[here], rows[here])
+            block = self.read(ascending)
+            yield from (block[torch.from_numpy(part)] for part in np.split(inverse, together))
             start += together
 
-    def in_order(self, batch_size: int) -> Iterator[Tensor]:
-        """All rows once, in the order in which they are stored: (≤ batch_size, d) float32."""
-        for first in range(0, self.rows, batch_size):
-            rows = np.arange(first, min(first + batch_size, self.rows))
-            yield self.finite(self.read(rows), rows)
+    def locate(self, batch_size: int, seed: int, batch: int, row: int) -> str:
+        """Where row `row` of batch number `batch` of `batches` lies, for messages."""
+        return self.place(int(Shuffle(self.rows, seed).rows(batch * batch_size + row, 1)[0]))
 
-    def finite(self, batch: Tensor, rows: np.ndarray) -> Tensor:
-        """The batch, with non-finite rows refused or another one of the batch in their place."""
-        bad = ~torch.isfinite(batch).all(dim=1)
-        if not bad.any():
-            return batch
-        first = int(bad.int().argmax())
-        column = int((~torch.isfinite(batch[first])).int().argmax())
-        found = (
-            f"{self.place(int(rows[first]))} has the value {batch[first, column].item()} in column {column}"
-        )
-        if self.on_nonfinite == "refuse":
-            raise ValueError(f"non-finite activation: {found}. on_nonfinite='skip' leaves such rows out")
-        good = torch.nonzero(~bad).squeeze(1)
-        if not len(good):
-            raise ValueError(f"non-finite activations in all {len(batch)} rows of a batch: {found}")
-        if not self._warned:
-            warnings.warn(f"non-finite activation skipped: {found}; further ones are not reported",
-                          RuntimeWarning, stacklevel=3)
-            self._warned = True
-        batch = batch.clone()
-        where = torch.nonzero(bad).squeeze(1)
-        batch[where] = batch[good[torch.arange(len(where)) % len(good)]]
-        return batch
+    def in_order(self, batch_size: int, nonfinite: str = "refuse") -> Iterator[Tensor]:
+        """All rows once, in the order in which they are stored: (at most batch_size, d) float32.
+
+        Rows with NaN or infinity raise ValueError, or are left out with nonfinite="skip".
+        """
+        for first in range(0, self.rows, batch_size):
+            batch = self.read(np.arange(first, min(first + batch_size, self.rows)))
+            good = torch.isfinite(batch).all(dim=1)
+            if not good.all():
+                if nonfinite == "refuse":
+                    where = self.place(first + int((~good).int().argmax()))
+                    raise ValueError(f"activations hold NaN or infinity: {where}")
+                batch = batch[good]
+            yield batch

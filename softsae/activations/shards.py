@@ -126,15 +126,13 @@ class ShardSource(RowSource):
     Args:
         folder: the folder with manifest.json.
         verify: compare every shard's SHA-256 with the manifest (reads everything once).
-        on_nonfinite: "refuse" or "skip" (`RowSource`).
 
     Raises:
         FileNotFoundError: no manifest, or a shard that is missing.
         ValueError: a manifest of another format, a shard with another size, checksum or contents.
     """
 
-    def __init__(self, folder: str | Path, verify: bool = False, on_nonfinite: str = "refuse"):
-        super().__init__(on_nonfinite)
+    def __init__(self, folder: str | Path, verify: bool = False):
         self.folder = Path(folder)
         self.name = str(folder)
         self.manifest = read_manifest(self.folder)

@@ -29,13 +29,13 @@ class Shuffle:
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Row indices (count,) int64 at the places start … start + count − 1 of the sequence."""
-        places = np.arange(start, start + count, dtype=np.int64)
-        epochs = places // self.n
-        rows = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            inside = epochs == epoch
-            rows[inside] = self._permute((places[inside] - epoch * self.n).astype(np.uint64), int(epoch))
-        return rows
+        parts = []
+        while count > 0:
+            epoch, first = divmod(start, self.n)
+            taken = min(count, self.n - first)
+            parts.append(self._permute(np.arange(first, first + taken, dtype=np.uint64), epoch))
+            start, count = start + taken, count - taken
+        return np.concatenate(parts)
 
     def _permute(self, values: np.ndarray, epoch: int) -> np.ndarray:
         keys = np.random.default_rng([self.seed, epoch]).integers(0, 2**63, ROUNDS, dtype=np.uint64)
