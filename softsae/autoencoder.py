@@ -205,8 +205,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
     path = Path(path)
     file = path / "sae.safetensors" if path.is_dir() else path
     tensors, header = checkpoint.read(file, FORMAT)
-    config = checkpoint.parse(file, lambda: config_from(header["config"]))
-    sae = SparseAutoencoder(config)
+    sae = checkpoint.parse(file, lambda: SparseAutoencoder(config_from(header["config"])))
     checkpoint.fill(file, sae, tensors)
     return sae.to(device).eval()
 

@@ -282,7 +282,7 @@ def fill(config, **values):
 
 def difference(a: dict, b: dict, path: str = "") -> str | None:
     """The first field in which two configurations (dataclasses.asdict) differ, with both values."""
-    for name in a.keys() | b.keys():
+    for name in [*a, *(name for name in b if name not in a)]:
         left, right = a.get(name), b.get(name)
         if isinstance(left, dict) and isinstance(right, dict):
             if found := difference(left, right, f"{path}{name}."):

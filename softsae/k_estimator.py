@@ -19,7 +19,7 @@ from softsae.config import AutoencoderConfig
 
 
 class KEstimator(nn.Module):
-    """x (B, d), normalised -> k_hat (B,), float32."""
+    """x (B, d), normalised -> k_hat (B,), of the parameters' dtype."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -37,11 +37,11 @@ class KEstimator(nn.Module):
             c = c - self.W @ (b_dec - center)
         hidden = F.relu(F.linear(x - center, self.W, c), inplace=True)  # [B, hidden]
         with torch.autocast(x.device.type, enabled=False):
-            score = hidden.float() @ self.w2 + self.c2
+            score = hidden.to(self.w2.dtype) @ self.w2 + self.c2
         if self.config.estimator.dtype == "bfloat16":
             score = score.bfloat16()
         k_hat = self.config.largest_k() * torch.sigmoid(score)
-        return k_hat.clamp(self.config.k_min, self.config.n).float()
+        return k_hat.clamp(self.config.k_min, self.config.n).to(self.w2.dtype)
 
     @torch.no_grad()
     def initialize(self, W_enc: Tensor, generator: torch.Generator):

@@ -11,7 +11,7 @@ from softtopk import hard_topk
 
 def reconstruction(x: Tensor, x_hat: Tensor) -> Tensor:
     """mean_b |x - x_hat|^2 for x, x_hat (B, d)."""
-    return (x_hat.float() - x).pow(2).sum(1).mean()
+    return (x_hat - x).pow(2).sum(1).mean()
 
 
 def budget(k_hat: Tensor, k_target: float, beta: float) -> Tensor:
@@ -27,7 +27,7 @@ def auxk(error: Tensor, pre: Tensor, W_dec: Tensor) -> Tensor:
         pre: pre-activations of the dead latents (B, n_dead): the gradient reaches the encoder.
         W_dec: decoder rows of the dead latents (n_dead, d); no bias in this decode.
     """
-    error = error.detach().float()
+    error = error.detach()
     z = F.relu(pre)
     limit = error.shape[1] // 2
     if z.shape[1] > limit:

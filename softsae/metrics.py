@@ -125,6 +125,7 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> Tensor:
     return 1 - (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
 
 
+@torch.no_grad()
 def dictionary_recovery(W_dec: Tensor, directions: Tensor) -> float:
     """Mean over known directions (m, d) of the largest cosine with a decoder row (n, d)."""
     cosines = F.normalize(directions, dim=1) @ F.normalize(W_dec, dim=1).T

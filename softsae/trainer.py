@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -116,14 +116,12 @@ class Trainer:
         groups = [{"params": own, "multiplier": 1.0}]
         if estimator:
             groups.append({"params": estimator, "multiplier": train.estimator_lr_multiplier})
-        return torch.optim.Adam(
-            groups, lr=train.lr, betas=(train.adam_beta1, train.adam_beta2), fused=True
-        )
+        return torch.optim.Adam(groups, lr=train.lr, betas=(train.adam_beta1, train.adam_beta2), fused=True)
 
     def initialize(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
         """Normalisation and b_dec from the first batches, which are then trained on as well."""
-        count = -(-min(INITIAL_SAMPLES, self.config.train.steps * self.config.train.batch_size)
-                  // self.config.train.batch_size)
+        train = self.config.train
+        count = min(math.ceil(INITIAL_SAMPLES / train.batch_size), train.steps)
         iterator = iter(batches)
         consumed, first = self.consumed, []
         for batch in iterator:
