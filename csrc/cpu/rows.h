@@ -1,0 +1,48 @@
+// What the launchers of this folder share: per-row arguments, types, and the loop over rows.
+#pragma once
+
+#include <cstdint>
+
+#include "sweeps.h"
+
+namespace softtopk::cpu {
+
+inline double value_at(const PerRow& argument, int64_t row) {
+  if (argument.data == nullptr) return argument.number;
+  const int64_t i = row * argument.stride;
+  return argument.type == Type::float64 ? static_cast<const double*>(argument.data)[i]
+                                        : static_cast<const float*>(argument.data)[i];
+}
+
+inline int64_t element_size(Type type) {
+  return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
+}
+
+inline Row row_at(const Rows& x, int64_t row) {
+  const char* data = static_cast<const char*>(x.data);
+  return {data + row * x.stride * element_size(x.type), x.n, !x.largest};
+}
+
+// Where row `row` of a contiguous (rows, n) output of x's type starts.
+inline void* output_at(const Rows& x, void* data, int64_t row) {
+  return static_cast<char*>(data) + row * x.n * element_size(x.type);
+}
+
+// Calls f with a zero of the compute type.
+template <typename F>
+void with_compute_type(Type type, F f) {
+  if (type == Type::float64)
+    f(double{});
+  else
+    f(float{});
+}
+
+// f(row) for every row; threads only where they are worth waking.
+template <typename F>
+void for_rows(const Rows& x, int threads, F f) {
+  const bool parallel = threads > 1 && x.rows > 1 && x.rows * x.n > 16384;
+#pragma omp parallel for schedule(dynamic, 1 + 4096 / x.n) num_threads(threads) if (parallel)
+  for (int64_t row = 0; row < x.rows; ++row) f(row);
+}
+
+}  // namespace softtopk::cpu

@@ -1,0 +1,194 @@
+// The solution (r_A, r_B, P, Q, D) of one row, by trial splits; the mathematics is in laplace.h.
+//
+// A bracket is kept in values of elements: everything <= lo is known to lie in B, everything >= hi
+// in A. A trial c in (lo, hi] splits the row at r_A = min{x >= c} and r_B = max{x < c}:
+//   S(r_A) > k   the root lies above r_A: lo = r_A;
+//   S(r_B) <= k  it lies at or below r_B: hi = r_B;
+//   otherwise, or when no element is left between lo and hi, the split is the solution.
+// Every trial moves at least one element out of the bracket, and bisection on the bit patterns in
+// the rotation of trials bounds their number. Where counts decide, no exponential is computed.
+// Once at most kCandidates elements remain inside, they are copied to the stack, the others are
+// collapsed into one sum on each side, and the row is not read again. No row is ever sorted.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "../laplace.h"
+#include "sweeps.h"
+#include "trials.h"
+
+namespace softtopk::cpu {
+
+template <typename T>
+Scale<T> scale_of(T r_A, T r_B, T alpha) {
+  // Below 2^-64 the factor log2(e) / alpha is split, so that neither half overflows.
+  const double first = alpha < T(0x1p-64) ? 0x1p64 : 1;
+  const double second = 1.4426950408889634 / static_cast<double>(alpha) / first;
+  return {r_A,
+          r_B,
+          std::isinf(r_A) ? T(0) : r_A,
+          std::isinf(r_B) ? T(0) : r_B,
+          static_cast<T>(first),
+          static_cast<T>(std::min<double>(second, std::numeric_limits<T>::max()))};
+}
+
+template <typename T>
+class Search {
+ public:
+  // 0 < k < n after the infinite elements of `range` are taken away on both sides.
+  Search(const Sweeps<T>& sweeps, const Sweeps<T>& stack_sweeps, const Row& row,
+         const Range<T>& range, double k, T alpha)
+      : sweeps_(&sweeps),
+        stack_sweeps_(stack_sweeps),
+        row_(row),
+        min_(range.min),
+        max_(range.max),
+        k_(k),
+        least_(static_cast<double>(range.plus)),
+        most_(static_cast<double>(row.n - range.minus)),
+        alpha_(alpha),
+        above_lo_(row.n - range.minus),
+        from_hi_(range.plus),
+        S_lo_(most_),
+        S_hi_(least_) {}
+
+  Solution<double> run() {
+    if (above_lo_ - from_hi_ > kCandidates) {
+      const Guesses<T> guesses(*sweeps_, row_, (k_ - least_) / (most_ - least_));
+      for (const T c : {guesses.low, guesses.high})
+        if (c > lo_ && c <= hi_ && c < kInfinity && trial(c)) return solution_;
+    }
+    for (int step = 0;; ++step) {
+      if (!collapsed_ && above_lo_ - from_hi_ <= kCandidates) collapse();
+      if (trial(next(step))) return solution_;
+    }
+  }
+
+ private:
+  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+  // Splits at c in (lo, hi]; true when that is the solution.
+  bool trial(T c) {
+    const Split<T> split = sweeps_->split(row_, c);
+    const int64_t count = split.count + collapsed_above_;
+    const T r_A = std::min(split.r_A, upper_), r_B = std::max(split.r_B, lower_);
+    const bool last = r_A == hi_ && r_B == lo_;
+    // Every element of A has p >= 1/2, every one of B p <= 1/2.
+    if (!last && count > 2 * k_) return rise(r_A, count, count), false;
+    if (!last && r_A < hi_ && most_ + count <= 2 * k_) return fall(r_A, count, count), false;
+
+    const Tails tails = sweeps_->tails(row_, scale_of(r_A, r_B, alpha_));
+    const double alpha = alpha_, gap = (static_cast<double>(r_A) - r_B) / alpha;
+    const double P = tails.P + weight(P_upper_, upper_, r_A);
+    const double Q = tails.Q + weight(Q_lower_, r_B, lower_);
+    const double D = static_cast<double>(count) - k_;
+    solution_ = {static_cast<double>(r_A), static_cast<double>(r_B), P, Q, D};
+    const double g = std::exp(-gap);
+    const double at_A = D - P / 2 + Q * g / 2, at_B = D - P * g / 2 + Q / 2;
+    if (last) return true;
+    if (at_A > 0) {
+      rise(r_A, count, k_ + at_A);
+      step_ = closed_form_step(solution_, alpha, true);
+      return false;
+    }
+    if (at_B <= 0) {
+      fall(r_B, count + 1, k_ + at_B);
+      step_ = closed_form_step(solution_, alpha, false);
+      return false;
+    }
+    return true;
+  }
+
+  void rise(T r_A, int64_t count, double S) {
+    lo_ = r_A, above_lo_ = count - 1, S_lo_ = S, step_ = std::nan("");
+  }
+
+  void fall(T r, int64_t count, double S) {
+    hi_ = r, from_hi_ = count, S_hi_ = S, step_ = std::nan("");
+  }
+
+  // sum * exp(-(high - low) / alpha); 0 for an empty side.
+  double weight(double sum, T high, T low) const {
+    if (sum == 0) return 0;
+    return sum * std::exp(-(static_cast<double>(high) - low) / static_cast<double>(alpha_));
+  }
+
+  void collapse() {
+    collapsed_ = true;
+    const Tails outside = sweeps_->tails(row_, scale_of(hi_, lo_, alpha_));
+    const int64_t count = sweeps_->gather(row_, lo_, hi_, candidates_, kCandidates);
+    P_upper_ = outside.P, upper_ = hi_, collapsed_above_ = outside.count;
+    Q_lower_ = outside.Q, lower_ = lo_;
+    row_ = {candidates_, count, false};
+    sweeps_ = &stack_sweeps_;
+  }
+
+  // The next trial, in (lo, hi]. Rows where S is smooth are solved by the closed form in a few
+  // steps; where it is a staircase, interpolation between the counts is faster.
+  T next(int step) {
+    const T low = std::isinf(lo_) ? min_ : lo_, high = std::isinf(hi_) ? max_ : hi_;
+    const Bracket bracket{low, high, S_lo_, S_hi_, least_, most_};
+    double c;
+    if (step % 4 == 3)
+      c = step % 8 == 3 ? middle(low, high) : (static_cast<double>(low) + high) / 2;
+    else if (step % 2 == 1 || std::isnan(step_))
+      c = bracket.interpolate(k_, collapsed_ ? 0 : kCandidates / 4);
+    else
+      c = step_;
+    const T first = std::isinf(lo_) ? min_ : std::nextafter(lo_, kInfinity);
+    return std::min(std::max(static_cast<T>(c), first), hi_);
+  }
+
+  const Sweeps<T>* sweeps_;
+  const Sweeps<T>& stack_sweeps_;
+  Row row_;  // the elements that are still looked at
+  const T min_, max_;
+  const double k_, least_, most_;  // S lies between least (the +inf) and most (all but the -inf)
+  const T alpha_;
+
+  T lo_ = -kInfinity, hi_ = kInfinity;
+  int64_t above_lo_, from_hi_;  // |{x > lo}| or more, |{x >= hi}| or less
+  double S_lo_, S_hi_;          // S at lo and hi, or a bound
+  double step_ = std::nan("");  // the closed form's proposal after the last trial
+
+  bool collapsed_ = false;
+  T upper_ = kInfinity, lower_ = -kInfinity;  // everything beyond is in the sums
+  double P_upper_ = 0, Q_lower_ = 0;          // relative to upper, lower
+  int64_t collapsed_above_ = 0;               // |{x >= upper}|
+  Solution<double> solution_{};
+  T candidates_[kCandidates];
+};
+
+// The solution of a row by the conventions of laplace.h.
+template <typename T>
+Solution<double> solve(const Sweeps<T>& sweeps, const Sweeps<T>& stack_sweeps, const Row& row,
+                       double k, T alpha) {
+  constexpr double inf = std::numeric_limits<double>::infinity();
+  const Range<T> range = sweeps.range(row);
+  if (range.nan || std::isnan(k) || !(alpha > 0) || std::isinf(alpha)) {
+    const double nan = std::nan("");
+    return {nan, nan, nan, nan, nan};
+  }
+  const double least = static_cast<double>(range.plus);
+  const double most = static_cast<double>(row.n - range.minus);
+  const double clamped = std::min(std::max(k, least), most);
+  Solution<double> out{inf, -inf, 0, 0, 0};
+  if (least == most) return out;
+  if (least < clamped && clamped < most)
+    return Search<T>(sweeps, stack_sweeps, row, range, clamped, alpha).run();
+  // All finite elements on one side; the gradient to k passes where k is just at its bound.
+  if (clamped == least)
+    out.r_B = range.max;
+  else
+    out.r_A = range.min;
+  if (clamped == k) {
+    const Tails tails =
+        sweeps.tails(row, scale_of(static_cast<T>(out.r_A), static_cast<T>(out.r_B), alpha));
+    out.P = tails.P, out.Q = tails.Q;
+  }
+  return out;
+}
+
+}  // namespace softtopk::cpu

@@ -1,0 +1,90 @@
+// Sweeps over one row: everything here that touches all n elements, vectorised per instruction set.
+//
+// sweeps.cpp is compiled once for each instruction set into its own namespace; sweeps<T>(type) is
+// the table that this processor can run. A sweep reads a row of that type, negates it if asked, and
+// works in T (float or double) in registers and a stack buffer of one block.
+// Sums run over blocks of fixed size in the order of the elements, whatever the row's address.
+#pragma once
+
+#include <cstdint>
+
+#include "../softtopk.h"
+
+namespace softtopk::cpu {
+
+struct Row {
+  const void* data;
+  int64_t n;
+  bool negate;
+};
+
+template <typename T>
+struct Range {
+  T min, max;           // of the finite elements; +inf, -inf when there is none
+  int64_t plus, minus;  // the number of +inf, -inf
+  bool nan;
+};
+
+template <typename T>
+struct Split {
+  int64_t count;  // |{x >= c}|
+  T r_A, r_B;     // min{x >= c} or +inf, max{x < c} or -inf
+};
+
+// How exp(-|x - r| / alpha) is formed: 2^((distance * s1) * s2), with r_A above and r_B below.
+// Two factors, because log2(e) / alpha overflows where alpha is below 5e-39.
+template <typename T>
+struct Scale {
+  T r_A, r_B;            // x >= r_A is above; an empty side has +inf, -inf
+  T origin_A, origin_B;  // r_A, r_B, or a finite number for an empty side
+  T s1, s2;
+};
+
+struct Tails {
+  double P, Q;    // sums of exp(-|x - r| / alpha) over x >= r_A and over x <= r_B
+  int64_t count;  // |{x >= r_A}|
+};
+
+// What the two sweeps of the backward share.
+template <typename T>
+struct Pivot {
+  T q_A, q_B;  // q = q_A e above, q_B e below
+  T s_A, s_B;  // h / alpha likewise
+  T x, v;      // the element of the largest q, and its incoming gradient
+};
+
+struct Means {
+  double v, t;  // <q, v - v_pivot>, <q, t - t_pivot>; t in units of ln 2
+};
+
+template <typename T>
+struct Sweeps {
+  Range<T> (*range)(const Row& row);
+  Split<T> (*split)(const Row& row, T c);
+  Tails (*tails)(const Row& row, const Scale<T>& scale);
+  // Copies the elements with lo < x < hi in order, at most `capacity`; returns their number.
+  int64_t (*gather)(const Row& row, T lo, T hi, T* out, int64_t capacity);
+  T (*element)(const Row& row, int64_t i);
+  // The first i with x_i == value, which must be there.
+  int64_t (*find)(const Row& row, T value);
+
+  // p = 1 - h_A e above, h_B e below, in the row's type.
+  void (*probabilities)(const Row& row, const Scale<T>& scale, T h_A, T h_B, void* p);
+  Means (*means)(const Row& row, const Row& v, const Scale<T>& scale, const Pivot<T>& pivot);
+  // grad_x in the row's type; returns <q, (t - <q, t>)(v - <q, v>)>, t in units of ln 2.
+  double (*gradient)(const Row& row, const Row& v, const Scale<T>& scale, const Pivot<T>& pivot,
+                     const Means& means, void* grad_x);
+
+  // 1 where x > value and at the first `ties` elements equal to it, 0 elsewhere.
+  void (*mask)(const Row& row, T value, int64_t ties, void* out);
+  // The indices of the same elements, ascending.
+  void (*indices)(const Row& row, T value, int64_t ties, int64_t* out);
+  // `value` n times in the row's type.
+  void (*fill)(const Row& row, T value, void* out);
+};
+
+// The table for rows of a type; T is double for float64, float for the others.
+template <typename T>
+const Sweeps<T>& sweeps(Type type);
+
+}  // namespace softtopk::cpu

@@ -1,0 +1,11 @@
+"""The C++ backend: csrc/cpu, on torch's number of threads."""
+
+import torch
+
+from softtopk.backends.native import _C, Kernels
+
+kernels = Kernels(_C.cpu, lambda x: (torch.get_num_threads(),))
+soft_topk_forward = kernels.soft_topk_forward
+soft_topk_backward = kernels.soft_topk_backward
+hard_topk_mask = kernels.hard_topk_mask
+hard_topk_indices = kernels.hard_topk_indices
