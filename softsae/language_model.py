@@ -33,7 +33,8 @@ class LanguageModel:
 
     model: nn.Module
     tokenizer: Any
-    name: str
+    name: str  # what `load_language_model` was given, for it to be given again
+    gguf_file: str | None
     revision: str  # commit of a hub model, "sha256:..." of a file or folder
     blocks_path: str  # where the blocks are inside the model, "model.layers"
     d: int  # width of the residual stream
@@ -86,9 +87,10 @@ def load_language_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; choose auto, {', '.join(DTYPES)}")
     if name is None or name == SMOLLM2:
+        name, given = SMOLLM2, None
         where, gguf_file = smollm2_file()
-        name = f"{SMOLLM2}/{gguf_file}"
     else:
+        given = gguf_file
         where, gguf_file = locate(name, gguf_file)
     import transformers
 
@@ -114,6 +116,7 @@ def load_language_model(
         model=model,
         tokenizer=tokenizer,
         name=name,
+        gguf_file=given,
         revision=revision(where, gguf_file, model.config),
         blocks_path=blocks_path,
         d=model.config.get_text_config().hidden_size,

@@ -13,32 +13,41 @@ import yaml
 OPTIONS = "config.yaml"  # what the command was given, for --resume and for the reader
 
 
-def open_run(out: Path, command: str, options: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """Make the run folder, or take up an interrupted one; returns the options that hold.
+def open_run(out: Path, command: str, options: Any, resume: bool) -> None:
+    """Make the run folder and write its options to config.yaml; a resumed run keeps its own.
 
-    A new run writes its options to config.yaml. A resumed one takes them from there.
+    The file can be given to --config.
 
     Raises:
         FileExistsError: the folder is not empty and resume is False.
-        FileNotFoundError: resume is True and there is no run.
-        ValueError: the folder holds a run of another command.
     """
-    file = out / OPTIONS
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {str(out)!r} exists and is not a folder")
     if resume:
-        if not file.is_file():
-            raise FileNotFoundError(f"--resume: no run in {str(out)!r} ({OPTIONS} is missing)")
-        saved = yaml.safe_load(file.read_text())
-        if not isinstance(saved, dict) or saved.get("command") != command:
-            raise ValueError(f"{str(file)!r} is not from softsae {command}")
-        return saved["options"]
+        return
     if out.is_dir() and any(out.iterdir()):
-        hint = "go on with --resume, or " if file.is_file() else ""
+        hint = "go on with --resume, or " if (out / OPTIONS).is_file() else ""
         raise FileExistsError(f"--out {str(out)!r} is not empty: {hint}choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(file, yaml.safe_dump({"command": command, "options": plain(options)}, sort_keys=False))
-    return options
+    saved = {name: value for name, value in plain(options).items() if name != "resume"}
+    write_text(out / OPTIONS, header(command) + yaml.safe_dump(saved, sort_keys=False))
+
+
+def saved_options(out: Path, command: str) -> Path:
+    """config.yaml of the run in `out`, to resume it.
+
+    Raises FileNotFoundError when there is no run, ValueError for a run of another command.
+    """
+    file = out / OPTIONS
+    if not file.is_file():
+        raise FileNotFoundError(f"--resume: no run in {str(out)!r} ({OPTIONS} is missing)")
+    if not file.read_text().startswith(header(command)):
+        raise ValueError(f"--resume: {str(file)!r} is not from softsae {command}")
+    return file
+
+
+def header(command: str) -> str:
+    return f"# softsae {command}\n"
 
 
 def plain(value: Any) -> Any:

@@ -11,49 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from softsae.activations.shards import ShardSource, ShardWriter, require_empty
 from softsae.language_model import LanguageModel, residual_stream
+from softsae.options import CollectConfig
 from softsae.sequences import Sequences
 
 MEDIAN_TOKENS = 4096  # the median norm is taken over this many tokens before anything is written
-
-
-@dataclass
-class CollectConfig:
-    """Which activations are collected, and how they are stored."""
-
-    layer: int = 15
-    """the residual stream behind this block is read; blocks count from 0"""
-    context: int = 256
-    """tokens in a sequence"""
-    batch_size: int = 16
-    """sequences in a forward pass"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """how activations are stored"""
-    shard_rows: int = 65536
-    """activations in a shard"""
-    outlier_factor: float | None = 10.0
-    """leave out positions with a norm above this many times the median; null keeps them"""
-    keep_bos: bool = False
-    """keep the beginning-of-text token that the tokenizer adds"""
-    nonfinite: Literal["refuse", "skip"] = "refuse"
-    """what happens to activations that are NaN or infinite"""
-
-    def __post_init__(self):
-        for name, low in (("layer", 0), ("context", 8), ("batch_size", 1), ("shard_rows", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}={value!r} must be an integer >= {low}")
-        for name, known in (("dtype", ("float32", "bfloat16", "float16")), ("nonfinite", ("refuse", "skip"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
-        if self.outlier_factor is not None and not self.outlier_factor > 1:
-            raise ValueError(f"outlier_factor={self.outlier_factor!r} must be > 1, or null")
 
 
 @dataclass(frozen=True)
@@ -145,6 +112,7 @@ def collect(
         writer.finish(
             sequences,
             model=lm.name,
+            gguf_file=lm.gguf_file,
             revision=lm.revision,
             layer=config.layer,
             hook_point=lm.hook_point(config.layer),
