@@ -20,16 +20,16 @@ NORMALIZATIONS = ("none", "unit_mean_square", "unit_mean_norm", "standardize")
 class EstimatorConfig:
     """The k estimator of SoftSAE: k_hat = k_max * sigmoid(w2 . relu(W_k (x - b_dec) + c) + c2)."""
 
-    # "wide": W_k is (n, d), a copy of W_enc at the start, as published; "bottleneck": (width, d)
     kind: Literal["wide", "bottleneck"] = "wide"
-    # hidden units of the bottleneck
+    """'wide': W_k is (n, d), a copy of W_enc at the start, as published; 'bottleneck': (width, d)"""
     width: int = 64
-    # what c2 starts from: "target" so that k_hat = k, "random" as torch.nn.Linear, as published
+    """hidden units of the bottleneck"""
     init: Literal["target", "random"] | None = None
-    # whether the gradient of k_hat moves b_dec (published: True)
+    """what c2 starts from: 'target' so that k_hat = k, 'random' as torch.nn.Linear, as published"""
     moves_b_dec: bool | None = None
-    # the dtype k_hat is rounded to; the published code runs it under bfloat16 autocast
+    """whether the gradient of k_hat moves b_dec (published: True)"""
     dtype: Literal["float32", "bfloat16"] | None = None
+    """the dtype k_hat is rounded to; the published code runs it under bfloat16 autocast"""
 
     def __post_init__(self):
         choice("estimator.kind", self.kind, ("wide", "bottleneck"))
@@ -43,31 +43,31 @@ class EstimatorConfig:
 class AutoencoderConfig:
     """A sparse autoencoder: its sizes, its selection rule, and how the input is normalised."""
 
-    # width of the activations; None takes it from the source
     d: int | None = None
-    # number of latents
+    """width of the activations; None takes it from the source"""
     n: int = 4096
-    # the selection rule
+    """number of latents"""
     architecture: Literal["softsae", "topk"] = "softsae"
-    # active latents per sample: exactly for topk, in the mean for softsae
+    """the selection rule"""
     k: float = 32.0
-    # softsae: the largest k_hat; None is 2 k
+    """active latents per sample: exactly for topk, in the mean for softsae"""
     k_max: float | None = None
-    # softsae: the smallest k_hat
+    """softsae: the largest k_hat; None is 2 k"""
     k_min: float = 1.0
-    # softsae: scale of the soft selection, in the units of the normalised activations
+    """softsae: the smallest k_hat"""
     alpha: float = 1e-4
-    # softsae: what the gradient of the selection reaches: "k" the budget only, "all" also the
-    # activations, as published, or a number that scales the activations' part
+    """softsae: scale of the soft selection, in the units of the normalised activations"""
     selection_gradient: Literal["k", "all"] | float | None = None
-    # softsae: the budget of the hard selection, "nearest" or, as published, "floor" of k_hat
+    """softsae: what the gradient of the selection reaches: 'k' the budget only, 'all' also the
+    activations, as published, or a number that scales the activations' part"""
     rounding: Literal["nearest", "floor"] | None = None
-    # of the input: "unit_mean_square" (mean of x^2 over samples and dimensions is 1),
-    # "unit_mean_norm" (mean of |x|^2 is 1, as published), "standardize" (shift and scale of
-    # each dimension) or "none"
+    """softsae: the budget of the hard selection, 'nearest' or, as published, 'floor' of k_hat"""
     normalization: Literal["none", "unit_mean_square", "unit_mean_norm", "standardize"] | None = None
-    # the k estimator of softsae
+    """of the input: 'unit_mean_square' (mean of x^2 over samples and dimensions is 1),
+    'unit_mean_norm' (mean of |x|^2 is 1, as published), 'standardize' (shift and scale of
+    each dimension) or 'none'"""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    """the k estimator of softsae"""
 
     def __post_init__(self):
         if self.d is not None:
@@ -102,65 +102,66 @@ class AutoencoderConfig:
 class TrainConfig:
     """How it is trained. Steps count batches; None takes the value of the mode (`resolve`)."""
 
-    # "corrected" or "published"
     mode: Literal["corrected", "published"] = "corrected"
-    # optimizer steps
+    """'corrected' or 'published'"""
     steps: int = 10_000
-    # samples per step
+    """optimizer steps"""
     batch_size: int = 2048
-    # learning rate of Adam; None is c / sqrt(n / 2^14), c = 5e-4 (published: 2e-4)
+    """samples per step"""
     lr: float | None = None
-    # steps of linear warm-up of the learning rate; None is 1000, at most a twentieth of the steps
+    """learning rate of Adam; None is c / sqrt(n / 2^14), c = 5e-4 (published: 2e-4)"""
     warmup_steps: int | None = None
-    # the fraction of the steps after which the learning rate falls linearly to 0
+    """steps of linear warm-up of the learning rate; None is 1000, at most a twentieth of the steps"""
     decay_from: float = 0.8
-    # decay rates of Adam's two moments
+    """the fraction of the steps after which the learning rate falls linearly to 0"""
     adam_beta1: float = 0.9
+    """decay rate of Adam's first moment"""
     adam_beta2: float = 0.999
-    # one "global" norm for all gradients, as published, or the estimator's "separate"
+    """decay rate of Adam's second moment"""
     clip: Literal["separate", "global"] | None = None
-    # largest norm of the gradient
+    """one 'global' norm for all gradients, as published, or the estimator's 'separate'"""
     clip_norm: float = 1.0
-    # largest norm of the estimator's gradient, where clipped separately
+    """largest norm of the gradient"""
     estimator_clip_norm: float = 1.0
-    # learning rate of the k estimator relative to lr; None is 5 (wide), 1 (bottleneck; published)
+    """largest norm of the estimator's gradient, where clipped separately"""
     estimator_lr_multiplier: float | None = None
-    # steps in which the target of the mean k_hat falls from d to k; None is 1% of the steps
+    """learning rate of the k estimator relative to lr; None is 5 (wide), 1 (bottleneck; published)"""
     k_anneal_steps: int | None = None
-    # alpha at the first step; None starts at its final value (published: 1)
+    """steps in which the target of the mean k_hat falls from d to k; None is 1% of the steps"""
     alpha_start: float | None = None
-    # steps in which alpha falls linearly to its final value; None is 1% of the steps
+    """alpha at the first step; None starts at its final value (published: 1)"""
     alpha_anneal_steps: int | None = None
-    # last steps, with the hard selection; None is 10% of the steps (published: 4%)
+    """steps in which alpha falls linearly to its final value; None is 1% of the steps"""
     hard_steps: int | None = None
-    # what learns in them: "all", all but the estimator ("frozen_estimator") or, as published,
-    # the "decoder" only
+    """last steps, with the hard selection; None is 10% of the steps (published: 4%)"""
     hard_phase: Literal["all", "frozen_estimator", "decoder"] | None = None
-    # weight of the budget loss; None is |x|^2 / k, |x|^2 = d for unit mean square: at most what a
-    # latent can be worth in the mean, so that the target holds (published: 1)
+    """what learns in them: 'all', all but the estimator ('frozen_estimator') or, as published,
+    the 'decoder' only"""
     budget_weight: float | None = None
-    # beta of the softplus in the budget loss
+    """weight of the budget loss; None is |x|^2 / k, with |x|^2 = d for unit mean square: the most a
+    latent can be worth in the mean, so that the target holds (published: 1)"""
     softplus_beta: float = 5.0
-    # weight of AuxK, relative to mean |x|^2 as the reconstruction loss is; 0 leaves it out
+    """beta of the softplus in the budget loss"""
     auxk_weight: float = 1 / 32
-    # samples without activation after which a latent is dead; None is 5% of all, at most 10 million
+    """weight of AuxK relative to mean |x|^2, as the reconstruction loss is; 0 leaves it out"""
     dead_after: int | None = None
-    # count a batch twice in the dead-latent tracker when its step is logged, as published
+    """samples without activation after which a latent is dead; None is 5% of all, at most 10 million"""
     count_logged_twice: bool | None = None
-    # what to do with samples that hold NaN or infinity
+    """count a batch twice in the dead-latent tracker when its step is logged, as published"""
     nonfinite: Literal["refuse", "skip"] = "refuse"
-    # seed of the initialisation and of the order of the samples
+    """what to do with samples that hold NaN or infinity"""
     seed: int = 0
-    # device, as torch names it; "auto" is cuda where there is one
+    """seed of the initialisation and of the order of the samples"""
     device: str = "auto"
-    # dtype of the large products; parameters, losses and k_hat are always float32
+    """device, as torch names it; 'auto' is cuda where there is one"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # steps between checkpoints; 0 leaves one at the end and on interruption only
+    """dtype of the large products; parameters, losses and k_hat are always float32"""
     checkpoint_every: int = 1000
-    # steps between lines of metrics
+    """steps between checkpoints; 0 leaves one at the end and on interruption only"""
     log_every: int = 50
-    # steps between evaluations on held-out activations, where given; 0 for the end only
+    """steps between lines of metrics"""
     eval_every: int = 0
+    """steps between evaluations on held-out activations, where given; 0 for the end only"""
 
     def __post_init__(self):
         choice("mode", self.mode, ("corrected", "published"))

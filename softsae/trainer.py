@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softsae import checkpoint, metrics
-from softsae.activations.tensors import as_source
+from softsae.activations import as_source
 from softsae.autoencoder import SparseAutoencoder
 from softsae.config import AutoencoderConfig, RunConfig, TrainConfig, difference, resolve, square_norm
 from softsae.losses import DeadLatents
@@ -70,8 +70,8 @@ class Trainer:
         """Train to the last step; where `out` holds a checkpoint of this configuration, from there.
 
         Args:
-            source: a source (softsae/activations/tensors.py), a tensor (samples, d) or an iterable
-                of tensors.
+            source: a tensor (samples, d), an iterable of tensors, an .npy file, a folder of shards,
+                or a source (softsae/activations).
             held_out: tensors or a re-iterable of batches (B, d) to evaluate on, as eval_every says.
 
         Returns the autoencoder, in eval mode.
@@ -144,12 +144,12 @@ class Trainer:
         """The source's batches from where the run is, checked, on the device; counts `consumed`."""
         train = self.config.train
         for batch in source.batches(train.batch_size, train.seed, self.consumed):
-            batch = self.finite(batch)
+            batch = self.finite(batch, source)
             self.consumed += 1
             if len(batch):
                 yield batch.to(self.device, torch.float32, non_blocking=True)
 
-    def finite(self, batch: Tensor) -> Tensor:
+    def finite(self, batch: Tensor, source) -> Tensor:
         """The batch without the rows that hold NaN or infinity, if they may be skipped."""
         good = batch.isfinite().all(1)
         if good.all():
@@ -157,6 +157,9 @@ class Trainer:
         rows = (~good).nonzero().squeeze(1).tolist()
         listed = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         where = f"activations hold NaN or infinity in batch {self.consumed}, rows {listed}"
+        if hasattr(source, "locate"):  # stored activations know where on the disk that is
+            first = source.locate(len(batch), self.config.train.seed, self.consumed, rows[0])
+            where += f"; the first is {first}"
         if self.config.train.nonfinite == "refuse":
             raise NonFiniteActivations(f"{where}; nonfinite='skip' leaves such samples out")
         self.record({"event": "nonfinite", "step": self.step, "batch": self.consumed, "rows": rows})
