@@ -83,6 +83,7 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, once the step is done and a checkpoint is written.
         """
         source = as_source(source)
+        self.step = self.consumed = 0
         self.config = resolve(self.config, source.d)
         self.held_out = [held_out] if isinstance(held_out, Tensor) else held_out
         train = self.config.train

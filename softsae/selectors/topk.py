@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,5 +17,6 @@ class TopK(Selector):
 
     def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
         a = torch.relu_(pre)  # [B, n]
-        latents = a * hard_topk(a.detach(), self.config.k)
-        return Selection(latents, torch.full(a.shape[:1], float(self.config.k), device=a.device))
+        k = math.floor(self.config.k + 0.5)
+        latents = a * hard_topk(a.detach(), k)
+        return Selection(latents, torch.full(a.shape[:1], float(k), device=a.device))
