@@ -43,7 +43,7 @@ Cut<T> cut(const Sweeps<T>& sweeps, const Row& row, double k, int64_t max_k) {
       sweeps, row, range, K, sampled ? Guesses<T>(sweeps, row, share) : Guesses<T>());
   if (adjacent) return {lo, K - from_hi, K, false};
 
-  T candidates[kCandidates];
+  T candidates[kCandidates + kGatherRoom];
   const T below = std::nextafter(lo, -inf);
   const int64_t count = sweeps.gather(row, below, hi, candidates, kCandidates);
   T* const wanted = candidates + (K - from_hi - 1);

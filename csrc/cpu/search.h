@@ -188,7 +188,7 @@ class Search {
   double P_upper_ = 0, Q_lower_ = 0;          // relative to upper, lower
   int64_t collapsed_above_ = 0;               // |{x >= upper}|
   Solution<double> solution_{};
-  T candidates_[kCandidates];
+  T candidates_[kCandidates + kGatherRoom];
 };
 
 // The solution of a row by the conventions of laplace.h.
