@@ -6,6 +6,7 @@
 // Layout: a warp or a block to a row (row.cuh). The search (threshold.cuh) gives the value of the
 // last element selected and how many of its equals are. Elements are then visited in the order of
 // their indices, a chunk to a thread, with a prefix sum over the threads for the place of each.
+#include "launch.cuh"
 #include "row.cuh"
 #include "threshold.cuh"
 

@@ -11,6 +11,7 @@
 // memory; longer rows are read three times.
 // Layout: a warp or a block to a row (row.cuh). Three sweeps: the pivot, the means, the covariance
 // together with grad_x.
+#include "launch.cuh"
 #include "row.cuh"
 #include "threshold.cuh"
 

@@ -7,6 +7,7 @@
 // longer than that is read again on each of the search's sweeps (about 8).
 // Layout: a warp or a block to a row (row.cuh). All of its threads run the search (threshold.cuh)
 // in step on the same numbers, then each writes the p of the elements it holds.
+#include "launch.cuh"
 #include "row.cuh"
 #include "threshold.cuh"
 
