@@ -106,6 +106,22 @@ def test_half_conversions(dtype):
     assert torch.equal(p[:, 0], k.to(dtype))
 
 
+def test_flushing_of_denormals_changes_nothing():
+    """With it the smallest number above 0 compares equal to 0."""
+    x = torch.cat([make("relu", 3, 3000), make("denormal", 3, 3000)])
+    x[2] = x[2].gt(1).float()
+    arguments = x, torch.full((6,), 1700.5), torch.tensor([1.0, 1e-2, 1e-4, 1e-40, 1e-43, 1e-45]), x + 1
+    want = everything(*arguments)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    try:
+        got = everything(*arguments)
+        assert torch.tensor(1e-40).mul(0.5).item() == 0  # and the caller's mode is as it was
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(got, want)
+
+
 def test_zero_rows_and_max_k_zero():
     x = torch.empty(0, 5)
     p, solution = cpu.soft_topk_forward(x, 2.0, 0.1)
