@@ -172,7 +172,8 @@ def count_search(
     bisect = moved > 0
     while high - low > tolerance:
         c = high - (high - low) * (deficit / (excess + deficit)).to(tile.dtype)
-        c = tl.where(bisect | (c <= low) | (c > high) | (c != c), middle(low, high), c)
+        if bisect | (c <= low) | (c > high) | (c != c):
+            c = middle(low, high)
         count, r_A, r_B = split(tile, pointer, n, step, c, LARGEST, CHUNKS, BLOCK)
         count -= plus
         distance = quantile(count, finite) - wanted
@@ -311,9 +312,11 @@ def solve(
                 high = r_B
                 count_high = count
                 c = r_B - alpha * LN_2 * tl.log2(2 * R * w_B / Q)
-            c = tl.where(bisect, middle(tl.maximum(low, lowest), tl.minimum(high, highest)), c)
+            if bisect:
+                c = middle(tl.maximum(low, lowest), tl.minimum(high, highest))
             c = tl.minimum(c, high)
-            c = tl.where(c > low, c, next_above(low))
+            if (c <= low) | (c != c):
+                c = next_above(low)
             bisect = ((count_low - count_high) * 2 > before_last) & (bisect == 0)
             before_last = before
             before = count_low - count_high
