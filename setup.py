@@ -4,7 +4,8 @@ The native module knows nothing of torch, so one build serves every torch. Envir
     CXX, CXXFLAGS, LDFLAGS   the C++ compiler (GCC or Clang) and additions to its flags
     SOFTTOPK_CUDA            unset: CUDA if nvcc is found; 1: fail where it cannot be built; 0: off
     CUDA_HOME                where bin/nvcc is looked for before the PATH
-    TORCH_CUDA_ARCH_LIST     as for torch, "8.0;9.0+PTX"; otherwise ARCHITECTURES below
+    TORCH_CUDA_ARCH_LIST     as for torch, "8.0;9.0+PTX"; otherwise those of the GPUs that this
+                             machine has or, where it has none, ARCHITECTURES below
 Everything lies in build/softtopk, so that a second build compiles only what has changed.
 """
 
@@ -24,7 +25,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD = Path("build/softtopk")  # relative to ROOT, like every path in build.ninja
-ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+# Machine code for 8.0 runs on 8.6 and 8.9 too, that for 12.0 on 12.1; PTX of the last serves what comes.
+ARCHITECTURES = ["80", "90", "100", "120"]
 # csrc/cpu/sweeps.cpp is compiled once per instruction set; csrc/cpu/dispatch.cpp chooses at run time.
 SWEEPS = {"baseline": "-DSOFTTOPK_BYTES=16"}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -55,11 +57,27 @@ def architectures(nvcc):
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if asked:
         return [entry.replace(".", "") for entry in asked]
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    found = [number for number in ARCHITECTURES if f"sm_{number}" in known.split()]
+    known = subprocess.run(
+        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    present = visible_architectures()
+    if present and all(f"sm_{number}" in known for number in present):
+        return present
+    found = [number for number in ARCHITECTURES if f"sm_{number}" in known]
     if not found:
         sys.exit(f"{nvcc} compiles for none of the architectures {', '.join(ARCHITECTURES)}")
     return [*found[:-1], f"{found[-1]}+PTX"]
+
+
+def visible_architectures():
+    """The architectures of this machine's GPUs, ["90"], none without a driver."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return []
+    answer = subprocess.run(query, capture_output=True, text=True)
+    if answer.returncode:
+        return []
+    return sorted({line.strip().replace(".", "") for line in answer.stdout.splitlines() if line.strip()})
 
 
 def gencode(architecture):
@@ -136,8 +154,10 @@ class NinjaBuild(build_ext):
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", f"{BUILD}/build.ninja", str(module)]
         if subprocess.run(command, cwd=ROOT).returncode:
             sys.exit("softtopk: the native module could not be compiled; the compiler's words are above")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / module, output)
+        # Also into the source tree, which is what Python imports when it is run from there.
+        for folder in {output.parent, ROOT / "softtopk"}:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / module, folder)
         cuda = f"for CUDA architectures {' '.join(targets)} ({nvcc})" if nvcc else f"WITHOUT CUDA: {reason}"
         print(f"softtopk: built {output.name} for the CPU ({', '.join(SWEEPS)}), {cuda}", file=sys.stderr)
 

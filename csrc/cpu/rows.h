@@ -1,6 +1,7 @@
 // What the launchers of this folder share: per-row arguments, types, and the loop over rows.
 #pragma once
 
+#include <cfenv>
 #include <cstdint>
 
 #include "sweeps.h"
@@ -37,12 +38,32 @@ void with_compute_type(Type type, F f) {
     f(float{});
 }
 
+// The default floating-point environment while it lives: torch.set_flush_denormal, or a caller's
+// rounding mode, would change results, and a search that steps to the next number might stand
+// still.
+class DefaultEnvironment {
+ public:
+  DefaultEnvironment() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultEnvironment() { std::fesetenv(&before_); }
+  DefaultEnvironment(const DefaultEnvironment&) = delete;
+
+ private:
+  std::fenv_t before_;
+};
+
 // f(row) for every row; threads only where they are worth waking.
 template <typename F>
 void for_rows(const Rows& x, int threads, F f) {
   const bool parallel = threads > 1 && x.rows > 1 && x.rows * x.n > 16384;
-#pragma omp parallel for schedule(dynamic, 1 + 4096 / x.n) num_threads(threads) if (parallel)
-  for (int64_t row = 0; row < x.rows; ++row) f(row);
+#pragma omp parallel num_threads(threads) if (parallel)
+  {
+    const DefaultEnvironment environment;
+#pragma omp for schedule(dynamic, 1 + 4096 / x.n)
+    for (int64_t row = 0; row < x.rows; ++row) f(row);
+  }
 }
 
 }  // namespace softtopk::cpu

@@ -7,18 +7,14 @@
 //
 // A short row lives in the registers of one warp, several rows to a block; a longer one in shared
 // memory, which leaves the registers to the search and so more rows in flight than registers would
-// hold; the longest is left in global memory and read again on every sweep. `with_layout` chooses.
+// hold; the longest is left in global memory and read again on every sweep (launch.cuh chooses).
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <limits>
-#include <stdexcept>
-#include <string>
 
 #include "../softtopk.h"
 
@@ -59,7 +55,9 @@ struct Element<__nv_bfloat16> {
   using Compute = float;
   static constexpr Raw sign = 0x8000, minus_infinity = 0xff80;
   static __device__ float value(Raw raw) { return __uint_as_float(uint32_t(raw) << 16); }
-  static __device__ Raw raw(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+  static __device__ Raw raw(float value) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  }
 };
 
 template <class S>
@@ -301,30 +299,34 @@ class RegisterRow {
 };
 
 // Of a row longer than the registers; every thread touches its own chunks only.
-template <class Group>
+template <class S, class Group>
 class LongRow {
+  static constexpr int kUnroll =
+      Chunk<S>::size > 4 ? 1 : 2;  // about 8 elements at a time: 64 registers hold no more
+
  public:
   __device__ explicit LongRow(int32_t chunks)
       : items_((chunks + Group::threads - 1) / Group::threads) {}
   template <class F>
   __device__ __forceinline__ void for_each(F f) const {
-#pragma unroll 2
+#pragma unroll kUnroll
     for (int32_t item = 0; item < items_; ++item) f(item);
   }
 
- private:
+ protected:
   int32_t items_;
 };
 
 template <class S, class Group, int>
-class SharedRow : public LongRow<Group> {
+class SharedRow : public LongRow<S, Group> {
  public:
   __device__ SharedRow(const Source<S>& source, uint4* memory)
-      : LongRow<Group>(source.chunks()), memory_(memory) {
-    this->for_each([&](int32_t item) {
+      : LongRow<S, Group>(source.chunks()), memory_(memory) {
+#pragma unroll 4  // loads in flight
+    for (int32_t item = 0; item < this->items_; ++item) {
       const int32_t index = chunk_index<Group>(item);
       memory_[index] = source.load(index).words;
-    });
+    }
   }
   __device__ Chunk<S> chunk(int32_t item) const { return {memory_[chunk_index<Group>(item)]}; }
 
@@ -333,17 +335,23 @@ class SharedRow : public LongRow<Group> {
 };
 
 template <class S, class Group, int>
-class GlobalRow : public LongRow<Group> {
+class GlobalRow : public LongRow<S, Group> {
  public:
   __device__ GlobalRow(const Source<S>& source, uint4*)
-      : LongRow<Group>(source.chunks()), source_(source) {}
-  __device__ Chunk<S> chunk(int32_t item) const {
-    return source_.load(chunk_index<Group>(item));
-  }
+      : LongRow<S, Group>(source.chunks()), source_(source) {}
+  __device__ Chunk<S> chunk(int32_t item) const { return source_.load(chunk_index<Group>(item)); }
 
  private:
   Source<S> source_;
 };
+
+// A row's k or alpha.
+__device__ inline double per_row(const PerRow& value, int64_t row) {
+  if (value.data == nullptr) return value.number;
+  const int64_t at = row * value.stride;
+  return value.type == Type::float32 ? double(static_cast<const float*>(value.data)[at])
+                                     : static_cast<const double*>(value.data)[at];
+}
 
 // What threshold.cuh searches: a row and the threads that share it.
 template <class S, class Row, class Group>
@@ -364,148 +372,5 @@ class Sweeper {
   const Row& row_;
   Group& group_;
 };
-
-// A configuration: the group that shares a row, where the row is, and how many chunks a thread
-// keeps in registers.
-template <class GROUP, template <class, class, int> class ROW, int ITEMS>
-struct Layout {
-  using Group = GROUP;
-  template <class S>
-  using Row = ROW<S, GROUP, ITEMS>;
-  static constexpr int block = std::max(Group::threads, 128);
-  static constexpr int rows_per_block = block / Group::threads;
-  // Blocks that a multiprocessor must be able to hold, which limits registers to 64 a thread for
-  // long rows, 80 for short ones and 128 for doubles and rows of many registers.
-  static constexpr int resident(int size) { 
-    return (size == 8 || ITEMS > 2 ? 512 : ITEMS > 0 ? 768 : 1024) / block;
-  }
-  // The chunks that a row of n elements takes in shared memory.
-  template <class S>
-  __device__ static int32_t memory(int32_t n) {
-    const int32_t chunks = (n + Chunk<S>::size - 1) / Chunk<S>::size;
-    return (chunks + Group::threads - 1) / Group::threads * Group::threads;
-  }
-  // The row of the calling thread; it may lie beyond the last.
-  __device__ static int64_t row(int64_t first) {
-    return first + int64_t(blockIdx.x) * rows_per_block + int(threadIdx.x) / Group::threads;
-  }
-};
-
-// Calls f(layout, bytes of dynamic shared memory) with the layout for rows of n elements of `size`
-// bytes, ARRAYS of which a kernel keeps. The choice depends on n and size, and on the device only
-// in where a long row is kept, not in who computes what.
-template <int ARRAYS, class F>
-void with_layout(int64_t n, int64_t size, int64_t shared_limit, F f) {
-  constexpr int kItems = 8 / ARRAYS;
-  const int64_t chunks = (n * size + 15) / 16;
-  const auto bytes = [&](int64_t threads) {
-    return (chunks + threads - 1) / threads * threads * 16 * ARRAYS;
-  };
-  if (chunks <= 32 * 2) {
-    f(Layout<Warp, RegisterRow, 2>(), 0);
-  } else if (chunks <= 32 * kItems) {
-    f(Layout<Warp, RegisterRow, kItems>(), 0);
-  } else if (chunks <= 128 * kItems) {
-    f(Layout<Block<128>, SharedRow, 0>(), bytes(128));
-  } else if (chunks <= 256 * kItems) {
-    f(Layout<Block<256>, SharedRow, 0>(), bytes(256));
-  } else if (bytes(512) + int64_t(sizeof(Block<512>::Storage)) <= shared_limit) {
-    f(Layout<Block<512>, SharedRow, 0>(), bytes(512));
-  } else {
-    f(Layout<Block<512>, GlobalRow, 0>(), 0);
-  }
-}
-
-template <class S>
-struct Tag {
-  using type = S;
-};
-
-// Calls f(Tag<S>()) for the storage type S.
-template <class F>
-void with_type(Type type, F f) {
-  switch (type) {
-    case Type::float32:
-      return f(Tag<float>());
-    case Type::float64:
-      return f(Tag<double>());
-    case Type::float16:
-      return f(Tag<__half>());
-    case Type::bfloat16:
-      return f(Tag<__nv_bfloat16>());
-  }
-}
-
-__device__ inline double per_row(const PerRow& value, int64_t row) {
-  if (value.data == nullptr) return value.number;
-  const int64_t at = row * value.stride;
-  return value.type == Type::float32 ? double(static_cast<const float*>(value.data)[at])
-                                     : static_cast<const double*>(value.data)[at];
-}
-
-inline void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // leave no error behind for others to find
-  throw std::runtime_error(std::string("softtopk: ") + what + ": " + cudaGetErrorString(status));
-}
-
-// Makes a device the current one for as long as it lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = device != previous_;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
-// Places in a row, padding included, are counted in 32 bits.
-inline void check_length(int64_t n) {
-  constexpr int64_t kLongest = 0x7fffffff - 1024 * 16;
-  if (n > kLongest) {
-    throw std::runtime_error("softtopk: n=" + std::to_string(n) + " is more than the CUDA backend's " +
-                             std::to_string(kLongest));
-  }
-}
-
-inline int64_t shared_memory_limit(int device) {
-  int bytes = 0;
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute");
-  return bytes;
-}
-
-// Whether every row starts on 16 bytes.
-inline bool is_wide(const void* data, int64_t rows, int64_t stride, int64_t size) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows <= 1 || stride * size % 16 == 0);
-}
-
-// Runs kernel(args) with one group for each row; args.first_row is set here, and the launch is cut
-// where the grid would be too large.
-template <class L, class Args>
-void launch(void (*kernel)(Args), Args args, int64_t rows, int64_t shared, void* stream) {
-  constexpr int64_t kBlocks = 0x7fffffff;
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
-          "cudaFuncSetAttribute");
-  }
-  for (int64_t first = 0; first < rows; first += kBlocks * L::rows_per_block) {
-    args.first_row = first;
-    const int64_t blocks = (rows - first + L::rows_per_block - 1) / L::rows_per_block;
-    void* pointers[] = {&args};
-    check(cudaLaunchKernel(kernel, dim3(unsigned(std::min(blocks, kBlocks))), dim3(L::block),
-                           pointers, size_t(shared), static_cast<cudaStream_t>(stream)),
-          "kernel launch");
-  }
-}
 
 }  // namespace softtopk::cuda

@@ -7,6 +7,7 @@
 // longer than that is read again on each of the search's sweeps (about 8).
 // Layout: a warp or a block to a row (row.cuh). All of its threads run the search (threshold.cuh)
 // in step on the same numbers, then each writes the p of the elements it holds.
+#include "launch.cuh"
 #include "row.cuh"
 #include "threshold.cuh"
 
@@ -70,9 +71,14 @@ void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, void
     using S = typename decltype(tag)::type;
     with_layout<1>(x.n, sizeof(S), shared_memory_limit(device), [&](auto layout, int64_t shared) {
       using L = decltype(layout);
-      const ForwardArgs args = {x, k, alpha, p, solution,
+      const ForwardArgs args = {x,
+                                k,
+                                alpha,
+                                p,
+                                solution,
                                 is_wide(x.data, x.rows, x.stride, sizeof(S)),
-                                is_wide(p, x.rows, x.n, sizeof(S)), 0};
+                                is_wide(p, x.rows, x.n, sizeof(S)),
+                                0};
       launch<L>(forward_kernel<S, L>, args, x.rows, shared, stream);
     });
   });

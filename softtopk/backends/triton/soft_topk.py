@@ -25,7 +25,6 @@ from softtopk.backends.triton.solve import (
     tails,
 )
 
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit(do_not_specialize=["k_bits", "alpha_bits"])
@@ -57,7 +56,7 @@ def forward_kernel(
         values = chunk(tile, pointer, start, n, x_step, LARGEST, CHUNKS, BLOCK)
         e = tails(values, r_A, r_B, scale, rate)
         weight = tl.where(values >= r_A, 1 - h_A * e, h_B * e)
-        weight = tl.where(D == D, weight, NAN)
+        weight = tl.where(D == D, weight, float("nan"))
         i = start + tl.arange(0, BLOCK)
         tl.store(p + row * n + i, weight.to(p.dtype.element_ty), mask=i < n)
 
@@ -102,8 +101,8 @@ def backward_kernel(
     R, q_A, q_B = densities(r_A, r_B, P, Q, D, a)
 
     # The largest q is at r_A or r_B; the pivot is the first such element. Without one, v = 0 will do.
-    top_A = tl.where(q_A >= q_B, r_A, NAN)
-    top_B = tl.where(q_B >= q_A, r_B, NAN)
+    top_A = tl.where(q_A >= q_B, r_A, float("nan"))
+    top_B = tl.where(q_B >= q_A, r_B, float("nan"))
     pivot = tl.zeros((), tl.int32) + n
     for start in range(0, CHUNKS * BLOCK, BLOCK):
         values = chunk(x_tile, x_row, start, n, x_step, LARGEST, CHUNKS, BLOCK)
@@ -135,15 +134,15 @@ def backward_kernel(
         gradient = tl.where(R == 0, 0, (q * R) * inverse * dv)
         if not LARGEST:
             gradient = -gradient
-        gradient = tl.where(D == D, gradient, NAN)
+        gradient = tl.where(D == D, gradient, float("nan"))
         i = start + tl.arange(0, BLOCK)
         tl.store(grad_x + row * n + i, gradient.to(grad_x.dtype.element_ty), mask=i < n)
 
     bound = (P == 0) & (Q == 0)  # k outside its range, or no finite element
     to_k = tl.where(bound, 0, v_pivot + mean_v)
     to_alpha = tl.where(R == 0, 0, -(R * covariance) * LN_2 * inverse)
-    tl.store(grad_k + row, tl.where(D == D, to_k, NAN))
-    tl.store(grad_alpha + row, tl.where(D == D, to_alpha, NAN))
+    tl.store(grad_k + row, tl.where(D == D, to_k, float("nan")))
+    tl.store(grad_alpha + row, tl.where(D == D, to_alpha, float("nan")))
 
 
 def soft_topk_backward(

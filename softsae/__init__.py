@@ -1,0 +1,65 @@
+"""softsae: adaptive sparse autoencoders on softtopk's differentiable top-k."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from softsae.autoencoder import Output, SparseAutoencoder, load
+    from softsae.config import (
+        AutoencoderConfig,
+        EstimatorConfig,
+        RunConfig,
+        TrainConfig,
+        corrected,
+        published,
+    )
+    from softsae.language_model import attach, load_language_model
+    from softsae.metrics import evaluate
+    from softsae.trainer import Trainer
+
+# Where each public name lives. Loaded when first used: the command line's --help needs no torch.
+HOMES = {
+    "AutoencoderConfig": "config",
+    "EstimatorConfig": "config",
+    "Output": "autoencoder",
+    "RunConfig": "config",
+    "SparseAutoencoder": "autoencoder",
+    "TrainConfig": "config",
+    "Trainer": "trainer",
+    "attach": "language_model",
+    "corrected": "config",
+    "evaluate": "metrics",
+    "load": "autoencoder",
+    "load_language_model": "language_model",
+    "published": "config",
+}
+
+__all__ = [
+    "AutoencoderConfig",
+    "EstimatorConfig",
+    "Output",
+    "RunConfig",
+    "SparseAutoencoder",
+    "TrainConfig",
+    "Trainer",
+    "attach",
+    "corrected",
+    "evaluate",
+    "load",
+    "load_language_model",
+    "published",
+]
+
+
+def __getattr__(name: str):
+    if name not in HOMES:
+        raise AttributeError(f"module 'softsae' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"softsae.{HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

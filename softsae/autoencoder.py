@@ -1,0 +1,231 @@
+"""The sparse autoencoder: normalisation -> encoder -> selector -> decoder -> normalisation undone.
+
+With x' the normalised input:  pre = W_enc (x' - b_dec) + b_enc,  f = select(relu(pre)),
+x_hat' = f W_dec + b_dec,  x_hat = x' units undone. Normalisation is part of the model: everything
+outside is in the units of the activations, the losses and alpha are in normalised units.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softsae import checkpoint, losses
+from softsae.config import AutoencoderConfig, EstimatorConfig, resolve_autoencoder
+from softsae.schedules import Phase
+from softsae.selectors import SELECTORS
+
+FORMAT = "softsae autoencoder 1"
+
+
+@dataclass
+class Output:
+    """What an autoencoder returns for x of shape (..., d).
+
+    x_hat: (..., d), in the units and the dtype of x. latents: (..., n), dense, mostly zeros.
+    k_hat: (...,), float32, the budget of each sample. losses: scalars by name, before weighting.
+    """
+
+    x_hat: Tensor
+    latents: Tensor
+    k_hat: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class SparseAutoencoder(nn.Module):
+    """A dictionary of n latents for activations of width d, and the rule that selects among them.
+
+    Parameters: W_enc (n, d) and W_dec (n, d), one row per latent, rows of W_dec of unit norm;
+    b_enc (n,); b_dec (d,); those of `selector`. Buffers: shift (d,) and scale (d,) of the
+    normalisation x' = (x - shift) / scale. Until `initialize` (or training, or loading) the weights
+    are random and shift, scale are 0, 1.
+
+    Raises ValueError for a configuration without d.
+    """
+
+    def __init__(self, config: AutoencoderConfig, seed: int = 0):
+        super().__init__()
+        if config.d is None:
+            raise ValueError("d=None: an autoencoder needs the width of its activations")
+        config = resolve_autoencoder(config)
+        self.config = config
+        self.W_enc = nn.Parameter(torch.empty(config.n, config.d))
+        self.b_enc = nn.Parameter(torch.zeros(config.n))
+        self.W_dec = nn.Parameter(torch.empty(config.n, config.d))
+        self.b_dec = nn.Parameter(torch.zeros(config.d))
+        self.register_buffer("shift", torch.zeros(config.d))
+        self.register_buffer("scale", torch.ones(config.d))
+        self.selector = SELECTORS[config.architecture](config)
+        self.reset_parameters(seed)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int):
+        """W_dec random unit rows, W_enc the same, biases 0, the selector's own start; from the seed."""
+        generator = torch.Generator().manual_seed(seed)
+        self.W_dec.copy_(F.normalize(torch.randn(self.W_dec.shape, generator=generator), dim=1))
+        self.W_enc.copy_(self.W_dec)
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+        self.selector.initialize(self.W_enc, generator)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor):
+        """Set the normalisation, and b_dec to the geometric median, from samples x (N, d)."""
+        x = x.to(self.b_dec.device).double()
+        mode = self.config.normalization
+        if mode == "standardize":
+            self.shift.copy_(x.mean(0))
+            self.scale.copy_(x.std(0, correction=0))
+        elif mode == "unit_mean_square":
+            self.scale.fill_(x.pow(2).mean().sqrt())
+        elif mode == "unit_mean_norm":
+            self.scale.fill_(x.pow(2).sum(1).mean().sqrt())
+        self.scale.masked_fill_(self.scale == 0, 1.0)
+        self.b_dec.copy_(geometric_median(self.normalize(x)))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """x' = (x - shift) / scale, in float32 or wider."""
+        return (x - self.shift) / self.scale
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+    def rows(self, x: Tensor) -> Tensor:
+        """A checked x (..., d) as normalised rows (B, d)."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            found = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a tensor of floats, not {found}")
+        if x.dim() == 0 or x.shape[-1] != self.config.d:
+            raise ValueError(f"x of shape {tuple(x.shape)} must end in d={self.config.d}")
+        if x.device != self.b_dec.device:
+            raise ValueError(f"x is on {x.device}, the autoencoder on {self.b_dec.device}")
+        return self.normalize(x.reshape(-1, self.config.d))
+
+    def encoder(self, x: Tensor) -> Tensor:
+        """Pre-activations (B, n) of normalised rows (B, d)."""
+        center = self.b_dec.detach()
+        # The second term is 0; it carries b_dec's gradient, (n,) -> (d,), where the one through
+        # x - b_dec would cost another product of (B, n) with (n, d).
+        bias = self.b_enc - self.W_enc @ (self.b_dec - center) if torch.is_grad_enabled() else self.b_enc
+        return F.linear(x - center, self.W_enc, bias)
+
+    def decoder(self, latents: Tensor) -> Tensor:
+        """Normalised reconstruction (B, d) of latents (B, n)."""
+        return torch.addmm(self.b_dec, latents, self.W_dec)
+
+    def inference_phase(self, hard: bool) -> Phase:
+        return Phase(alpha=self.config.alpha, k_target=self.config.k, hard=hard)
+
+    def forward(self, x: Tensor, phase: Phase | None = None) -> Output:
+        """Reconstruct x (..., d).
+
+        Args:
+            x: activations of any float dtype; the arithmetic is float32 (autocast apart).
+            phase: the moment of training; None is inference: hard selection, the final alpha.
+
+        Raises:
+            TypeError, ValueError: x is no float tensor, has another width or is on another device.
+        """
+        rows = self.rows(x)
+        phase = phase or self.inference_phase(hard=True)
+        selection = self.selector(self, rows, self.encoder(rows), phase)
+        reconstruction = self.decoder(selection.latents)
+        terms = {"reconstruction": losses.reconstruction(rows, reconstruction)}
+        terms |= self.selector.loss_terms(self, rows, selection, phase)
+        lead = x.shape[:-1]
+        return Output(
+            self.denormalize(reconstruction).reshape(x.shape).to(x.dtype),
+            selection.latents.reshape(*lead, self.config.n),
+            selection.k_hat.reshape(lead),
+            terms,
+        )
+
+    def auxk_loss(self, x: Tensor, x_hat: Tensor, dead: Tensor) -> Tensor:
+        """AuxK for x, x_hat (B, d) in input units and the indices (n_dead,) of the dead latents."""
+        rows = self.normalize(x)
+        pre = F.linear(rows - self.b_dec.detach(), self.W_enc[dead], self.b_enc[dead])
+        return losses.auxk(rows - self.normalize(x_hat), pre, self.W_dec[dead])
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """W_enc (x' - b_dec) + b_enc, before ReLU and selection: (..., d) -> (..., n)."""
+        return self.encoder(self.rows(x)).reshape(*x.shape[:-1], self.config.n)
+
+    def encode(self, x: Tensor, hard: bool = True) -> Tensor:
+        """Latents (..., n) of x (..., d); hard=False gates softly, at the final alpha."""
+        rows = self.rows(x)
+        selection = self.selector(self, rows, self.encoder(rows), self.inference_phase(hard))
+        return selection.latents.reshape(*x.shape[:-1], self.config.n)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Reconstruction (..., d), in input units, of latents (..., n)."""
+        if latents.shape[-1:] != (self.config.n,):
+            raise ValueError(f"latents of shape {tuple(latents.shape)} must end in n={self.config.n}")
+        x_hat = self.denormalize(self.decoder(latents.reshape(-1, self.config.n)))
+        return x_hat.reshape(*latents.shape[:-1], self.config.d)
+
+    @torch.no_grad()
+    def normalize_decoder(self):
+        """Scale every row of W_dec to unit norm."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+
+    @torch.no_grad()
+    def project_decoder_gradient(self):
+        """Remove from W_dec's gradient what is parallel to each row, which has unit norm."""
+        gradient = self.W_dec.grad
+        parallel = (gradient * self.W_dec).sum(1, keepdim=True)
+        gradient.addcmul_(self.W_dec, parallel, value=-1)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the weights and the configuration; returns the file.
+
+        A path that ends in .safetensors is that file; any other is a folder, which gets
+        sae.safetensors and, for the reader, config.json. Written to a temporary name, then renamed.
+        """
+        path = Path(path)
+        config = dataclasses.asdict(self.config)
+        file = path if path.suffix == ".safetensors" else path / "sae.safetensors"
+        checkpoint.write(file, dict(self.state_dict()), {"format": FORMAT, "config": config})
+        if file != path:
+            checkpoint.write_json(path / "config.json", config)
+        return file
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
+    """The autoencoder saved at a path: a folder with sae.safetensors, or the file itself.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, not one of ours, or lacks parameters; the message names it.
+    """
+    path = Path(path)
+    file = path / "sae.safetensors" if path.is_dir() else path
+    tensors, header = checkpoint.read(file, FORMAT)
+    sae = checkpoint.parse(file, lambda: SparseAutoencoder(config_from(header["config"])))
+    checkpoint.fill(file, sae, tensors)
+    return sae.to(device).eval()
+
+
+def config_from(values: dict) -> AutoencoderConfig:
+    """The configuration from dataclasses.asdict's form."""
+    return AutoencoderConfig(**{**values, "estimator": EstimatorConfig(**values["estimator"])})
+
+
+def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point (d,) with the smallest summed distance to x (N, d), by Weiszfeld's iteration.
+
+    It ends when a step is below `tolerance` times the median distance.
+    """
+    median = x.mean(0)
+    for _ in range(iterations):
+        distance = (x - median).norm(dim=1)
+        weight = 1 / distance.clamp(min=1e-12 + 1e-9 * distance.max())
+        moved = (weight @ x) / weight.sum()
+        if (moved - median).norm() <= tolerance * distance.median():
+            return moved
+        median = moved
+    return median

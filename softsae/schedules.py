@@ -1,0 +1,53 @@
+"""What changes with the step: learning rate, target of the mean k_hat, alpha, soft or hard phase."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from softsae.config import RunConfig
+
+
+class Phase(NamedTuple):
+    """What the autoencoder has to know about the moment of training.
+
+    alpha: scale of the soft selection. k_target: target of the mean k_hat. hard: whether the
+    round(k_hat) largest are selected. learns: "all", "frozen_estimator" or "decoder" (only the
+    decoder learns). softplus_beta: of the budget loss.
+    """
+
+    alpha: float
+    k_target: float
+    hard: bool
+    learns: str = "all"
+    softplus_beta: float = 5.0
+
+
+class Schedule:
+    """The phase and the learning rate of every step 0 ... steps - 1 of a resolved configuration."""
+
+    def __init__(self, config: RunConfig):
+        self.autoencoder, self.train = config.autoencoder, config.train
+
+    def phase(self, step: int) -> Phase:
+        model, train = self.autoencoder, self.train
+        hard = step >= train.steps - train.hard_steps
+        return Phase(
+            alpha=linear(step, train.alpha_anneal_steps, train.alpha_start, model.alpha),
+            k_target=linear(step, train.k_anneal_steps, model.d, model.k),
+            hard=hard,
+            learns=train.hard_phase if hard else "all",
+            softplus_beta=train.softplus_beta,
+        )
+
+    def lr(self, step: int) -> float:
+        """Linear warm-up over warmup_steps, constant, from decay_from * steps linear to 0."""
+        train = self.train
+        rise = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
+        start = train.decay_from * train.steps
+        fall = (train.steps - step) / (train.steps - start) if step > start else 1.0
+        return train.lr * min(rise, fall)
+
+
+def linear(step: int, steps: int, start: float, final: float) -> float:
+    """From start at step 0 to final at step `steps`; final at once where steps is 0."""
+    return final if step >= steps else start + (final - start) * (step / steps)

@@ -1,0 +1,57 @@
+"""The contract of a selection rule: from pre-activations to latents, and its own loss terms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from softsae.config import AutoencoderConfig
+from softsae.schedules import Phase
+
+if TYPE_CHECKING:
+    from softsae.autoencoder import SparseAutoencoder
+
+
+class Selection(NamedTuple):
+    """latents (B, n): activations times their gates. k_hat (B,): the float32 budget of each row."""
+
+    latents: Tensor
+    k_hat: Tensor
+
+
+class Selector(nn.Module):
+    """encoder -> selector -> decoder. A new rule is one file with one subclass.
+
+    What it learns or keeps (estimators, thresholds) are parameters and buffers of the module.
+    """
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, sae: SparseAutoencoder, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
+        """Select.
+
+        Args:
+            sae: the autoencoder, for its weights.
+            x: normalised input (B, d).
+            pre: pre-activations (B, n), before the ReLU; may be overwritten.
+            phase: alpha, target and whether the selection is hard.
+        """
+        raise NotImplementedError
+
+    def loss_terms(
+        self, sae: SparseAutoencoder, x: Tensor, selection: Selection, phase: Phase
+    ) -> dict[str, Tensor]:
+        """The rule's own loss terms by name, before weighting; x (B, d) is normalised."""
+        return {}
+
+    @torch.no_grad()
+    def initialize(self, W_enc: Tensor, generator: torch.Generator):
+        """Set the rule's own parameters, given the encoder's initial weights (n, d)."""
+
+    def estimator_parameters(self) -> list[nn.Parameter]:
+        """Parameters with a learning rate and a clip of their own."""
+        return []

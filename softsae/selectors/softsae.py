@@ -1,0 +1,82 @@
+"""SoftSAE (arXiv 2605.06610): the k_hat(x) largest activations, k_hat learned through soft top-k.
+
+Soft phase: latents = a * p, p = soft_topk(a, k_hat, alpha), a = relu(pre). Hard phase and
+inference: the round(k_hat) largest. At alpha = 1e-4 the gradient of p to the activations is
+thousands of times that of the reconstruction and, under a common clip, the dictionary is not
+learned; so by default the selection's gradient reaches k_hat only (`selection_gradient`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from softsae.config import AutoencoderConfig
+from softsae.k_estimator import KEstimator
+from softsae.losses import budget
+from softsae.schedules import Phase
+from softsae.selectors.contract import Selection, Selector
+from softtopk import hard_topk, soft_topk
+
+BELOW_ACTIVE = math.nextafter(2.0**-24, 0.0)  # a gate of at least 2^-24 counts as active
+
+
+class SoftSAE(Selector):
+    """latents = a * soft_topk(a, k_hat, alpha), or a * hard_topk(a, k_hat)."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__(config)
+        self.estimator = KEstimator(config)
+
+    def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
+        a = torch.relu_(pre)  # [B, n]
+        learns = torch.is_grad_enabled() and phase.learns == "all"
+        with torch.set_grad_enabled(learns):
+            k_hat = self.estimator(x, sae.b_dec)  # [B]
+        if phase.hard and not learns:
+            latents = a * self.hard_mask(a, k_hat)
+            return Selection(latents.detach() if phase.learns == "decoder" else latents, k_hat)
+        p = soft_topk(self.routed(a), k_hat, phase.alpha)
+        with torch.no_grad():  # the gradient of p is not touched by what its value is set to
+            if phase.hard:
+                p.copy_(self.hard_mask(a, k_hat))
+            else:
+                torch.threshold_(p, BELOW_ACTIVE, 0.0)
+        return Selection(a * p, k_hat)
+
+    def routed(self, a: Tensor) -> Tensor:
+        """a, with as much of the selection's gradient as selection_gradient lets through."""
+        share = self.config.selection_gradient
+        if share == "all":
+            return a
+        return a.detach() if share == "k" or share == 0 else ScaleGradient.apply(a, share)
+
+    def hard_mask(self, a: Tensor, k_hat: Tensor) -> Tensor:
+        k_hat = k_hat.detach()
+        return hard_topk(a.detach(), k_hat.floor() if self.config.rounding == "floor" else k_hat)
+
+    def loss_terms(self, sae, x: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
+        if phase.learns != "all":
+            return {}
+        return {"budget": budget(selection.k_hat, phase.k_target, phase.softplus_beta)}
+
+    def initialize(self, W_enc: Tensor, generator: torch.Generator):
+        self.estimator.initialize(W_enc, generator)
+
+    def estimator_parameters(self) -> list[nn.Parameter]:
+        return list(self.estimator.parameters())
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity, with the gradient multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx, a, scale):
+        ctx.scale = scale
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.scale, None

@@ -1,0 +1,373 @@
+"""Training: the steps, the metrics, the checkpoints, and going on after an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from softsae import checkpoint, metrics
+from softsae.activations import as_source
+from softsae.autoencoder import SparseAutoencoder
+from softsae.config import AutoencoderConfig, RunConfig, TrainConfig, difference, resolve, square_norm
+from softsae.losses import DeadLatents
+from softsae.schedules import Schedule
+
+FORMAT = "softsae checkpoint 1"
+INITIAL_SAMPLES = 8192  # that normalisation and geometric median are taken from, in whole batches
+FREE_FIELDS = ("device", "checkpoint_every", "log_every", "eval_every")  # may change when resuming
+
+
+class NonFiniteActivations(ValueError):
+    """Activations hold NaN or infinity; the message says where."""
+
+
+class Trainer:
+    """Trains a sparse autoencoder on a source of activations.
+
+    Args:
+        config: a RunConfig, or an AutoencoderConfig followed by a TrainConfig.
+        out: the run's folder: config.json, metrics.jsonl, checkpoint.safetensors while it runs, and
+            at the end sae/ (`softsae.load`). None keeps everything in memory.
+        callbacks: called as callback(trainer, record) with every line of metrics.
+        progress: show a progress bar.
+
+    Attributes: sae, the autoencoder; step, the number of steps done; config, resolved at `fit`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig | AutoencoderConfig,
+        train: TrainConfig | None = None,
+        *,
+        out: str | Path | None = None,
+        callbacks: Iterable[Callable[[Trainer, dict], None]] = (),
+        progress: bool = True,
+    ):
+        if isinstance(config, AutoencoderConfig):
+            config = RunConfig(config, train or TrainConfig())
+        elif train is not None:
+            raise ValueError("train is part of a RunConfig already: give one of them")
+        self.config = config
+        self.out = None if out is None else Path(out)
+        self.callbacks = tuple(callbacks)
+        self.progress = progress
+        self.step = 0
+        self.consumed = 0  # batches of the source, where each starts being a matter of its own
+        self.sae: SparseAutoencoder | None = None
+
+    def fit(self, source, held_out=None) -> SparseAutoencoder:
+        """Train to the last step; where `out` holds a checkpoint of this configuration, from there.
+
+        Args:
+            source: a tensor (samples, d), an iterable of tensors, an .npy file, a folder of shards,
+                or a source (softsae/activations).
+            held_out: tensors or a re-iterable of batches (B, d) to evaluate on, as eval_every says.
+
+        Returns the autoencoder, in eval mode.
+
+        Raises:
+            ValueError: contradicting configuration, a checkpoint of another one (names the field),
+                a source that ends early.
+            NonFiniteActivations: NaN or infinity in the activations, with nonfinite="refuse".
+            KeyboardInterrupt: after Ctrl-C, once the step is done and a checkpoint is written.
+        """
+        source = as_source(source)
+        self.step = self.consumed = 0
+        self.config = resolve(self.config, source.d)
+        self.held_out = [held_out] if isinstance(held_out, Tensor) else held_out
+        train = self.config.train
+        self.device = pick_device(train.device)
+        self.schedule = Schedule(self.config)
+        self.sae = SparseAutoencoder(self.config.autoencoder, seed=train.seed).to(self.device).train()
+        self.dead = DeadLatents(self.config.autoencoder.n, train.dead_after).to(self.device)
+        self.optimizer = self.make_optimizer()
+        resumed = self.resume()
+        batches = self.batches(source)
+        if not resumed:
+            batches = self.initialize(batches)
+            if self.out is not None:
+                checkpoint.write_json(self.out / "config.json", dataclasses.asdict(self.config))
+        try:
+            with Interruption() as interruption:
+                self.loop(batches, interruption)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self.leave_checkpoint()) from None
+        self.sae.eval()
+        if self.out is not None:
+            self.sae.save(self.out / "sae")
+        return self.sae
+
+    def make_optimizer(self) -> torch.optim.Adam:
+        """Adam over two groups: the autoencoder's parameters and the estimator's."""
+        train = self.config.train
+        estimator = self.sae.selector.estimator_parameters()
+        known = {id(p) for p in estimator}
+        own = [p for p in self.sae.parameters() if id(p) not in known]
+        groups = [{"params": own, "multiplier": 1.0}]
+        if estimator:
+            groups.append({"params": estimator, "multiplier": train.estimator_lr_multiplier})
+        return torch.optim.Adam(groups, lr=train.lr, betas=(train.adam_beta1, train.adam_beta2), fused=True)
+
+    def initialize(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Normalisation and b_dec from the first batches, which are then trained on as well."""
+        train = self.config.train
+        count = min(math.ceil(INITIAL_SAMPLES / train.batch_size), train.steps)
+        iterator = iter(batches)
+        consumed, first = self.consumed, []
+        for batch in iterator:
+            first.append((batch, self.consumed))
+            if len(first) == count:
+                break
+        if not first:
+            raise ValueError("the source yields no batch")
+        self.sae.initialize(torch.cat([batch for batch, _ in first]))
+        self.consumed = consumed
+
+        def replay():
+            for batch, after in first:
+                self.consumed = after
+                yield batch
+
+        return chain(replay(), iterator)
+
+    def batches(self, source) -> Iterable[Tensor]:
+        """The source's batches from where the run is, checked, on the device; counts `consumed`."""
+        train = self.config.train
+        for batch in source.batches(train.batch_size, train.seed, self.consumed):
+            batch = self.finite(batch, source)
+            self.consumed += 1
+            if len(batch):
+                yield batch.to(self.device, torch.float32, non_blocking=True)
+
+    def finite(self, batch: Tensor, source) -> Tensor:
+        """The batch without the rows that hold NaN or infinity, if they may be skipped."""
+        good = batch.isfinite().all(1)
+        if good.all():
+            return batch
+        rows = (~good).nonzero().squeeze(1).tolist()
+        listed = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        where = f"activations hold NaN or infinity in batch {self.consumed}, rows {listed}"
+        if hasattr(source, "locate"):  # stored activations know where on the disk that is
+            first = source.locate(len(batch), self.config.train.seed, self.consumed, rows[0])
+            where += f"; the first is {first}"
+        if self.config.train.nonfinite == "refuse":
+            raise NonFiniteActivations(f"{where}; nonfinite='skip' leaves such samples out")
+        self.record({"event": "nonfinite", "step": self.step, "batch": self.consumed, "rows": rows})
+        tqdm.write(f"skipped: {where}")
+        return batch[good]
+
+    def loop(self, batches: Iterable[Tensor], interruption: Interruption):
+        train = self.config.train
+        clock = time.perf_counter(), self.step
+        bar = tqdm(total=train.steps, initial=self.step, disable=None if self.progress else True, unit="step")
+        with bar:
+            for batch in batches if self.step < train.steps else ():
+                logged = (self.step + 1) % train.log_every == 0 or self.step + 1 == train.steps
+                record = self.train_step(batch, logged)
+                self.step += 1
+                bar.update()
+                if logged:
+                    now = time.perf_counter()
+                    rate = (self.step - clock[1]) * train.batch_size / (now - clock[0])
+                    record = {name: scalar(value) for name, value in record.items()}
+                    record["samples_per_second"] = round(rate, 1)
+                    bar.set_postfix(ev=f"{record['explained_variance']:.3f}", l0=f"{record['l0']:.1f}")
+                    self.record(record)
+                    clock = time.perf_counter(), self.step
+                last = self.step == train.steps
+                if self.held_out is not None and (last or due(self.step, train.eval_every)):
+                    held_out = metrics.evaluate(self.sae, self.held_out)
+                    self.record({"event": "eval", "step": self.step, **held_out})
+                if self.out is not None and (last or due(self.step, train.checkpoint_every)):
+                    self.save_checkpoint()
+                if last:
+                    return
+                interruption.raise_if_asked()
+        if self.step < train.steps:
+            raise ValueError(f"the source ended after step {self.step} of {train.steps}")
+
+    def train_step(self, x: Tensor, logged: bool) -> dict:
+        """One step on x (B, d); what it measured, as scalars on the device, when logged."""
+        sae, train = self.sae, self.config.train
+        phase = self.schedule.phase(self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=train.dtype == "bfloat16"):
+            out = sae(x, phase)
+            terms = dict(out.losses)
+            if train.auxk_weight and len(dead := self.dead.refresh(self.step)):
+                terms["auxk"] = sae.auxk_loss(x, out.x_hat, dead)
+        auxk_weight = train.auxk_weight * square_norm(self.config.autoencoder)
+        weights = {"budget": train.budget_weight, "auxk": auxk_weight}
+        loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        sae.project_decoder_gradient()
+        norms = self.clip()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(self.step) * group["multiplier"]
+        self.optimizer.step()
+        sae.normalize_decoder()
+        latents = out.latents.detach()
+        self.dead.update(latents, len(x))
+        if not logged:
+            return {}
+        if train.count_logged_twice:
+            self.dead.update(latents, len(x))
+        k_hat = out.k_hat.detach()
+        return {
+            "step": self.step + 1,
+            "loss": loss,
+            **{f"loss_{name}": term for name, term in terms.items()},
+            "explained_variance": metrics.explained_variance(x, out.x_hat.detach()),
+            "l0": (latents != 0).sum() / len(x),
+            "k_hat_mean": k_hat.mean(),
+            "k_hat_sd": k_hat.std(correction=0),
+            "k_target": phase.k_target,
+            "alpha": phase.alpha,
+            "hard": phase.hard,
+            "lr": self.schedule.lr(self.step),
+            "dead_latents": self.dead.count(),
+            **norms,
+        }
+
+    def clip(self) -> dict[str, Tensor]:
+        """Clip the gradients, the estimator's apart or with the others; the norms before."""
+        train = self.config.train
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        if train.clip == "global":
+            groups = [[p for group in groups for p in group]]
+        limits = (train.clip_norm, train.estimator_clip_norm)
+        names = ("grad_norm", "estimator_grad_norm")
+        return {
+            name: torch.nn.utils.clip_grad_norm_(group, limit)
+            for name, group, limit in zip(names, groups, limits, strict=False)
+        }
+
+    def record(self, line: dict):
+        """Append a line of metrics and tell the callbacks."""
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        for callback in self.callbacks:
+            callback(self, line)
+
+    @property
+    def checkpoint_file(self) -> Path:
+        return self.out / "checkpoint.safetensors"
+
+    def save_checkpoint(self):
+        """Everything that the following steps depend on, in one file."""
+        parameters = dict(self.sae.named_parameters())
+        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        tensors |= {f"dead.{name}": value for name, value in self.dead.state_dict().items()}
+        for name, parameter in parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"adam.{key}.{name}"] = value
+        tensors |= checkpoint.rng_state()
+        header = {
+            "format": FORMAT,
+            "config": dataclasses.asdict(self.config),
+            "step": self.step,
+            "consumed": self.consumed,
+        }
+        checkpoint.write(self.checkpoint_file, tensors, header)
+
+    def resume(self) -> bool:
+        """Go back to the checkpoint in `out`, if there is one."""
+        if self.out is None or not self.checkpoint_file.exists():
+            return False
+        file = self.checkpoint_file
+        tensors, header = checkpoint.read(file, FORMAT)
+        if found := difference(comparable(header["config"]), comparable(dataclasses.asdict(self.config))):
+            raise ValueError(f"{file} is from another configuration; they differ in {found}")
+        checkpoint.fill(file, self.sae, part(tensors, "sae."))
+        checkpoint.fill(file, self.dead, part(tensors, "dead."))
+        for name, parameter in self.sae.named_parameters():
+            state = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if all(value is not None for value in state.values()):
+                step = state.pop("step")
+                moments = {key: value.to(self.device) for key, value in state.items()}
+                fused_on = self.device if self.device.type == "cuda" else "cpu"
+                self.optimizer.state[parameter] = {"step": step.to(fused_on), **moments}
+        checkpoint.restore_rng(tensors)
+        self.step, self.consumed = header["step"], header["consumed"]
+        self.forget_metrics_after(self.step)
+        return True
+
+    def forget_metrics_after(self, step: int):
+        """Drop the lines of steps that will be done again."""
+        file = self.out / "metrics.jsonl"
+        if file.exists():
+            lines = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            file.write_text("".join(line + "\n" for line in lines))
+
+    def leave_checkpoint(self) -> str:
+        """Save on interruption; what to tell the user."""
+        where = f"interrupted after step {self.step} of {self.config.train.steps}"
+        if self.out is None:
+            return f"{where}; nothing was saved, because the trainer has no output folder"
+        self.save_checkpoint()
+        return f"{where}; {self.checkpoint_file} holds it: run the same again with out={self.out} to go on"
+
+
+class Interruption:
+    """Within it, Ctrl-C waits for the end of the step; a second Ctrl-C does not."""
+
+    def __enter__(self) -> Interruption:
+        self.asked = False
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main:
+            self.previous = signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def __exit__(self, *_):
+        if self.main:
+            signal.signal(signal.SIGINT, self.previous)
+
+    def ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, self.previous)
+
+    def raise_if_asked(self):
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+def pick_device(name: str) -> torch.device:
+    """The named device; "auto" is cuda where there is one. ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def comparable(config: dict) -> dict:
+    train = {name: value for name, value in config["train"].items() if name not in FREE_FIELDS}
+    return {**config, "train": train}
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def scalar(value):
+    return value.item() if isinstance(value, Tensor) else value

@@ -1,0 +1,168 @@
+"""Selection rules against formulas written independently, and where their gradients go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from softsae import AutoencoderConfig, EstimatorConfig, SparseAutoencoder
+from softsae.schedules import Phase
+
+D, N, B = 12, 40, 9
+SOFT = Phase(alpha=0.05, k_target=5.0, hard=False)
+HARD = SOFT._replace(hard=True)
+
+
+def autoencoder(**fields) -> SparseAutoencoder:
+    sae = SparseAutoencoder(AutoencoderConfig(**{"d": D, "n": N, "k": 5.0, **fields}), seed=1)
+    with torch.no_grad():
+        sae.b_enc.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(2))
+        sae.b_dec.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(3))
+    return sae
+
+
+def samples(count: int = B) -> torch.Tensor:
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(0))
+
+
+def laplace_gates(a: torch.Tensor, k: float, alpha: float) -> torch.Tensor:
+    """Soft top-k of one row by bisection on the threshold, in float64."""
+    a = a.double()
+
+    def gates(b):
+        t = (a - b) / alpha
+        return torch.where(t <= 0, torch.exp(t.clamp(max=0)) / 2, 1 - torch.exp(-t.clamp(min=0)) / 2)
+
+    low, high = a.min().item() - 100 * alpha, a.max().item() + 100 * alpha
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gates(middle).sum() > k else (low, middle)
+    return gates(low)
+
+
+def rounded(k: torch.Tensor) -> list[int]:
+    return [int(value + 0.5) for value in k.tolist()]
+
+
+def keep_largest(a: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    kept = torch.zeros_like(a)
+    for row, count in enumerate(counts):
+        chosen = sorted(range(a.shape[1]), key=lambda i: (-a[row, i].item(), i))[:count]
+        kept[row, chosen] = a[row, chosen]
+    return kept
+
+
+def test_topk_keeps_the_k_largest():
+    sae = autoencoder(architecture="topk", k=5)
+    x = samples()
+    a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()
+    torch.testing.assert_close(sae.encode(x), keep_largest(a, [5] * B), rtol=1e-5, atol=1e-6)
+
+
+def test_softsae_soft_latents_are_activations_times_laplace_gates():
+    sae = autoencoder()
+    x = samples()
+    out = sae(x, SOFT)
+    a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()
+    gates = torch.stack([laplace_gates(a[i], out.k_hat[i].item(), SOFT.alpha) for i in range(B)])
+    torch.testing.assert_close(out.latents.double(), a.double() * gates, rtol=1e-4, atol=1e-5)
+
+
+def test_gates_below_two_to_the_minus_24_do_not_count_as_active():
+    sae = autoencoder()
+    phase = SOFT._replace(alpha=0.01)
+    x = samples()
+    out = sae(x, phase)
+    a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()
+    gates = torch.stack([laplace_gates(a[i], out.k_hat[i].item(), phase.alpha) for i in range(B)])
+    clear = (gates / 2**-24).log().abs() > 0.01
+    active = (gates >= 2**-24) & (a > 0)
+    assert torch.equal((out.latents != 0)[clear], active[clear])
+    assert 0 < (gates[~active & (a > 0)] > 0).sum()  # some are there to be dropped
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "floor"])
+def test_softsae_hard_latents_are_the_round_k_hat_largest(rounding):
+    sae = autoencoder(rounding=rounding, k_max=20.0)
+    with torch.no_grad():
+        sae.selector.estimator.w2.mul_(4)
+    x = samples()
+    out = sae(x)
+    counts = rounded(out.k_hat) if rounding == "nearest" else [int(k) for k in out.k_hat.tolist()]
+    assert len(set(counts)) > 2
+    a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()
+    torch.testing.assert_close(out.latents, keep_largest(a, counts), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sae.encode(x), out.latents)
+    torch.testing.assert_close(sae(x, HARD).latents, out.latents)
+
+
+def gradients(share, phase=SOFT, **fields):
+    """Gradients of the reconstruction error to W_enc and w2."""
+    sae = autoencoder(selection_gradient=share, **fields)
+    sae(samples(), phase).losses["reconstruction"].backward()
+    return sae.W_enc.grad, sae.selector.estimator.w2.grad
+
+
+def through_kept_values():
+    """The same to W_enc with the gates as constants: f = a * gate."""
+    sae = autoencoder()
+    x = samples()
+    with torch.no_grad():
+        out = sae(x, SOFT)
+        a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+        gates = torch.where(a > 0, out.latents / a, 0)
+    a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+    (((a * gates) @ sae.W_dec + sae.b_dec - x) ** 2).sum(1).mean().backward()
+    return sae.W_enc.grad
+
+
+def test_selection_gradient_to_k_leaves_the_encoder_only_the_kept_values():
+    to_encoder, to_estimator = gradients("k")
+    torch.testing.assert_close(to_encoder, through_kept_values(), rtol=1e-4, atol=1e-5)
+    assert to_estimator.abs().max() > 1e-3
+
+
+def test_selection_gradient_all_is_the_derivative_of_the_soft_reconstruction():
+    sae = autoencoder(selection_gradient="all", estimator=EstimatorConfig(moves_b_dec=True)).double()
+    x = samples().double()
+    sae(x, SOFT).losses["reconstruction"].backward()
+    for parameter in (sae.W_enc, sae.b_dec, sae.b_enc, sae.selector.estimator.w2, sae.selector.estimator.W):
+        index = tuple(i // 2 for i in parameter.shape)
+        with torch.no_grad():
+            values = []
+            for step in (1e-6, -1e-6):
+                parameter[index] += step
+                values.append(((sae(x, SOFT).x_hat - x) ** 2).sum(1).mean().item())
+                parameter[index] -= step
+        numeric = (values[0] - values[1]) / 2e-6
+        assert parameter.grad[index].item() == pytest.approx(numeric, rel=2e-3, abs=1e-6)
+
+
+def test_selection_gradient_as_a_number_interpolates():
+    to_k, to_all = gradients("k"), gradients("all")
+    quarter = gradients(0.25)
+    torch.testing.assert_close(quarter[0], 0.75 * to_k[0] + 0.25 * to_all[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(quarter[1], to_k[1])
+    assert (to_all[0] - to_k[0]).abs().max() > 1e-2
+
+
+def test_hard_phase_all_trains_kept_values_and_estimator():
+    to_encoder, to_estimator = gradients("k", HARD)
+    assert to_estimator.abs().max() > 1e-3
+    sae = autoencoder()
+    x = samples()
+    mask = sae.encode(x).detach() != 0
+    a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+    (((a * mask) @ sae.W_dec + sae.b_dec - x) ** 2).sum(1).mean().backward()
+    torch.testing.assert_close(to_encoder, sae.W_enc.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_hard_phase_frozen_estimator_and_decoder_only():
+    for learns, encoder_learns in (("frozen_estimator", True), ("decoder", False)):
+        sae = autoencoder()
+        out = sae(samples(), HARD._replace(learns=learns))
+        assert "budget" not in out.losses
+        sum(out.losses.values()).backward()
+        assert all(p.grad is None for p in sae.selector.parameters())
+        assert (sae.W_enc.grad is not None and sae.W_enc.grad.abs().max() > 0) == encoder_learns
+        assert sae.W_dec.grad.abs().max() > 0
