@@ -62,4 +62,7 @@ if __name__ == "__main__":
     for kernel, arrays in KERNELS.items():
         for case in CASES:
             binary = compile_kernel(kernel, arrays, *case)
+            # A global that is not equal to itself, a NaN, would fail every launch but the first.
+            names = [name for (name, _), (value, _) in kernel.used_global_vals.items() if value != value]
+            assert not names, f"{kernel.fn.__name__} uses globals that compare unequal: {names}"
             print(kernel.fn.__name__, *case, len(binary.asm["cubin"]), "bytes", flush=True)

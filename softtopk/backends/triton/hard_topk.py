@@ -17,7 +17,6 @@ from softtopk.backends.triton import launch
 from softtopk.backends.triton.solve import INF, chunk, count_search, per_row, read, statistics
 
 
-
 @triton.jit
 def last_selected(
     tile, pointer, n, step, k, cap,

@@ -26,7 +26,6 @@ from softtopk.backends.triton.solve import (
 )
 
 
-
 @triton.jit(do_not_specialize=["k_bits", "alpha_bits"])
 def forward_kernel(
     x, x_stride, x_step, k, k_stride, k_bits: tl.int64, alpha, alpha_stride, alpha_bits: tl.int64,
@@ -37,10 +36,10 @@ def forward_kernel(
     pointer = x + row * x_stride
     tile = read(pointer, 0, n, x_step, LARGEST, BLOCK, T)
     budget = per_row(k, k_stride, k_bits, row)
-    a = per_row(alpha, alpha_stride, alpha_bits, row).to(T)
-    scale, rate = exponent(a)
+    a = per_row(alpha, alpha_stride, alpha_bits, row)
+    scale, rate = exponent(a, T)
     r_A, r_B, P, Q, D = solve(
-        tile, pointer, n, x_step, budget, a, scale, rate, LARGEST, CHUNKS, BLOCK
+        tile, pointer, n, x_step, budget, a.to(T), scale, rate, LARGEST, CHUNKS, BLOCK
     )
     out = solution + row * 5
     tl.store(out, r_A)
@@ -96,8 +95,8 @@ def backward_kernel(
     P = tl.load(solution + row * 5 + 2)
     Q = tl.load(solution + row * 5 + 3)
     D = tl.load(solution + row * 5 + 4)
-    a = per_row(alpha, alpha_stride, alpha_bits, row).to(T)
-    scale, rate = exponent(a)
+    a = per_row(alpha, alpha_stride, alpha_bits, row)
+    scale, rate = exponent(a, T)
     R, q_A, q_B = densities(r_A, r_B, P, Q, D, a)
 
     # The largest q is at r_A or r_B; the pivot is the first such element. Without one, v = 0 will do.
@@ -113,7 +112,7 @@ def backward_kernel(
     x_pivot = tl.where(q_A >= q_B, r_A, r_B)
 
     # t is in units of alpha ln 2: the base of `rate`.
-    inverse = (LN_2 * rate) * scale  # 1 / alpha
+    slope = rate * LN_2  # 1 / alpha = scale * slope, which as one number may overflow
     mean_v = tl.zeros((), T)
     mean_t = tl.zeros((), T)
     for start in range(0, CHUNKS * BLOCK, BLOCK):
@@ -131,7 +130,7 @@ def backward_kernel(
         dv = tl.where(q == 0, 0, incoming - v_pivot - mean_v)
         dt = tl.where(q == 0, 0, (values - x_pivot) * scale * rate - mean_t)
         covariance += tl.sum(q * dt * dv)
-        gradient = tl.where(R == 0, 0, (q * R) * inverse * dv)
+        gradient = tl.where(R == 0, 0, (q * R * scale) * (dv * slope))
         if not LARGEST:
             gradient = -gradient
         gradient = tl.where(D == D, gradient, float("nan"))
@@ -140,7 +139,7 @@ def backward_kernel(
 
     bound = (P == 0) & (Q == 0)  # k outside its range, or no finite element
     to_k = tl.where(bound, 0, v_pivot + mean_v)
-    to_alpha = tl.where(R == 0, 0, -(R * covariance) * LN_2 * inverse)
+    to_alpha = tl.where(R == 0, 0, -(R * scale) * (covariance * LN_2 * slope))
     tl.store(grad_k + row, tl.where(D == D, to_k, float("nan")))
     tl.store(grad_alpha + row, tl.where(D == D, to_alpha, float("nan")))
 

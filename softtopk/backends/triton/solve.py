@@ -204,11 +204,14 @@ def count_search(
 
 
 @triton.jit
-def exponent(alpha):
-    """(scale, rate): exp(-d / alpha) = exp2(-d * scale * rate) for every positive finite alpha."""
-    big = 2.0**512 if alpha.dtype == tl.float64 else 2.0**64
-    scale = tl.where(alpha < 1 / big, big, tl.where(alpha > big, 1 / big, 1.0)).to(alpha.dtype)
-    return scale, LOG2_E / (alpha * scale)
+def exponent(alpha, T: tl.constexpr):
+    """(scale, rate) in T: exp(-d / alpha) = exp2(-d * scale * rate) for every alpha > 0 that T holds.
+
+    alpha is float64 and the rate is rounded once: an exponent of 60 multiplies every rounding by 60.
+    """
+    big = 2.0**512 if T == tl.float64 else 2.0**64
+    scale = tl.where(alpha < 1 / big, big, tl.where(alpha > big, 1 / big, 1.0)).to(tl.float64)
+    return scale.to(T), (1.0 / (alpha * scale) * LOG2_E).to(T)
 
 
 @triton.jit
@@ -232,10 +235,10 @@ def masses(P, Q, D, half_gap):
 
 @triton.jit
 def densities(r_A, r_B, P, Q, D, alpha):
-    """R, q_A, q_B: q = q_A e above and q_B e below, and h = R q."""
+    """R, q_A, q_B: q = q_A e above and q_B e below, and h = R q; alpha in float64."""
     # The exponent in float64, its whole part apart: h and its gradients keep their last places
     # however wide the gap is.
-    t = (r_A.to(tl.float64) - r_B.to(tl.float64)) * (-0.5 * LOG2_E) / alpha.to(tl.float64)
+    t = (r_A.to(tl.float64) - r_B.to(tl.float64)) * (-0.5 * LOG2_E) / alpha
     t = tl.maximum(t, -2000.0)
     whole = tl.floor(t)
     half_gap = tl.exp2((t - whole).to(D.dtype)) * tl.exp2(whole.to(D.dtype))
