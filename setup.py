@@ -84,6 +84,7 @@ def ninja_file(module, nvcc, targets):
     cuda_flags = f"-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden {' '.join(map(gencode, targets))}"
     linker = f"{nvcc} -Xcompiler=-fopenmp" if nvcc else f"{cxx} {openmp}"
     lines = [
+        f"builddir = {BUILD}",
         "rule cxx",
         f"  command = {cxx} {flags} $extra {os.environ.get('CXXFLAGS', '')} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",

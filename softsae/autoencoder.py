@@ -133,7 +133,7 @@ class SparseAutoencoder(nn.Module):
         """
         rows = self.rows(x)
         phase = phase or self.inference_phase(hard=True)
-        selection = self.selector(self.encoder(rows), rows, self.b_dec, phase)
+        selection = self.selector(self, rows, self.encoder(rows), phase)
         reconstruction = self.decoder(selection.latents)
         terms = {"reconstruction": losses.reconstruction(rows, reconstruction)}
         terms |= self.selector.loss_terms(self, rows, selection, phase)
@@ -158,7 +158,7 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor, hard: bool = True) -> Tensor:
         """Latents (..., n) of x (..., d); hard=False gates softly, at the final alpha."""
         rows = self.rows(x)
-        selection = self.selector(self.encoder(rows), rows, self.b_dec, self.inference_phase(hard))
+        selection = self.selector(self, rows, self.encoder(rows), self.inference_phase(hard))
         return selection.latents.reshape(*x.shape[:-1], self.config.n)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -215,14 +215,17 @@ def config_from(values: dict) -> AutoencoderConfig:
     return AutoencoderConfig(**{**values, "estimator": EstimatorConfig(**values["estimator"])})
 
 
-def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-7) -> Tensor:
-    """The point (d,) with the smallest summed distance to x (N, d), by Weiszfeld's iteration."""
+def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point (d,) with the smallest summed distance to x (N, d), by Weiszfeld's iteration.
+
+    It ends when a step is below `tolerance` times the mean distance.
+    """
     median = x.mean(0)
     for _ in range(iterations):
         distance = (x - median).norm(dim=1)
         weight = 1 / distance.clamp(min=1e-12 + 1e-9 * distance.max())
         moved = (weight @ x) / weight.sum()
-        if (moved - median).norm() <= tolerance * moved.norm():
+        if (moved - median).norm() <= tolerance * distance.mean():
             return moved
         median = moved
     return median

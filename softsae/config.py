@@ -115,8 +115,9 @@ class TrainConfig:
     decay_from: float = 0.8
     """the fraction of the steps after which the learning rate falls linearly to 0"""
     adam_beta1: float = 0.9
-    """decay rates of Adam's two moments"""
+    """decay rate of Adam's first moment"""
     adam_beta2: float = 0.999
+    """decay rate of Adam's second moment"""
     clip: Literal["separate", "global"] | None = None
     """one 'global' norm for all gradients, as published, or the estimator's 'separate'"""
     clip_norm: float = 1.0
@@ -137,12 +138,12 @@ class TrainConfig:
     """what learns in them: 'all', all but the estimator ('frozen_estimator') or, as published,
     the 'decoder' only"""
     budget_weight: float | None = None
-    """weight of the budget loss; None is d / k for unit mean square, so that no latent can be worth
-    more than it costs (published: 1)"""
+    """weight of the budget loss; None is |x|^2 / k, with |x|^2 = d for unit mean square: the most a
+    latent can be worth in the mean, so that the target holds (published: 1)"""
     softplus_beta: float = 5.0
     """beta of the softplus in the budget loss"""
     auxk_weight: float = 1 / 32
-    """weight of AuxK; 0 leaves it out"""
+    """weight of AuxK relative to mean |x|^2, as the reconstruction loss is; 0 leaves it out"""
     dead_after: int | None = None
     """samples without activation after which a latent is dead; None is 5% of all, at most 10 million"""
     count_logged_twice: bool | None = None
@@ -259,7 +260,7 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
         alpha_anneal_steps=train.steps // 100,
         hard_steps=train.steps // (25 if as_published else 10),
         hard_phase="decoder" if as_published else "all",
-        budget_weight=1.0 if as_published else budget_weight(autoencoder),
+        budget_weight=1.0 if as_published else square_norm(autoencoder) / autoencoder.k,
         dead_after=max(1, min(10_000_000, samples // 20)),
         count_logged_twice=as_published,
     )
@@ -268,9 +269,9 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
     return dataclasses.replace(config, autoencoder=autoencoder, train=train)
 
 
-def budget_weight(config: AutoencoderConfig) -> float:
-    """The largest mean gain in squared error per active latent: |x|^2 / k in normalised units."""
-    return (1.0 if config.normalization == "unit_mean_norm" else config.d) / config.k
+def square_norm(config: AutoencoderConfig) -> float:
+    """Mean |x|^2 in normalised units: what the reconstruction loss is measured against."""
+    return 1.0 if config.normalization == "unit_mean_norm" else float(config.d)
 
 
 def fill(config, **values):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from softsae import checkpoint, metrics
 from softsae.activations import as_source
 from softsae.autoencoder import SparseAutoencoder
-from softsae.config import AutoencoderConfig, RunConfig, TrainConfig, difference, resolve
+from softsae.config import AutoencoderConfig, RunConfig, TrainConfig, difference, resolve, square_norm
 from softsae.losses import DeadLatents
 from softsae.schedules import Schedule
 
@@ -83,6 +83,7 @@ class Trainer:
             KeyboardInterrupt: after Ctrl-C, once the step is done and a checkpoint is written.
         """
         source = as_source(source)
+        self.step = self.consumed = 0
         self.config = resolve(self.config, source.d)
         self.held_out = [held_out] if isinstance(held_out, Tensor) else held_out
         train = self.config.train
@@ -169,7 +170,7 @@ class Trainer:
     def loop(self, batches: Iterable[Tensor], interruption: Interruption):
         train = self.config.train
         clock = time.perf_counter(), self.step
-        bar = tqdm(total=train.steps, initial=self.step, disable=not self.progress, unit="step")
+        bar = tqdm(total=train.steps, initial=self.step, disable=None if self.progress else True, unit="step")
         with bar:
             for batch in batches if self.step < train.steps else ():
                 logged = (self.step + 1) % train.log_every == 0 or self.step + 1 == train.steps
@@ -205,7 +206,8 @@ class Trainer:
             terms = dict(out.losses)
             if train.auxk_weight and len(dead := self.dead.refresh(self.step)):
                 terms["auxk"] = sae.auxk_loss(x, out.x_hat, dead)
-        weights = {"budget": train.budget_weight, "auxk": train.auxk_weight}
+        auxk_weight = train.auxk_weight * square_norm(self.config.autoencoder)
+        weights = {"budget": train.budget_weight, "auxk": auxk_weight}
         loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -74,26 +74,25 @@ class Search {
     const Split<T> split = sweeps_->split(row_, c);
     const int64_t count = split.count + collapsed_above_;
     const T r_A = std::min(split.r_A, upper_), r_B = std::max(split.r_B, lower_);
-    const bool last = r_A == hi_ && r_B == lo_;
     // Every element of A has p >= 1/2, every one of B p <= 1/2.
-    if (!last && count > 2 * k_) return rise(r_A, count, count), false;
-    if (!last && r_A < hi_ && most_ + count <= 2 * k_) return fall(r_A, count, count), false;
+    if (r_A < hi_ && count > 2 * k_) return rise(r_A, count, count), false;
+    if (r_A < hi_ && most_ + count <= 2 * k_) return fall(r_A, count, count), false;
 
     const Tails tails = sweeps_->tails(row_, scale_of(r_A, r_B, alpha_));
     const double alpha = alpha_, gap = (static_cast<double>(r_A) - r_B) / alpha;
     const double P = tails.P + weight(P_upper_, upper_, r_A);
     const double Q = tails.Q + weight(Q_lower_, r_B, lower_);
-    const double D = static_cast<double>(count) - k_;
+    const double D = static_cast<double>(count) - k_, g = std::exp(-gap);
     solution_ = {static_cast<double>(r_A), static_cast<double>(r_B), P, Q, D};
-    const double g = std::exp(-gap);
+    // An element that is known stays where it is: two trials can disagree about one whose t is
+    // within rounding of 0, and then either side gives the same p.
     const double at_A = D - P / 2 + Q * g / 2, at_B = D - P * g / 2 + Q / 2;
-    if (last) return true;
-    if (at_A > 0) {
+    if (at_A > 0 && r_A < hi_) {
       rise(r_A, count, k_ + at_A);
       step_ = closed_form_step(solution_, alpha, true);
       return false;
     }
-    if (at_B <= 0) {
+    if (at_B <= 0 && r_B > lo_) {
       fall(r_B, count + 1, k_ + at_B);
       step_ = closed_form_step(solution_, alpha, false);
       return false;

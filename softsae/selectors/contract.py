@@ -31,13 +31,13 @@ class Selector(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, pre: Tensor, x: Tensor, b_dec: Tensor, phase: Phase) -> Selection:
+    def forward(self, sae: SparseAutoencoder, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
         """Select.
 
         Args:
-            pre: pre-activations (B, n), before the ReLU; may be overwritten.
+            sae: the autoencoder, for its weights.
             x: normalised input (B, d).
-            b_dec: the decoder's bias (d,).
+            pre: pre-activations (B, n), before the ReLU; may be overwritten.
             phase: alpha, target and whether the selection is hard.
         """
         raise NotImplementedError

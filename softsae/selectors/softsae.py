@@ -30,11 +30,11 @@ class SoftSAE(Selector):
         super().__init__(config)
         self.estimator = KEstimator(config)
 
-    def forward(self, pre: Tensor, x: Tensor, b_dec: Tensor, phase: Phase) -> Selection:
+    def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
         a = torch.relu_(pre)  # [B, n]
         learns = torch.is_grad_enabled() and phase.learns == "all"
         with torch.set_grad_enabled(learns):
-            k_hat = self.estimator(x, b_dec)  # [B]
+            k_hat = self.estimator(x, sae.b_dec)  # [B]
         if phase.hard and not learns:
             latents = a * self.hard_mask(a, k_hat)
             return Selection(latents.detach() if phase.learns == "decoder" else latents, k_hat)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,8 @@ from softtopk import hard_topk
 class TopK(Selector):
     """latents = a * 1[a among the k largest of its row], a = relu(pre)."""
 
-    def forward(self, pre: Tensor, x: Tensor, b_dec: Tensor, phase: Phase) -> Selection:
+    def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
         a = torch.relu_(pre)  # [B, n]
-        latents = a * hard_topk(a.detach(), self.config.k)
-        return Selection(latents, torch.full(a.shape[:1], float(self.config.k), device=a.device))
+        k = math.floor(self.config.k + 0.5)
+        latents = a * hard_topk(a.detach(), k)
+        return Selection(latents, torch.full(a.shape[:1], float(k), device=a.device))

@@ -12,6 +12,15 @@ from softsae.activations.synthetic import SyntheticSource
 from softsae.metrics import dictionary_recovery, rank_correlation
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The products are small: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def trained(source, **fields):
     train = TrainConfig(steps=400, batch_size=512, device="cpu")
     return Trainer(AutoencoderConfig(n=256, **fields), train, progress=False).fit(source)

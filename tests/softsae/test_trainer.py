@@ -226,6 +226,12 @@ def test_estimator_has_its_own_clip_and_learning_rate():
             assert math.hypot(*norms) == pytest.approx(1.0, abs=1e-4)
 
 
+def test_fitting_again_starts_again():
+    run = trainer()
+    first = run.fit(SOURCE)
+    assert torch.equal(run.fit(SOURCE).W_enc, first.W_enc)
+
+
 def test_global_random_state_of_the_caller_is_not_used():
     torch.manual_seed(1)
     a = trainer().fit(SOURCE)

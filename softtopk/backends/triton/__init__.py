@@ -1,0 +1,30 @@
+"""The Triton backend: the same four functions as backends/reference.py, one program per row.
+
+A row is read once into registers where it fits, and swept in chunks otherwise; nothing is
+sorted, and no scratch memory, host synchronisation or atomic is used. With TRITON_INTERPRET=1 in
+the environment before triton is first imported, the kernels run on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"triton cannot be imported ({error}); CUDA builds of torch bring it, else pip install triton"
+    ) from error
+
+if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+    raise ImportError(
+        "no GPU is visible to torch; to run the kernels slowly on the CPU, set TRITON_INTERPRET=1"
+        " in the environment before python starts"
+    )
+
+from softtopk.backends.triton.hard_topk import hard_topk_indices, hard_topk_mask  # noqa: E402
+from softtopk.backends.triton.soft_topk import soft_topk_backward, soft_topk_forward  # noqa: E402
+
+__all__ = ["hard_topk_indices", "hard_topk_mask", "soft_topk_backward", "soft_topk_forward"]

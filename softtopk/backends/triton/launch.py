@@ -1,0 +1,55 @@
+"""How a kernel is launched: tile sizes, per-row arguments, the current device."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Bytes of a row, in the compute dtype, that one program keeps in registers; a longer row is read
+# again in every sweep, CHUNK_BYTES at a time.
+RESIDENT_BYTES = 1 << 17
+CHUNK_BYTES = 1 << 14
+
+
+class Tile(NamedTuple):
+    """Keyword arguments of every kernel: a row is CHUNKS blocks. Each value of CHUNKS is a kernel."""
+
+    BLOCK: int
+    CHUNKS: int
+    num_warps: int
+
+
+def tile(n: int, dtype: torch.dtype, arrays: int = 1) -> Tile:
+    """The tile for rows of n elements when `arrays` such rows are kept, in the compute dtype."""
+    if n >= 1 << 31:
+        raise ValueError(f"x has rows of n={n} elements; the triton backend counts up to 2^31 - 1")
+    size = dtype.itemsize * arrays
+    block = triton.next_power_of_2(n)
+    if block * size > RESIDENT_BYTES:
+        block = CHUNK_BYTES // size
+    return Tile(block, triton.cdiv(n, block), max(1, min(16, block * size // 4096)))
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def per_row(value: float | Tensor) -> tuple[Tensor | None, int, int]:
+    """(pointer, stride, bits) of a number or a (rows,) tensor, for `solve.per_row`.
+
+    A Python float would reach the kernel as float32, so a number travels as its 64 bits.
+    """
+    if isinstance(value, Tensor):
+        return value, value.stride(0), 0
+    return None, 0, struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def on_device(x: Tensor):
+    """Triton launches on the current device: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

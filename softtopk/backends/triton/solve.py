@@ -1,0 +1,327 @@
+"""Device functions: sweeps over a row, the count search, and the solution of the soft top-k.
+
+Notation and derivation: backends/reference.py. A sweep reduces the row: from the tile in registers
+when it is all of it (CHUNKS = 1), else reading CHUNKS chunks of BLOCK again. Accumulators are one
+per lane and reduced at the end, so sums do not depend on the row's place in the batch. Elements
+beyond n read as -inf, the value that the operator leaves out. Exponents are in base 2, and a
+difference is taken before it is scaled: exp(-d / alpha) = exp2(-d * scale * rate), with the power
+of two `scale` there so that neither 1 / alpha nor alpha can overflow or underflow.
+"""
+
+import triton
+import triton.language as tl
+
+INF = tl.constexpr(float("inf"))
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def per_row(pointer, stride, bits, row):
+    """One row's k or alpha in float64: from a tensor, or the number whose bits are given."""
+    if pointer is None:
+        value = bits.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        value = tl.load(pointer + row * stride).to(tl.float64)
+    return value
+
+
+@triton.jit
+def read(pointer, start, n, step, LARGEST: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
+    """Elements start ... start + BLOCK - 1 in the compute dtype, negated for the smallest."""
+    i = start + tl.arange(0, BLOCK)
+    x = tl.load(pointer + i.to(tl.int64) * step, mask=i < n, other=0).to(T)
+    if not LARGEST:
+        x = -x
+    return tl.where(i < n, x, -INF)
+
+
+@triton.jit
+def chunk(
+    tile, pointer, start, n, step, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
+):
+    if CHUNKS == 1:
+        x = tile
+    else:
+        x = read(pointer, start, n, step, LARGEST, BLOCK, tile.dtype)
+    return x
+
+
+@triton.jit
+def statistics(tile, pointer, n, step, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether there is a NaN, the numbers of +inf and of finite elements, and the finite min and max."""
+    nan = tl.zeros([BLOCK], tl.int32)
+    plus = tl.zeros([BLOCK], tl.int32)
+    finite = tl.zeros([BLOCK], tl.int32)
+    low = tl.full([BLOCK], INF, tile.dtype)
+    high = tl.full([BLOCK], -INF, tile.dtype)
+    for start in range(0, CHUNKS * BLOCK, BLOCK):
+        x = chunk(tile, pointer, start, n, step, LARGEST, CHUNKS, BLOCK)
+        inside = tl.abs(x) < INF
+        nan += (x != x).to(tl.int32)
+        plus += (x == INF).to(tl.int32)
+        finite += inside.to(tl.int32)
+        low = tl.minimum(low, tl.where(inside, x, INF))
+        high = tl.maximum(high, tl.where(inside, x, -INF))
+    return tl.sum(nan) > 0, tl.sum(plus), tl.sum(finite), tl.min(low), tl.max(high)
+
+
+@triton.jit
+def split(tile, pointer, n, step, c, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """A = {x >= c}: |A|, r_A = min A and r_B = max of the rest; +inf and -inf where there is none."""
+    count = tl.zeros([BLOCK], tl.int32)
+    lowest = tl.full([BLOCK], INF, tile.dtype)
+    highest = tl.full([BLOCK], -INF, tile.dtype)
+    for start in range(0, CHUNKS * BLOCK, BLOCK):
+        x = chunk(tile, pointer, start, n, step, LARGEST, CHUNKS, BLOCK)
+        above = x >= c
+        count += above.to(tl.int32)
+        lowest = tl.minimum(lowest, tl.where(above, x, INF))
+        highest = tl.maximum(highest, tl.where(above, -INF, x))
+    return tl.sum(count), tl.min(lowest), tl.max(highest)
+
+
+@triton.jit
+def tails(x, r_A, r_B, scale, rate):
+    """exp(-|x - r| / alpha) with each element's own reference; 0 for an infinite element."""
+    distance = tl.where(x >= r_A, x - r_A, r_B - x)
+    return tl.where(tl.abs(x) < INF, tl.exp2(-(distance * scale) * rate), 0)
+
+
+@triton.jit
+def tail_sums(
+    tile, pointer, n, step, r_A, r_B, scale, rate,
+    LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """P and Q."""
+    P = tl.zeros([BLOCK], tile.dtype)
+    Q = tl.zeros([BLOCK], tile.dtype)
+    for start in range(0, CHUNKS * BLOCK, BLOCK):
+        x = chunk(tile, pointer, start, n, step, LARGEST, CHUNKS, BLOCK)
+        e = tails(x, r_A, r_B, scale, rate)
+        P += tl.where(x >= r_A, e, 0)
+        Q += tl.where(x >= r_A, 0, e)
+    return tl.sum(P), tl.sum(Q)
+
+
+@triton.jit
+def ordered(x):
+    """The integer with the order of x's values: -0 and +0 are one. Its own inverse on bits."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+        key = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(x == 0, 0, key)
+
+
+@triton.jit
+def from_ordered(key, T: tl.constexpr):
+    if T == tl.float64:
+        x = (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(T, bitcast=True)
+    else:
+        x = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(T, bitcast=True)
+    return x
+
+
+@triton.jit
+def middle(low, high):
+    """The value half way between, counted in representable values: low < middle <= high."""
+    a = ordered(low)
+    b = ordered(high)
+    return from_ordered((a | b) - ((a ^ b) >> 1), low.dtype)
+
+
+@triton.jit
+def next_above(x):
+    return from_ordered(ordered(x) + 1, x.dtype)
+
+
+@triton.jit
+def quantile(count, total):
+    """About the normal quantile of a rank (Tukey's lambda): near linear in x for common rows."""
+    upper = (count.to(tl.float32) + 0.5) / (total + 1)
+    lower = ((total - count).to(tl.float32) + 0.5) / (total + 1)
+    return tl.exp2(0.14 * tl.log2(upper)) - tl.exp2(0.14 * tl.log2(lower))
+
+
+@triton.jit
+def count_search(
+    tile, pointer, n, step, rank, plus, finite, low, high, tolerance,
+    LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The rank-th largest element v, plus < rank <= plus + finite, and the number of elements above it.
+
+    Elements `low` <= v <= `high` close in on v by regula falsi on counts, with Anderson and
+    Bjorck's weights and the representable middle when a bracket's elements do not halve in two
+    steps. It stops when high - low <= tolerance; the result is then `high` and the number above.
+    """
+    wanted = quantile(rank - plus, finite)
+    count_low = finite
+    count_high = finite * 0
+    # Distances of the two ends from the wanted rank; an end that stays has its own shrunk.
+    excess = quantile(count_low, finite) - wanted
+    deficit = wanted - quantile(count_high, finite)
+    last_low = excess
+    last_high = deficit
+    moved = count_low * 0  # 1: low was the last to move, -1: high
+    before = 4 * finite  # elements in the bracket, one step ago and two
+    before_last = 4 * finite
+    bisect = moved > 0
+    while high - low > tolerance:
+        c = high - (high - low) * (deficit / (excess + deficit)).to(tile.dtype)
+        c = tl.where(bisect | (c <= low) | (c > high) | (c != c), middle(low, high), c)
+        count, r_A, r_B = split(tile, pointer, n, step, c, LARGEST, CHUNKS, BLOCK)
+        count -= plus
+        distance = quantile(count, finite) - wanted
+        if count + plus >= rank:
+            if moved == 1:
+                deficit *= tl.maximum(1 - distance / last_low, 0.1)
+            else:
+                deficit = last_high
+            low = r_A
+            count_low = count
+            excess = distance
+            last_low = distance
+            moved = moved * 0 + 1
+        else:
+            if moved == -1:
+                excess *= tl.maximum(1 + distance / last_high, 0.1)
+            else:
+                excess = last_low
+            high = r_B
+            count_high = count
+            deficit = -distance
+            last_high = -distance
+            moved = moved * 0 - 1
+        bisect = ((count_low - count_high) * 2 > before_last) & (bisect == 0)
+        before_last = before
+        before = count_low - count_high
+    return high, count_high + plus
+
+
+@triton.jit
+def exponent(alpha):
+    """(scale, rate): exp(-d / alpha) = exp2(-d * scale * rate) for every positive finite alpha."""
+    big = 2.0**512 if alpha.dtype == tl.float64 else 2.0**64
+    scale = tl.where(alpha < 1 / big, big, tl.where(alpha > big, 1 / big, 1.0)).to(alpha.dtype)
+    return scale, LOG2_E / (alpha * scale)
+
+
+@triton.jit
+def masses(P, Q, D, half_gap):
+    """R, and the shares w_A = H_A / R, w_B = H_B / R; half_gap is exp(-(r_A - r_B) / (2 alpha)).
+
+    Everything is divided by the larger of |D| and the coupling, so that the shares hold where R
+    underflows; where both are 0 they are the limit.
+    """
+    coupling = tl.where((P == 0) | (Q == 0), 0, tl.sqrt(P) * tl.sqrt(Q) * half_gap)
+    magnitude = tl.maximum(tl.abs(D), coupling)
+    one_sided = ((P == 0) | (Q == 0)).to(D.dtype)
+    d = tl.where(magnitude == 0, one_sided, tl.abs(D) / magnitude)
+    c = tl.where(magnitude == 0, 1 - one_sided, coupling / magnitude)
+    r = tl.sqrt(d * d + c * c)
+    larger = (r + d) / (2 * r)
+    smaller = c * c / (2 * r * (r + d))  # the conjugate: no cancellation
+    above = (D > 0) | ((D == 0) & (P > 0))
+    return magnitude * r, tl.where(above, larger, smaller), tl.where(above, smaller, larger)
+
+
+@triton.jit
+def densities(r_A, r_B, P, Q, D, alpha):
+    """R, h_A, h_B, q_A, q_B: the factors of h and q (backends/reference.py, Densities)."""
+    # The exponent in float64, its whole part apart: h and its gradients keep their last places
+    # however wide the gap is.
+    t = (r_A - r_B).to(tl.float64) * (-0.5 * LOG2_E) / alpha.to(tl.float64)
+    t = tl.maximum(t, -2000.0)
+    whole = tl.floor(t)
+    half_gap = tl.exp2((t - whole).to(D.dtype)) * tl.exp2(whole.to(D.dtype))
+    R, w_A, w_B = masses(P, Q, D, half_gap)
+    q_A = tl.where(P == 0, 0, w_A / P)
+    q_B = tl.where(Q == 0, 0, w_B / Q)
+    return R, tl.where(P == 0, 0, R * w_A / P), tl.where(Q == 0, 0, R * w_B / Q), q_A, q_B
+
+
+@triton.jit
+def solve(
+    tile, pointer, n, step, k, alpha, scale, rate,
+    LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """r_A, r_B, P, Q, D of a row; k in float64, alpha in the compute dtype.
+
+    A trial c splits the row; its r_A belongs in B where S(r_A) > k, its r_B in A where S(r_B) < k,
+    and the row is solved when neither does. Elements known to lie in B reach up to `low`, those in
+    A down to `high`; every trial lies between, so each one that fails settles an element.
+    """
+    T: tl.constexpr = tile.dtype
+    nan, plus, finite, lowest, highest = statistics(
+        tile, pointer, n, step, LARGEST, CHUNKS, BLOCK
+    )
+    clamped = tl.minimum(tl.maximum(k, plus.to(tl.float64)), (plus + finite).to(tl.float64))
+    whole = tl.floor(clamped + 0.5)
+    part = (clamped - whole).to(T)  # |A| - k is then right to the last place of T
+    whole = whole.to(tl.int32)
+    bad = nan | (k != k) | (alpha != alpha) | (alpha <= 0) | (alpha == INF)
+    empty = clamped <= plus.to(tl.float64)  # k' = 0: no element in A, whatever the rounding
+    full = clamped >= (plus + finite).to(tl.float64)
+    settled = bad | empty | full
+
+    rank = tl.minimum(tl.maximum(whole, plus + 1), plus + finite)
+    c, _ = count_search(
+        tile, pointer, n, step, rank, plus, finite, lowest, highest, tl.where(settled, INF, alpha),
+        LARGEST, CHUNKS, BLOCK,
+    )  # fmt: skip
+    c = tl.where(empty, INF, tl.where(full, lowest, c)).to(T)
+
+    low = tl.full((), -INF, T)
+    high = tl.full((), INF, T)
+    count_low = plus + finite
+    count_high = plus
+    before = 4 * finite
+    before_last = 4 * finite
+    bisect = finite < 0
+    noise = 2e-15 if T == tl.float64 else 5e-7
+    r_A = high
+    r_B = low
+    P = tl.zeros((), T)
+    Q = tl.zeros((), T)
+    D = tl.zeros((), T)
+    searching = finite >= 0
+    while searching:
+        count, r_A, r_B = split(tile, pointer, n, step, c, LARGEST, CHUNKS, BLOCK)
+        P, Q = tail_sums(
+            tile, pointer, n, step, r_A, r_B, scale, rate, LARGEST, CHUNKS, BLOCK
+        )
+        D = (count - whole).to(T) - part
+        half_gap = tl.exp2(-((r_A - r_B) * scale) * rate * 0.5)
+        gap = tl.where((P == 0) | (Q == 0), 0, half_gap * half_gap)
+        # S - k at r_A and at r_B; within `noise` of its slope it makes no difference to p or q.
+        excess = D - 0.5 * P + 0.5 * Q * gap
+        deficit = D - 0.5 * P * gap + 0.5 * Q
+        up = (r_A < high) & (excess > noise * (P + Q * gap))
+        down = (r_B > low) & (deficit < -noise * (P * gap + Q)) & (up == 0)
+        searching = (up | down) & (settled == 0)
+        if searching:
+            R, w_A, w_B = masses(P, Q, D, half_gap)
+            if up:  # the root that this split would have is a bound from the same side
+                low = r_A
+                count_low = count
+                c = r_A + alpha * LN_2 * tl.log2(2 * R * w_A / P)
+            else:
+                high = r_B
+                count_high = count
+                c = r_B - alpha * LN_2 * tl.log2(2 * R * w_B / Q)
+            c = tl.where(bisect, middle(tl.maximum(low, lowest), tl.minimum(high, highest)), c)
+            c = tl.minimum(c, high)
+            c = tl.where(c > low, c, next_above(low))
+            bisect = ((count_low - count_high) * 2 > before_last) & (bisect == 0)
+            before_last = before
+            before = count_low - count_high
+
+    free = (clamped == k) & (bad == 0)
+    nothing = tl.where(bad, float("nan"), 0).to(T)
+    return (
+        r_A + nothing, r_B + nothing, tl.where(free, P, nothing), tl.where(free, Q, nothing),
+        tl.where(bad, nothing, D),
+    )  # fmt: skip
