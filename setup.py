@@ -85,6 +85,7 @@ def ninja_file(module, nvcc, targets):
     linker = f"{nvcc} -Xcompiler=-fopenmp" if nvcc else f"{cxx} {openmp}"
     lines = [
         f"builddir = {BUILD}",
+        f"builddir = {BUILD}",
         "rule cxx",
         f"  command = {cxx} {flags} $extra {os.environ.get('CXXFLAGS', '')} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",

@@ -57,7 +57,8 @@ using Vector = typename Lanes<T>::V;
 template <typename T>
 using Mask = typename Lanes<T>::I;
 
-constexpr int kVectors = 4;
+// As many as the registers hold: 32 of 64 bytes, 16 of the others.
+constexpr int kVectors = SOFTTOPK_BYTES == 64 ? 4 : 2;
 template <typename T>
 constexpr int kWidth = SOFTTOPK_BYTES / sizeof(T);
 template <typename T>
@@ -110,10 +111,10 @@ INLINE Lanes<float>::Narrow narrow(Vector<float> value, bfloat) {
 template <typename T, typename In>
 INLINE Block<T> load(const In* from) {
   Block<T> block;
-  if constexpr (sizeof(In) == sizeof(T)) {
-    __builtin_memcpy(&block, from, sizeof block);
-  } else {
-    for (int j = 0; j < kVectors; ++j) {
+  for (int j = 0; j < kVectors; ++j) {
+    if constexpr (sizeof(In) == sizeof(T)) {
+      __builtin_memcpy(&block.v[j], from + j * kWidth<T>, sizeof block.v[j]);
+    } else {
       Lanes<float>::Narrow bits;
       __builtin_memcpy(&bits, from + j * kWidth<T>, sizeof bits);
       block.v[j] = widen(bits, In{});
@@ -124,10 +125,10 @@ INLINE Block<T> load(const In* from) {
 
 template <typename T, typename Out>
 INLINE void store(const Block<T>& block, Out* to) {
-  if constexpr (sizeof(Out) == sizeof(T)) {
-    __builtin_memcpy(to, &block, sizeof block);
-  } else {
-    for (int j = 0; j < kVectors; ++j) {
+  for (int j = 0; j < kVectors; ++j) {
+    if constexpr (sizeof(Out) == sizeof(T)) {
+      __builtin_memcpy(to + j * kWidth<T>, &block.v[j], sizeof block.v[j]);
+    } else {
       const Lanes<float>::Narrow bits = narrow(block.v[j], Out{});
       __builtin_memcpy(to + j * kWidth<T>, &bits, sizeof bits);
     }
@@ -189,18 +190,36 @@ INLINE void store_at(const Block<T>& block, void* out, int64_t first, int64_t co
 
 template <typename T>
 INLINE bool any(Mask<T> mask) {
-  typedef int64_t Words __attribute__((vector_size(SOFTTOPK_BYTES)));
-  const Words words = (Words)mask;
-  int64_t all = 0;
-  for (int j = 0; j < SOFTTOPK_BYTES / 8; ++j) all |= words[j];
+  uint64_t words[SOFTTOPK_BYTES / 8], all = 0;
+  __builtin_memcpy(words, &mask, sizeof words);
+  for (const uint64_t word : words) all |= word;
   return all != 0;
 }
 
+// f over the lanes of a vector, in order. By way of a copy: a vector that is indexed by a variable
+// would live in memory, not in a register.
+template <typename R, typename V, typename F>
+INLINE R fold(V v, R result, F f) {
+  using T = decltype(V{}[0] + 0);
+  T lanes[sizeof(V) / sizeof(T)];
+  __builtin_memcpy(lanes, &v, sizeof lanes);
+  for (const T lane : lanes) result = f(result, lane);
+  return result;
+}
+
+template <typename M>
+INLINE int64_t sum_of(M counts, int64_t sum) {
+  return fold(counts, sum, [](int64_t a, int64_t b) { return a + b; });
+}
+
 template <typename T>
-INLINE double total(Vector<T> v) {
-  double sum = 0;
-  for (int l = 0; l < kWidth<T>; ++l) sum += v[l];
-  return sum;
+INLINE Vector<T> smaller(Vector<T> a, Vector<T> b) {
+  return a < b ? a : b;
+}
+
+template <typename T>
+INLINE Vector<T> larger(Vector<T> a, Vector<T> b) {
+  return a > b ? a : b;
 }
 
 // A sum over blocks: in T lane by lane for a while, then in double.
@@ -209,8 +228,10 @@ struct Sum {
   Vector<T> lanes[kVectors] = {};
   double sum = 0;
   INLINE void flush() {
-    sum += total<T>((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]));
-    for (auto& v : lanes) v = Vector<T>{};
+    for (auto& v : lanes) {
+      sum = fold(v, sum, [](double a, T b) { return a + b; });
+      v = Vector<T>{};
+    }
   }
 };
 
@@ -275,20 +296,18 @@ Range<T> range(const Row& row) {
       nan[j] |= v != v;
       plus[j] -= up;
       minus[j] -= down;
-      low.v[j] = (v < low.v[j]) & ~down ? v : low.v[j];
-      high.v[j] = (v > high.v[j]) & ~up ? v : high.v[j];
+      low.v[j] = smaller<T>(down ? -v : v, low.v[j]);
+      high.v[j] = larger<T>(up ? -v : v, high.v[j]);
     }
     return false;
   });
   Range<T> out{inf, -inf, 0, 0, false};
   for (int j = 0; j < kVectors; ++j) {
     out.nan |= any<T>(nan[j]);
-    for (int l = 0; l < kWidth<T>; ++l) {
-      out.min = low.v[j][l] < out.min ? low.v[j][l] : out.min;
-      out.max = high.v[j][l] > out.max ? high.v[j][l] : out.max;
-      out.plus += plus[j][l];
-      out.minus += minus[j][l];
-    }
+    out.min = fold(low.v[j], out.min, [](T a, T b) { return b < a ? b : a; });
+    out.max = fold(high.v[j], out.max, [](T a, T b) { return b > a ? b : a; });
+    out.plus = sum_of(plus[j], out.plus);
+    out.minus = sum_of(minus[j], out.minus);
   }
   out.minus -= (kBlock<T> - row.n % kBlock<T>) % kBlock<T>;  // the filling of the last block
   return out;
@@ -306,18 +325,17 @@ Split<T> split(const Row& row, T c) {
       const V v = x.v[j];
       const Mask<T> above = v >= c;
       count[j] -= above;
-      low.v[j] = above & (v < low.v[j]) ? v : low.v[j];
-      high.v[j] = ~above & (v > high.v[j]) ? v : high.v[j];
+      low.v[j] = smaller<T>(above ? v : V{} + inf, low.v[j]);
+      high.v[j] = larger<T>(above ? V{} - inf : v, high.v[j]);
     }
     return false;
   });
   Split<T> out{0, inf, -inf};
-  for (int j = 0; j < kVectors; ++j)
-    for (int l = 0; l < kWidth<T>; ++l) {
-      out.count += count[j][l];
-      out.r_A = low.v[j][l] < out.r_A ? low.v[j][l] : out.r_A;
-      out.r_B = high.v[j][l] > out.r_B ? high.v[j][l] : out.r_B;
-    }
+  for (int j = 0; j < kVectors; ++j) {
+    out.count = sum_of(count[j], out.count);
+    out.r_A = fold(low.v[j], out.r_A, [](T a, T b) { return b < a ? b : a; });
+    out.r_B = fold(high.v[j], out.r_B, [](T a, T b) { return b > a ? b : a; });
+  }
   return out;
 }
 
@@ -347,23 +365,23 @@ Tails tails(const Row& row, const Scale<T>& scale) {
   });
   P.flush(), Q.flush();
   Tails out{P.sum, Q.sum, 0};
-  for (int j = 0; j < kVectors; ++j)
-    for (int l = 0; l < kWidth<T>; ++l) out.count += count[j][l];
+  for (const auto& lanes : count) out.count = sum_of(lanes, out.count);
   return out;
 }
 
 template <typename T, typename In>
 int64_t gather(const Row& row, T lo, T hi, T* out, int64_t capacity) {
   int64_t found = 0;
-  for_blocks<T, In>(row, [&](const Block<T>& x, int64_t, int64_t count) LAMBDA_INLINE {
+  for_blocks<T, In>(row, [&](const Block<T>& x, int64_t, int64_t) LAMBDA_INLINE {
     Mask<T> inside{};
     for (auto& v : x.v) inside |= (v > lo) & (v < hi);
     if (!any<T>(inside)) return false;
-    T values[kBlock<T>];
-    store(x, values);
-    for (int64_t i = 0; i < count; ++i) {
-      if (found < capacity) out[found] = values[i];
-      found += (values[i] > lo) & (values[i] < hi);
+    for (auto& v : x.v) {
+      if (!any<T>((v > lo) & (v < hi))) continue;
+      found = fold(v, found, [&](int64_t at, T value) {
+        if (at < capacity) out[at] = value;
+        return at + ((value > lo) & (value < hi));
+      });
     }
     return false;
   });
