@@ -18,7 +18,7 @@ from softsae.activations.collect import Exclusion, measure_exclusion
 from softsae.activations.collect import collect as collect_shards
 from softsae.activations.shards import ShardSource, require_empty
 from softsae.autoencoder import load
-from softsae.config import RunConfig
+from softsae.config import RunConfig, resolve
 from softsae.cross_entropy import CrossEntropy, evaluate_cross_entropy
 from softsae.language_model import LanguageModel, load_language_model
 from softsae.metrics import evaluate as evaluate_activations
@@ -37,8 +37,9 @@ def collect(options: CollectOptions) -> None:
     """softsae collect: a folder with the training part in train/ and the held-out part in heldout/."""
     require_empty(Path(options.out))
     tokens = min(options.tokens, 5000) if options.quick else options.tokens
-    documents = corpus(options.text, options.heldout)
     lm = load_model(options)
+    lm.check_layer(options.collect.layer)
+    documents = corpus(options.text, options.heldout)
     collect_parts(lm, documents, Path(options.out), options.collect, tokens, options.heldout, options.seed)
     for part in (TRAIN, HELDOUT):
         print(describe_activations(ShardSource(Path(options.out) / part)))
@@ -87,6 +88,8 @@ def train(options: TrainOptions) -> None:
     held = as_source(heldout) if heldout else None
     if held is not None and held.d != source.d:
         raise ValueError(f"--heldout {str(heldout)!r} has d={held.d}, the training activations {source.d}")
+    resolve(config, source.d)
+    pick_device(config.train.device)
     runs.open_run(out, "train", options, options.resume)
     trainer = Trainer(config, out=out)
     with explained_interruption("train", out):
@@ -158,7 +161,8 @@ def evaluate(options: EvalOptions) -> None:
             lm, source, sequences, {run.name: sae, "untrained": control}
         ).as_dict()
     runs.write_json(out / EVALUATION, result)
-    print(f"see {write_run_summary(out)}" if (out / "metrics.jsonl").is_file() else json.dumps(result, indent=1))
+    is_run = (out / "metrics.jsonl").is_file()
+    print(f"see {write_run_summary(out)}" if is_run else json.dumps(result, indent=1))
 
 
 def load_run(run: Path, device):
@@ -167,7 +171,8 @@ def load_run(run: Path, device):
         if (path / "sae.safetensors").is_file() or path.is_file():
             return load(path, device)
     if (run / "checkpoint.safetensors").is_file():
-        raise FileNotFoundError(f"run {str(run)!r} is not finished: go on with softsae train --out {run} --resume")
+        resume = f"softsae train --out {run} --resume"
+        raise FileNotFoundError(f"run {str(run)!r} is not finished: go on with {resume}")
     raise FileNotFoundError(f"no autoencoder in {str(run)!r}")
 
 
@@ -187,7 +192,8 @@ def model_of(source: ShardSource, options) -> LanguageModel:
     lm = load_model(options)
     if lm.revision != source.manifest["revision"]:
         raise ValueError(
-            f"model {lm.name!r} has revision {lm.revision}, the activations are from {source.manifest['revision']}"
+            f"model {lm.name!r} has revision {lm.revision},"
+            f" the activations are from {source.manifest['revision']}"
         )
     return lm
 
@@ -249,7 +255,8 @@ def describe_activations(source: ShardSource) -> str:
         f"{source.name}: {about['rows']} activations of d={about['d']} ({about['dtype']},"
         f" {len(about['shards'])} shards) at {about['hook_point']} of {about['model']};"
         f" {about['tokens']} tokens in {about['sequences']} sequences,"
-        f" {excluded['positions']} outlier or first positions and {excluded['nonfinite']} non-finite ones left out"
+        f" {excluded['positions']} outlier or first positions and {excluded['nonfinite']} non-finite ones"
+        " left out"
     )
 
 
@@ -267,11 +274,13 @@ def describe_run(run: Path) -> str:
         lines.append(str(error))
     if (run / EVALUATION).is_file():
         found = json.loads((run / EVALUATION).read_text())
-        lines.append(f"explained variance {found['metrics']['explained_variance']:.4f} on {found['activations']}")
+        share = found["metrics"]["explained_variance"]
+        lines.append(f"explained variance {share:.4f} on {found['activations']}")
     return "\n".join(lines)
 
 
 def describe_autoencoder(path: Path) -> str:
     sae = load_run(path, "cpu")
     c = sae.config
-    return f"{c.architecture}: d={c.d}, n={c.n}, k={c.k:g}, {sum(p.numel() for p in sae.parameters()):,} parameters"
+    size = sum(p.numel() for p in sae.parameters())
+    return f"{c.architecture}: d={c.d}, n={c.n}, k={c.k:g}, {size:,} parameters"

@@ -60,13 +60,15 @@ def demo(options: DemoOptions) -> None:
     out = Path(options.out)
     device = pick_device(options.device)
     sizes = fill_in(options, device)
-    runs.open_run(out, "demo", options, options.resume)
+    runs.check_free(out, options.resume)
     clock = Clock(out / "timings.json")
-    with explained_interruption("demo", out):
-        with clock("text and language model"):
-            documents = corpus(options.text, options.heldout)
-            lm = load_model(options)
+    with clock("text and language model"):
+        lm = load_model(options)
         layer = options.layer if options.layer is not None else min(15, len(lm.blocks) // 2)
+        lm.check_layer(layer)
+        documents = corpus(options.text, options.heldout)
+    runs.open_run(out, "demo", options, options.resume)
+    with explained_interruption("demo", out):
         with clock("collecting activations"):
             train, held = activations(options, sizes, lm, documents, layer, out / ACTIVATIONS)
         with clock("training SoftSAE"):
@@ -81,7 +83,6 @@ def demo(options: DemoOptions) -> None:
             result = compare(lm, softsae, topk, train, held, sizes, options)
         with clock("plots"):
             write_report(out, result, clock.seconds)
-    clock.save()
     print(write_report(out, result, clock.seconds).read_text())
 
 
@@ -173,4 +174,5 @@ class Clock:
             self.save()
 
     def save(self) -> None:
-        runs.write_json(self.file, self.seconds)
+        if self.file.parent.is_dir():
+            runs.write_json(self.file, self.seconds)

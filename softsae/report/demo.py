@@ -68,7 +68,8 @@ def draw(out: Path, result: DemoResult, tokens: list) -> list[Path]:
     ends = named(result, tokens[:TOKENS] + tokens[-TOKENS:] if len(tokens) > 2 * TOKENS else tokens)
     plots.headline(
         out / "headline.png",
-        f"SoftSAE gives every token its own budget: {result.model}, layer {result.manifest['layer']}, held-out text",
+        f"SoftSAE gives every token its own budget: {result.model}, layer {result.manifest['layer']},"
+        " held-out text",
         statistics.k_hat,
         result.k,
         ends,

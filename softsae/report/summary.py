@@ -32,7 +32,8 @@ def write_run_summary(run: Path) -> Path:
         last = steps[-1]
         lines += [
             f"Last batch (step {last['step']}): loss {last['loss']:.4g}, explained variance"
-            f" {last['explained_variance']:.4f}, mean L0 {last['l0']:.2f}, {last['dead_latents']:.0f} dead latents.",
+            f" {last['explained_variance']:.4f}, mean L0 {last['l0']:.2f},"
+            f" {last['dead_latents']:.0f} dead latents.",
             "",
         ]
     file = run / "evaluation.json"
@@ -41,7 +42,8 @@ def write_run_summary(run: Path) -> Path:
         metrics = {run.name: found["metrics"]}
         lines += [f"On {found['part']} activations ({found['activations']}):", ""]
         lines += [markdown.evaluation_table(metrics), ""]
-        drawn.append(plots.l0_histogram(run / "plots" / "l0.png", {run.name: found["metrics"]["l0"]["histogram"]}))
+        histogram = {run.name: found["metrics"]["l0"]["histogram"]}
+        drawn.append(plots.l0_histogram(run / "plots" / "l0.png", histogram))
         if "cross_entropy" in found:
             values = {k: v for k, v in found["cross_entropy"].items() if k != "recovered"}
             lines += [markdown.cross_entropy_table(CrossEntropy(**values)), ""]
