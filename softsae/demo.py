@@ -29,7 +29,7 @@ from softsae.config import AutoencoderConfig, EstimatorConfig, RunConfig, TrainC
 from softsae.language_model import LanguageModel
 from softsae.metrics import evaluate
 from softsae.options import CollectConfig, DemoOptions
-from softsae.report.demo import DemoResult, write_report
+from softsae.report.demo import DemoResult, draw, write_report
 from softsae.report.tokens import Shown, token_statistics, untrained
 from softsae.text import corpus
 from softsae.trainer import Trainer, pick_device
@@ -50,7 +50,7 @@ class Sizes:
 
 
 # Measured: explained variance and time on 2 CPU cores and on one H200 (see the README).
-ON_CPU = Sizes(n=3072, tokens=100_000, steps=1200, batch_size=512, lr=1e-3, cross_entropy_tokens=4096)
+ON_CPU = Sizes(n=3072, tokens=100_000, steps=1200, batch_size=512, lr=2e-3, cross_entropy_tokens=4096)
 ON_GPU = Sizes(n=4096, tokens=300_000, steps=4000, batch_size=2048, lr=1e-3, cross_entropy_tokens=16_384)
 QUICK = Sizes(n=512, tokens=5000, steps=100, batch_size=256, lr=2e-3, cross_entropy_tokens=512)
 
@@ -82,8 +82,8 @@ def demo(options: DemoOptions) -> None:
         with clock("evaluation"):
             result = compare(lm, softsae, topk, train, held, sizes, options)
         with clock("plots"):
-            write_report(out, result, clock.seconds)
-    print(write_report(out, result, clock.seconds).read_text())
+            drawn = draw(out, result)
+    print(write_report(out, result, drawn, clock.seconds).read_text())
 
 
 def fill_in(options: DemoOptions, device: torch.device) -> Sizes:

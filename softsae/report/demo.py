@@ -42,17 +42,14 @@ class DemoResult:
     shown: Shown
 
 
-def write_report(out: Path, result: DemoResult, seconds: dict[str, float]) -> Path:
-    """Writes everything to the run folder; returns summary.md."""
-    least = max(2, min(10, result.heldout_rows // 1000))
-    tokens = by_token(result.statistics.k_hat, result.held.token_ids, least)
-    drawn = draw(out, result, tokens)
+def write_report(out: Path, result: DemoResult, drawn: list[Path], seconds: dict[str, float]) -> Path:
+    """Writes results.json and summary.md to the run folder; returns summary.md."""
     write_json(out / "results.json", as_json(result, seconds))
     sections = [
         opening(result),
         "![budgets of tokens](headline.png)",
         comparison(result),
-        budgets(result, tokens, least),
+        budgets(result),
         latents(result),
         "## Plots\n\n" + markdown.images(out, drawn),
         whereabouts(out, seconds),
@@ -61,8 +58,16 @@ def write_report(out: Path, result: DemoResult, seconds: dict[str, float]) -> Pa
     return out / "summary.md"
 
 
-def draw(out: Path, result: DemoResult, tokens: list) -> list[Path]:
+def frequent_tokens(result: DemoResult) -> tuple[list[tuple[int, float, float, int]], int]:
+    """`by_token` of k_hat, and the number of occurrences that was asked for."""
+    least = max(2, min(10, result.heldout_rows // 1000))
+    return by_token(result.statistics.k_hat, result.held.token_ids, least), least
+
+
+def draw(out: Path, result: DemoResult) -> list[Path]:
+    """Draws headline.png and the plots; returns the plots."""
     statistics, folder = result.statistics, out / "plots"
+    tokens, _ = frequent_tokens(result)
     curves = {"SoftSAE": read_metrics(out / "softsae"), "TopK": read_metrics(out / "topk")}
     histograms = {name: result.evaluations[name]["l0"]["histogram"] for name in ("SoftSAE", "TopK")}
     ends = named(result, tokens[:TOKENS] + tokens[-TOKENS:] if len(tokens) > 2 * TOKENS else tokens)
@@ -119,8 +124,9 @@ def comparison(result: DemoResult) -> str:
     )
 
 
-def budgets(result: DemoResult, tokens: list, least: int) -> str:
+def budgets(result: DemoResult) -> str:
     statistics = result.statistics
+    tokens, least = frequent_tokens(result)
     q = np.quantile(statistics.k_hat, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1))
     spread = markdown.table(
         ["budget k̂", "mean", "sd", "min", "5%", "25%", "50%", "75%", "95%", "max"],

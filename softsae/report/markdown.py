@@ -50,9 +50,12 @@ def cross_entropy_table(result: CrossEntropy) -> str:
 
 
 def code(text: str) -> str:
-    """A token or a passage as inline code on one line."""
-    shown = text.replace("\n", "⏎").replace("`", "ˋ")
-    return f"`{shown}`" if shown.strip() == shown and shown else f"`` {shown} ``".replace("``  ", "`` ")
+    """A token or a passage as inline code on one line; a space at either end is shown as ·."""
+    shown = text.replace("\r", "").replace("\n", "⏎").replace("`", "ˋ")
+    left, right = len(shown) - len(shown.lstrip(" ")), len(shown) - len(shown.rstrip(" "))
+    if left == len(shown):
+        return f"`{'·' * left}`" if shown else "(nothing)"
+    return f"`{'·' * left}{shown.strip(' ')}{'·' * right}`"
 
 
 def images(folder: Path, plots: Sequence[Path]) -> str:

@@ -158,7 +158,7 @@ def test_train_takes_an_npy_file(tmp_path):
         (["collect", "--out", "{acts}", "--model", "{model}"], "'{acts}' is not empty"),
         (["collect", "--out", "{tmp}/r", "--model", "{model}", "--collect.layer", "9"], "layer=9"),
         (["collect", "--out", "{tmp}/r", "--model", "no/such-model"], "model 'no/such-model'"),
-        (["collect", "--out", "{tmp}/r", "--model", "{model}", "--text", "{tmp}/no.txt"], "no.txt"),
+        (["demo", "--out", "{tmp}/r", "--model", "{model}", "--text", "{tmp}/no.txt"], "no.txt' does not exist"),
         (["eval", "--run", "{tmp}/no"], "no autoencoder in '{tmp}/no'"),
         (["info", "--path", "{tmp}/no"], "'{tmp}/no' does not exist"),
         (["demo", "--out", "{run}", "--resume"], "not from softsae demo"),
