@@ -218,14 +218,14 @@ def config_from(values: dict) -> AutoencoderConfig:
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
     """The point (d,) with the smallest summed distance to x (N, d), by Weiszfeld's iteration.
 
-    It ends when a step is below `tolerance` times the mean distance.
+    It ends when a step is below `tolerance` times the median distance.
     """
     median = x.mean(0)
     for _ in range(iterations):
         distance = (x - median).norm(dim=1)
         weight = 1 / distance.clamp(min=1e-12 + 1e-9 * distance.max())
         moved = (weight @ x) / weight.sum()
-        if (moved - median).norm() <= tolerance * distance.mean():
+        if (moved - median).norm() <= tolerance * distance.median():
             return moved
         median = moved
     return median

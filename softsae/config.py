@@ -127,7 +127,8 @@ class TrainConfig:
     estimator_lr_multiplier: float | None = None
     """learning rate of the k estimator relative to lr; None is 5 (wide), 1 (bottleneck; published)"""
     k_anneal_steps: int | None = None
-    """steps in which the target of the mean k_hat falls from d to k; None is 1% of the steps"""
+    """steps in which the target of the mean k_hat falls from d to k; None is 0, since a target above
+    k_max saturates the sigmoid of every k_hat before it is learned (published: 1% of the steps)"""
     alpha_start: float | None = None
     """alpha at the first step; None starts at its final value (published: 1)"""
     alpha_anneal_steps: int | None = None
@@ -255,7 +256,7 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
         warmup_steps=min(1000, train.steps // 20),
         clip="global" if as_published else "separate",
         estimator_lr_multiplier=5.0 if wide and not as_published else 1.0,
-        k_anneal_steps=train.steps // 100,
+        k_anneal_steps=train.steps // 100 if as_published else 0,
         alpha_start=1.0 if as_published else autoencoder.alpha,
         alpha_anneal_steps=train.steps // 100,
         hard_steps=train.steps // (25 if as_published else 10),

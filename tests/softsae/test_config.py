@@ -79,6 +79,7 @@ def test_the_corrected_recipe():
     assert model.normalization == "unit_mean_square"
     assert (train.clip, train.estimator_lr_multiplier, train.hard_phase) == ("separate", 5.0, "all")
     assert (train.lr, train.budget_weight, train.alpha_start) == (5e-4, 16.0, 1e-4)
+    assert train.k_anneal_steps == 0
     assert model.k_max == 64 and model.estimator.dtype == "float32"
     small = resolve(corrected(estimator=EstimatorConfig("bottleneck")), 512)
     assert small.train.estimator_lr_multiplier == 1.0
