@@ -85,7 +85,6 @@ def ninja_file(module, nvcc, targets):
     linker = f"{nvcc} -Xcompiler=-fopenmp" if nvcc else f"{cxx} {openmp}"
     lines = [
         f"builddir = {BUILD}",
-        f"builddir = {BUILD}",
         "rule cxx",
         f"  command = {cxx} {flags} $extra {os.environ.get('CXXFLAGS', '')} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -137,8 +136,10 @@ class NinjaBuild(build_ext):
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", f"{BUILD}/build.ninja", str(module)]
         if subprocess.run(command, cwd=ROOT).returncode:
             sys.exit("softtopk: the native module could not be compiled; the compiler's words are above")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / module, output)
+        # Also into the source tree, which is what Python imports when it is run from there.
+        for folder in {output.parent, ROOT / "softtopk"}:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / module, folder)
         cuda = f"for CUDA architectures {' '.join(targets)} ({nvcc})" if nvcc else f"WITHOUT CUDA: {reason}"
         print(f"softtopk: built {output.name} for the CPU ({', '.join(SWEEPS)}), {cuda}", file=sys.stderr)
 

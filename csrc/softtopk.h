@@ -39,7 +39,8 @@ void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, void
 
 // v[row * v_stride + i] in x's type; grad_x (rows, n) in x's type.
 void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha, const void* v,
-                        int64_t v_stride, void* grad_x, void* grad_k, void* grad_alpha, int threads);
+                        int64_t v_stride, void* grad_x, void* grad_k, void* grad_alpha,
+                        int threads);
 
 // mask (rows, n) of 0 and 1 in x's type; a NaN row is NaN.
 void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int threads);

@@ -1,8 +1,7 @@
 // Hard top-k on the CPU: the K largest elements of a row, lowest index first among equals.
 //
-// The K-th largest value is found by counting elements above trial values, in a bracket (lo, hi)
-// with |{x >= lo}| >= K > |{x >= hi}|; once few elements are left inside, they are copied to the
-// stack and selected there. Then one sweep writes the mask or the indices.
+// The K-th largest value is bracketed by counting (trials.h); once few elements are left inside,
+// they are copied to the stack and selected there. Then one sweep writes the mask or the indices.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -38,38 +37,13 @@ Cut<T> cut(const Sweeps<T>& sweeps, const Row& row, double k, int64_t max_k) {
   const int64_t K = budget(k, range.plus, most, max_k);
   if (K <= range.plus) return {inf, K, K, false};
 
-  // lo is the largest value known with |{x >= lo}| >= K, hi the smallest known with fewer than K.
-  T lo = range.min, hi = inf;
-  int64_t from_lo = most, from_hi = range.plus;
-  const auto split = [&](T c) {
-    const Split<T> split = sweeps.split(row, c);
-    if (split.count >= K) {
-      lo = split.r_A, from_lo = split.count;
-    } else {
-      hi = split.r_A, from_hi = split.count;
-      if (split.r_B == lo) from_lo = from_hi;  // nothing but lo itself is left
-    }
-  };
-  if (from_lo - from_hi > kCandidates) {
-    const double finite = static_cast<double>(most - range.plus);
-    const Guesses<T> guesses(sweeps, row, static_cast<double>(K - range.plus) / finite);
-    for (const T c : {guesses.low, guesses.high})
-      if (c > lo && c < hi) split(c);
-  }
-  for (int step = 0; from_lo - from_hi > kCandidates; ++step) {
-    const T high = std::min(hi, range.max);
-    const Bracket bracket{lo,          high, double(from_lo), double(from_hi), double(range.plus),
-                          double(most)};
-    double c = middle(lo, high);
-    if (step % 4 == 2)
-      c = (static_cast<double>(lo) + high) / 2;
-    else if (step % 4 != 3)
-      c = bracket.interpolate(static_cast<double>(K), kCandidates / 4);
-    split(std::min(std::max(static_cast<T>(c), std::nextafter(lo, inf)), hi));
-  }
-  if (from_lo == from_hi) return {lo, K - from_hi, K, false};
+  const double share = static_cast<double>(K - range.plus) / static_cast<double>(most - range.plus);
+  const bool sampled = most - range.plus > kCandidates;
+  const auto [lo, hi, from_lo, from_hi, adjacent] = bracket_by_counts(
+      sweeps, row, range, K, sampled ? Guesses<T>(sweeps, row, share) : Guesses<T>());
+  if (adjacent) return {lo, K - from_hi, K, false};
 
-  T candidates[kCandidates];
+  T candidates[kCandidates + kGatherRoom];
   const T below = std::nextafter(lo, -inf);
   const int64_t count = sweeps.gather(row, below, hi, candidates, kCandidates);
   T* const wanted = candidates + (K - from_hi - 1);

@@ -9,6 +9,9 @@
 // the rotation of trials bounds their number. Where counts decide, no exponential is computed.
 // Once at most kCandidates elements remain inside, they are copied to the stack, the others are
 // collapsed into one sum on each side, and the row is not read again. No row is ever sorted.
+// Where alpha is small the root is near the k-th largest element: then the bracket is first taken
+// from counts and only assumed. The sums show at the end whether it held; if not, the search goes
+// on from what they proved.
 #pragma once
 
 #include <algorithm>
@@ -25,13 +28,13 @@ template <typename T>
 Scale<T> scale_of(T r_A, T r_B, T alpha) {
   // Below 2^-64 the factor log2(e) / alpha is split, so that neither half overflows.
   const double first = alpha < T(0x1p-64) ? 0x1p64 : 1;
-  const double second = 1.4426950408889634 / static_cast<double>(alpha) / first;
+  const double second = 1.4426950408889634 / (static_cast<double>(alpha) * first);
   return {r_A,
           r_B,
           std::isinf(r_A) ? T(0) : r_A,
           std::isinf(r_B) ? T(0) : r_B,
           static_cast<T>(first),
-          static_cast<T>(std::min<double>(second, std::numeric_limits<T>::max()))};
+          static_cast<T>(second)};
 }
 
 template <typename T>
@@ -40,8 +43,10 @@ class Search {
   // 0 < k < n after the infinite elements of `range` are taken away on both sides.
   Search(const Sweeps<T>& sweeps, const Sweeps<T>& stack_sweeps, const Row& row,
          const Range<T>& range, double k, T alpha)
-      : sweeps_(&sweeps),
+      : row_sweeps_(sweeps),
         stack_sweeps_(stack_sweeps),
+        whole_row_(row),
+        sweeps_(&sweeps),
         row_(row),
         min_(range.min),
         max_(range.max),
@@ -57,8 +62,9 @@ class Search {
   Solution<double> run() {
     if (above_lo_ - from_hi_ > kCandidates) {
       const Guesses<T> guesses(*sweeps_, row_, (k_ - least_) / (most_ - least_));
-      for (const T c : {guesses.low, guesses.high})
-        if (c > lo_ && c <= hi_ && c < kInfinity && trial(c)) return solution_;
+      const bool staircase = guesses.spread > 2 * alpha_;
+      if (staircase ? assume(guesses) : guesses.low > -kInfinity && trial(guesses.low))
+        return solution_;
     }
     for (int step = 0;; ++step) {
       if (!collapsed_ && above_lo_ - from_hi_ <= kCandidates) collapse();
@@ -87,6 +93,7 @@ class Search {
     // An element that is known stays where it is: two trials can disagree about one whose t is
     // within rounding of 0, and then either side gives the same p.
     const double at_A = D - P / 2 + Q * g / 2, at_B = D - P * g / 2 + Q / 2;
+    if (assumed_ && ((at_A > 0 && r_A == upper_) || (at_B <= 0 && r_B == lower_))) release();
     if (at_A > 0 && r_A < hi_) {
       rise(r_A, count, k_ + at_A);
       step_ = closed_form_step(solution_, alpha, true);
@@ -112,6 +119,29 @@ class Search {
   double weight(double sum, T high, T low) const {
     if (sum == 0) return 0;
     return sum * std::exp(-(static_cast<double>(high) - low) / static_cast<double>(alpha_));
+  }
+
+  // Assumes a bracket of a few hundred elements around the k-th largest or, where that cannot be,
+  // because too many are equal to it, splits there; true when that is the solution.
+  bool assume(const Guesses<T>& guesses) {
+    const int64_t K = std::min(std::max(std::llround(k_), from_hi_ + 1LL), above_lo_ + 0LL);
+    const Range<T> range{min_, max_, from_hi_, row_.n - above_lo_, false};
+    const CountBracket<T> b = bracket_by_counts(*sweeps_, row_, range, K, guesses);
+    if (b.adjacent) return trial(b.hi);
+    assumed_ = true;
+    if (b.from_lo < above_lo_) rise(b.lo, b.from_lo, static_cast<double>(b.from_lo));
+    if (b.hi < kInfinity) fall(b.hi, b.from_hi, static_cast<double>(b.from_hi));
+    return false;
+  }
+
+  // Back to the whole row and to nothing known: the assumed bracket does not hold the root.
+  void release() {
+    row_ = whole_row_, sweeps_ = &row_sweeps_;
+    lo_ = lower_ = -kInfinity, hi_ = upper_ = kInfinity;
+    P_upper_ = Q_lower_ = 0, collapsed_above_ = 0;
+    above_lo_ = static_cast<int64_t>(most_), from_hi_ = static_cast<int64_t>(least_);
+    S_lo_ = most_, S_hi_ = least_;
+    assumed_ = collapsed_ = false;
   }
 
   void collapse() {
@@ -140,8 +170,9 @@ class Search {
     return std::min(std::max(static_cast<T>(c), first), hi_);
   }
 
+  const Sweeps<T>&row_sweeps_, &stack_sweeps_;
+  const Row whole_row_;
   const Sweeps<T>* sweeps_;
-  const Sweeps<T>& stack_sweeps_;
   Row row_;  // the elements that are still looked at
   const T min_, max_;
   const double k_, least_, most_;  // S lies between least (the +inf) and most (all but the -inf)
@@ -152,12 +183,12 @@ class Search {
   double S_lo_, S_hi_;          // S at lo and hi, or a bound
   double step_ = std::nan("");  // the closed form's proposal after the last trial
 
-  bool collapsed_ = false;
+  bool collapsed_ = false, assumed_ = false;
   T upper_ = kInfinity, lower_ = -kInfinity;  // everything beyond is in the sums
   double P_upper_ = 0, Q_lower_ = 0;          // relative to upper, lower
   int64_t collapsed_above_ = 0;               // |{x >= upper}|
   Solution<double> solution_{};
-  T candidates_[kCandidates];
+  T candidates_[kCandidates + kGatherRoom];
 };
 
 // The solution of a row by the conventions of laplace.h.

@@ -57,12 +57,15 @@ struct Means {
   double v, t;  // <q, v - v_pivot>, <q, t - t_pivot>; t in units of ln 2
 };
 
+constexpr int kGatherRoom = 16;
+
 template <typename T>
 struct Sweeps {
   Range<T> (*range)(const Row& row);
   Split<T> (*split)(const Row& row, T c);
   Tails (*tails)(const Row& row, const Scale<T>& scale);
-  // Copies the elements with lo < x < hi in order, at most `capacity`; returns their number.
+  // Copies the elements with lo < x < hi in order and returns their number, or some number above
+  // `capacity` when they are more. `out` has room for capacity + kGatherRoom.
   int64_t (*gather)(const Row& row, T lo, T hi, T* out, int64_t capacity);
   T (*element)(const Row& row, int64_t i);
   // The first i with x_i == value, which must be there.

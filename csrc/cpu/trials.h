@@ -1,4 +1,4 @@
-// Where to split a row next: shared by the searches of soft_topk.cpp and hard_topk.cpp.
+// Where to split a row next: shared by search.h and hard_topk.cpp.
 #pragma once
 
 #include <algorithm>
@@ -60,7 +60,9 @@ struct Bracket {
 template <typename T>
 struct Guesses {
   T low = -std::numeric_limits<T>::infinity(), high = std::numeric_limits<T>::infinity();
+  T spread = 0;  // from the one to the other, or to the end of the sample
 
+  Guesses() = default;
   Guesses(const Sweeps<T>& sweeps, const Row& row, double share) {
     constexpr int kPlaces = 128;
     T values[kPlaces];
@@ -75,7 +77,53 @@ struct Guesses {
     const double below = std::ceil(size * share + margin), above = size * share - margin;
     if (below < size) low = values[static_cast<int>(below)];
     if (above >= 0) high = values[static_cast<int>(above)];
+    spread = std::min(high, values[0]) - std::max(low, values[size - 1]);
   }
 };
+
+// Where the K-th largest element of a row lies, with #(+inf) < K <= n - #(-inf).
+template <typename T>
+struct CountBracket {
+  T lo, hi;                  // |{x >= lo}| >= K > |{x >= hi}|
+  int64_t from_lo, from_hi;  // those counts
+  bool adjacent;             // no element lies between lo and hi
+};
+
+// Counts until at most kCandidates elements are left in [lo, hi), or only those equal to lo.
+template <typename T>
+CountBracket<T> bracket_by_counts(const Sweeps<T>& sweeps, const Row& row, const Range<T>& range,
+                                  int64_t K, const Guesses<T>& guesses) {
+  constexpr T inf = std::numeric_limits<T>::infinity();
+  const int64_t most = row.n - range.minus;
+  CountBracket<T> b{range.min, inf, most, range.plus, false};
+  const auto wide = [&] { return !b.adjacent && b.from_lo - b.from_hi > kCandidates; };
+  const auto split = [&](T c) {
+    const Split<T> split = sweeps.split(row, c);
+    if (split.count >= K) {
+      b.lo = split.r_A, b.from_lo = split.count;
+    } else {
+      b.hi = split.r_A, b.from_hi = split.count;
+      b.adjacent = split.r_B == b.lo;
+    }
+  };
+  for (const T c : {guesses.low, guesses.high})
+    if (wide() && c > b.lo && c < b.hi) split(c);
+  for (int step = 0; wide(); ++step) {
+    const T high = std::min(b.hi, range.max);
+    const Bracket bracket{b.lo,
+                          high,
+                          static_cast<double>(b.from_lo),
+                          static_cast<double>(b.from_hi),
+                          static_cast<double>(range.plus),
+                          static_cast<double>(most)};
+    double c = middle(b.lo, high);
+    if (step % 4 == 2)
+      c = (static_cast<double>(b.lo) + high) / 2;
+    else if (step % 4 != 3)
+      c = bracket.interpolate(static_cast<double>(K), kCandidates / 4);
+    split(std::min(std::max(static_cast<T>(c), std::nextafter(b.lo, inf)), b.hi));
+  }
+  return b;
+}
 
 }  // namespace softtopk::cpu

@@ -64,7 +64,8 @@ __device__ __forceinline__ void visit_selected(const Row& row, Group& group, con
 }
 
 template <class S, class L>
-__global__ void __launch_bounds__(L::block, L::resident(sizeof(S))) mask_kernel(const MaskArgs args) {
+__global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
+    mask_kernel(const MaskArgs args) {
   using T = Compute<S>;
   using Group = typename L::Group;
   using Row = typename L::template Row<S>;
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S))) mask_kernel(
   const Sink<S> sink(args.mask, r * n, n, args.wide_mask);
   const T zero = cut.value == cut.value ? T(0) : cut.value;  // a NaN row is NaN
   visit_selected<S>(row, group, cut, true,
-                    [&](int32_t index, const bool(&selected)[kSize], int32_t) {
+                    [&](int32_t index, const bool (&selected)[kSize], int32_t) {
                       T mask[kSize];
 #pragma unroll
                       for (int i = 0; i < kSize; ++i) mask[i] = selected[i] ? T(1) : zero;
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
 
   int64_t* indices = args.indices + r * args.max_k;
   visit_selected<S>(row, group, cut, false,
-                    [&](int32_t index, const bool(&selected)[kSize], int32_t place) {
+                    [&](int32_t index, const bool (&selected)[kSize], int32_t place) {
 #pragma unroll
                       for (int i = 0; i < kSize; ++i) {
                         if (selected[i]) indices[place++] = int64_t(index) * kSize + i;
@@ -133,8 +134,12 @@ void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int device, void
     using S = typename decltype(tag)::type;
     with_layout<1>(x.n, sizeof(S), shared_memory_limit(device), [&](auto layout, int64_t shared) {
       using L = decltype(layout);
-      const MaskArgs args = {x, k, mask, is_wide(x.data, x.rows, x.stride, sizeof(S)),
-                             is_wide(mask, x.rows, x.n, sizeof(S)), 0};
+      const MaskArgs args = {x,
+                             k,
+                             mask,
+                             is_wide(x.data, x.rows, x.stride, sizeof(S)),
+                             is_wide(mask, x.rows, x.n, sizeof(S)),
+                             0};
       launch<L>(mask_kernel<S, L>, args, x.rows, shared, stream);
     });
   });
@@ -148,8 +153,8 @@ void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* i
     using S = typename decltype(tag)::type;
     with_layout<1>(x.n, sizeof(S), shared_memory_limit(device), [&](auto layout, int64_t shared) {
       using L = decltype(layout);
-      const IndicesArgs args = {x, k, max_k, indices, counts,
-                                is_wide(x.data, x.rows, x.stride, sizeof(S)), 0};
+      const IndicesArgs args = {
+          x, k, max_k, indices, counts, is_wide(x.data, x.rows, x.stride, sizeof(S)), 0};
       launch<L>(indices_kernel<S, L>, args, x.rows, shared, stream);
     });
   });

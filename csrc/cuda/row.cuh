@@ -59,7 +59,9 @@ struct Element<__nv_bfloat16> {
   using Compute = float;
   static constexpr Raw sign = 0x8000, minus_infinity = 0xff80;
   static __device__ float value(Raw raw) { return __uint_as_float(uint32_t(raw) << 16); }
-  static __device__ Raw raw(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+  static __device__ Raw raw(float value) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  }
 };
 
 template <class S>
@@ -337,9 +339,7 @@ class GlobalRow : public LongRow<Group> {
  public:
   __device__ GlobalRow(const Source<S>& source, uint4*)
       : LongRow<Group>(source.chunks()), source_(source) {}
-  __device__ Chunk<S> chunk(int32_t item) const {
-    return source_.load(chunk_index<Group>(item));
-  }
+  __device__ Chunk<S> chunk(int32_t item) const { return source_.load(chunk_index<Group>(item)); }
 
  private:
   Source<S> source_;
@@ -376,7 +376,7 @@ struct Layout {
   static constexpr int rows_per_block = block / Group::threads;
   // Blocks that a multiprocessor must be able to hold, which limits registers to 64 a thread for
   // long rows, 80 for short ones and 128 for doubles and rows of many registers.
-  static constexpr int resident(int size) { 
+  static constexpr int resident(int size) {
     return (size == 8 || ITEMS > 2 ? 512 : ITEMS > 0 ? 768 : 1024) / block;
   }
   // The chunks that a row of n elements takes in shared memory.
@@ -472,8 +472,8 @@ class DeviceGuard {
 inline void check_length(int64_t n) {
   constexpr int64_t kLongest = 0x7fffffff - 1024 * 16;
   if (n > kLongest) {
-    throw std::runtime_error("softtopk: n=" + std::to_string(n) + " is more than the CUDA backend's " +
-                             std::to_string(kLongest));
+    throw std::runtime_error("softtopk: n=" + std::to_string(n) +
+                             " is more than the CUDA backend's " + std::to_string(kLongest));
   }
 }
 
@@ -493,8 +493,8 @@ inline bool is_wide(const void* data, int64_t rows, int64_t stride, int64_t size
 // where the grid would be too large.
 template <class L, class Args>
 void launch(void (*kernel)(Args), Args args, int64_t rows, int64_t shared, void* stream) {
-  constexpr int64_t kBlocks = 0x7fffffff;
-  if (shared > 48 * 1024) {
+  constexpr int64_t kBlocks = 0x7fffffff, kDefault = 48 * 1024;
+  if (shared + int64_t(sizeof(typename L::Group::Storage)) > kDefault) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
           "cudaFuncSetAttribute");
   }

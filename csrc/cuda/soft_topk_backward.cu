@@ -1,6 +1,7 @@
 // Backward: grad_x (rows, n), grad_k and grad_alpha (rows,) from x, the solution and v.
 //
-//   grad_x = s (v - <q, v>),  grad_k = <q, v>,  grad_alpha = -R / alpha <q, (t - <q, t>)(v - <q, v>)>
+//   grad_x = s (v - <q, v>),  grad_k = <q, v>,  grad_alpha = -R / alpha <q, (t - <q, t>)(v - <q,
+//   v>)>
 //
 // with h and q = h / R as densities() of csrc/laplace.h gives them, s = h / alpha, t = x / alpha.
 // v and t are taken relative to their values at the pivot, the first element of the largest q:
@@ -163,10 +164,18 @@ void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha
     using S = typename decltype(tag)::type;
     with_layout<2>(x.n, sizeof(S), shared_memory_limit(device), [&](auto layout, int64_t shared) {
       using L = decltype(layout);
-      const BackwardArgs args = {x, solution, alpha, v, v_stride, grad_x, grad_k, grad_alpha,
+      const BackwardArgs args = {x,
+                                 solution,
+                                 alpha,
+                                 v,
+                                 v_stride,
+                                 grad_x,
+                                 grad_k,
+                                 grad_alpha,
                                  is_wide(x.data, x.rows, x.stride, sizeof(S)),
                                  is_wide(v, x.rows, v_stride, sizeof(S)),
-                                 is_wide(grad_x, x.rows, x.n, sizeof(S)), 0};
+                                 is_wide(grad_x, x.rows, x.n, sizeof(S)),
+                                 0};
       launch<L>(backward_kernel<S, L>, args, x.rows, shared, stream);
     });
   });

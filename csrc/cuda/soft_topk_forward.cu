@@ -70,9 +70,14 @@ void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, void
     using S = typename decltype(tag)::type;
     with_layout<1>(x.n, sizeof(S), shared_memory_limit(device), [&](auto layout, int64_t shared) {
       using L = decltype(layout);
-      const ForwardArgs args = {x, k, alpha, p, solution,
+      const ForwardArgs args = {x,
+                                k,
+                                alpha,
+                                p,
+                                solution,
                                 is_wide(x.data, x.rows, x.stride, sizeof(S)),
-                                is_wide(p, x.rows, x.n, sizeof(S)), 0};
+                                is_wide(p, x.rows, x.n, sizeof(S)),
+                                0};
       launch<L>(forward_kernel<S, L>, args, x.rows, shared, stream);
     });
   });

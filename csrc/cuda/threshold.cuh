@@ -56,8 +56,8 @@ class Tails {
     at_B_ = std::abs(r_B) < infinity<T> ? r_B : T(0);
     // 1 / alpha overflows for a denormal alpha. Differences that matter there are as small, so
     // they are scaled up, unless r is so large that no difference but 0 can matter.
-    const bool tiny =
-        alpha < 4 / largest<T> && std::abs(at_A_) < largest<T> / up && std::abs(at_B_) < largest<T> / up;
+    const bool tiny = alpha < 4 / largest<T> && std::abs(at_A_) < largest<T> / up &&
+                      std::abs(at_B_) < largest<T> / up;
     unit_ = tiny ? up : T(1);
     at_A_ *= unit_;
     at_B_ *= unit_;
@@ -318,7 +318,7 @@ class Bracket {
 // The solution of a row (csrc/laplace.h), as backends/reference.py defines it.
 template <class T, class Row>
 SOFTTOPK_DEVICE Solution<T> solve(Row& row, double k, T alpha) {
-    const Tally<T> tally = row.sweep(Tally<T>());
+  const Tally<T> tally = row.sweep(Tally<T>());
   if (tally.nan || k != k || !(alpha > 0 && alpha < infinity<T>)) {
     return {nan<T>, nan<T>, nan<T>, nan<T>, nan<T>};
   }

@@ -16,7 +16,7 @@ from torch import Tensor
 from softtopk.backends.reference import compute_dtype
 
 try:
-    from softtopk import _C
+    from softtopk import _C as _C
 except ImportError as error:
     raise ImportError(
         "the native module softtopk._C is not there; build it with `pip install .` in the source"

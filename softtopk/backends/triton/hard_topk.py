@@ -16,7 +16,6 @@ from softtopk.backends.reference import compute_dtype
 from softtopk.backends.triton import launch
 from softtopk.backends.triton.solve import INF, chunk, count_search, per_row, read, statistics
 
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -65,7 +64,7 @@ def mask_kernel(
     for start in range(0, CHUNKS * BLOCK, BLOCK):
         values = chunk(tile, pointer, start, n, x_step, LARGEST, CHUNKS, BLOCK)
         selected, seen = select(values, v, ties, seen)
-        out = tl.where(bad, NAN, tl.where(selected, 1.0, 0.0))
+        out = tl.where(bad, float("nan"), tl.where(selected, 1.0, 0.0))
         i = start + tl.arange(0, BLOCK)
         tl.store(mask + row * n + i, out.to(mask.dtype.element_ty), mask=i < n)
 

@@ -26,7 +26,6 @@ from softtopk.backends.triton.solve import (
     tails,
 )
 
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit(do_not_specialize=["k_bits", "alpha_bits"])
@@ -51,12 +50,14 @@ def forward_kernel(
     tl.store(out + 3, Q)
     tl.store(out + 4, D)
 
-    _, h_A, h_B, _, _ = densities(r_A, r_B, P, Q, D, a)
+    R, q_A, q_B = densities(r_A, r_B, P, Q, D, a)
+    h_A = R * q_A
+    h_B = R * q_B
     for start in range(0, CHUNKS * BLOCK, BLOCK):
         values = chunk(tile, pointer, start, n, x_step, LARGEST, CHUNKS, BLOCK)
         e = tails(values, r_A, r_B, scale, rate)
         weight = tl.where(values >= r_A, 1 - h_A * e, h_B * e)
-        weight = tl.where(D == D, weight, NAN)
+        weight = tl.where(D == D, weight, float("nan"))
         i = start + tl.arange(0, BLOCK)
         tl.store(p + row * n + i, weight.to(p.dtype.element_ty), mask=i < n)
 
@@ -80,12 +81,6 @@ def soft_topk_forward(
     return p, solution
 
 
-@triton.jit
-def factors(x, r_A, r_B, A, B, e):
-    """An element's h or q from the factors of the two sides."""
-    return tl.where(x >= r_A, A, B) * e
-
-
 @triton.jit(do_not_specialize=["alpha_bits"])
 def backward_kernel(
     x, x_stride, x_step, solution, alpha, alpha_stride, alpha_bits: tl.int64, v, v_stride, v_step,
@@ -104,54 +99,51 @@ def backward_kernel(
     D = tl.load(solution + row * 5 + 4)
     a = per_row(alpha, alpha_stride, alpha_bits, row).to(T)
     scale, rate = exponent(a)
-    R, h_A, h_B, q_A, q_B = densities(r_A, r_B, P, Q, D, a)
+    R, q_A, q_B = densities(r_A, r_B, P, Q, D, a)
 
     # The largest q is at r_A or r_B; the pivot is the first such element. Without one, v = 0 will do.
-    top_A = tl.where(q_A >= q_B, r_A, NAN)
-    top_B = tl.where(q_B >= q_A, r_B, NAN)
-    first = tl.zeros([BLOCK], tl.int32) + n
+    top_A = tl.where(q_A >= q_B, r_A, float("nan"))
+    top_B = tl.where(q_B >= q_A, r_B, float("nan"))
+    pivot = tl.zeros((), tl.int32) + n
     for start in range(0, CHUNKS * BLOCK, BLOCK):
         values = chunk(x_tile, x_row, start, n, x_step, LARGEST, CHUNKS, BLOCK)
         i = start + tl.arange(0, BLOCK)
-        first = tl.minimum(first, tl.where((values == top_A) | (values == top_B), i, n))
-    pivot = tl.min(first).to(tl.int64)
-    v_pivot = tl.load(v_row + pivot * v_step, mask=pivot < n, other=0).to(T)
+        top = (values == top_A) | (values == top_B)
+        pivot = tl.minimum(pivot, tl.min(tl.where(top, i, n)))
+    v_pivot = tl.load(v_row + pivot.to(tl.int64) * v_step, mask=pivot < n, other=0).to(T)
     x_pivot = tl.where(q_A >= q_B, r_A, r_B)
 
     # t is in units of alpha ln 2: the base of `rate`.
-    sum_v = tl.zeros([BLOCK], T)
-    sum_t = tl.zeros([BLOCK], T)
+    inverse = (LN_2 * rate) * scale  # 1 / alpha
+    mean_v = tl.zeros((), T)
+    mean_t = tl.zeros((), T)
     for start in range(0, CHUNKS * BLOCK, BLOCK):
         values = chunk(x_tile, x_row, start, n, x_step, LARGEST, CHUNKS, BLOCK)
         incoming = chunk(v_tile, v_row, start, n, v_step, True, CHUNKS, BLOCK)
-        q = factors(values, r_A, r_B, q_A, q_B, tails(values, r_A, r_B, scale, rate))
-        sum_v += tl.where(q == 0, 0, q * (incoming - v_pivot))
-        sum_t += tl.where(q == 0, 0, q * ((values - x_pivot) * scale * rate))
-    mean_v = tl.sum(sum_v)
-    mean_t = tl.sum(sum_t)
+        q = tl.where(values >= r_A, q_A, q_B) * tails(values, r_A, r_B, scale, rate)
+        mean_v += tl.sum(tl.where(q == 0, 0, q * (incoming - v_pivot)))
+        mean_t += tl.sum(tl.where(q == 0, 0, q * ((values - x_pivot) * scale * rate)))
 
-    covariance = tl.zeros([BLOCK], T)
+    covariance = tl.zeros((), T)
     for start in range(0, CHUNKS * BLOCK, BLOCK):
         values = chunk(x_tile, x_row, start, n, x_step, LARGEST, CHUNKS, BLOCK)
         incoming = chunk(v_tile, v_row, start, n, v_step, True, CHUNKS, BLOCK)
-        e = tails(values, r_A, r_B, scale, rate)
-        q = factors(values, r_A, r_B, q_A, q_B, e)
-        h = factors(values, r_A, r_B, h_A, h_B, e)
+        q = tl.where(values >= r_A, q_A, q_B) * tails(values, r_A, r_B, scale, rate)
         dv = tl.where(q == 0, 0, incoming - v_pivot - mean_v)
         dt = tl.where(q == 0, 0, (values - x_pivot) * scale * rate - mean_t)
-        covariance += q * dt * dv
-        gradient = tl.where(h == 0, 0, h * LN_2 * scale * rate * dv)
+        covariance += tl.sum(q * dt * dv)
+        gradient = tl.where(R == 0, 0, (q * R) * inverse * dv)
         if not LARGEST:
             gradient = -gradient
-        gradient = tl.where(D == D, gradient, NAN)
+        gradient = tl.where(D == D, gradient, float("nan"))
         i = start + tl.arange(0, BLOCK)
         tl.store(grad_x + row * n + i, gradient.to(grad_x.dtype.element_ty), mask=i < n)
 
     bound = (P == 0) & (Q == 0)  # k outside its range, or no finite element
     to_k = tl.where(bound, 0, v_pivot + mean_v)
-    to_alpha = tl.where(R == 0, 0, -(R * scale * rate) * LN_2 * (LN_2 * tl.sum(covariance)))
-    tl.store(grad_k + row, tl.where(D == D, to_k, NAN))
-    tl.store(grad_alpha + row, tl.where(D == D, to_alpha, NAN))
+    to_alpha = tl.where(R == 0, 0, -(R * covariance) * LN_2 * inverse)
+    tl.store(grad_k + row, tl.where(D == D, to_k, float("nan")))
+    tl.store(grad_alpha + row, tl.where(D == D, to_alpha, float("nan")))
 
 
 def soft_topk_backward(

@@ -1,11 +1,12 @@
 """Device functions: sweeps over a row, the count search, and the solution of the soft top-k.
 
 Notation and derivation: backends/reference.py. A sweep reduces the row: from the tile in registers
-when it is all of it (CHUNKS = 1), else reading CHUNKS chunks of BLOCK again. Accumulators are one
-per lane and reduced at the end, so sums do not depend on the row's place in the batch. Elements
-beyond n read as -inf, the value that the operator leaves out. Exponents are in base 2, and a
-difference is taken before it is scaled: exp(-d / alpha) = exp2(-d * scale * rate), with the power
-of two `scale` there so that neither 1 / alpha nor alpha can overflow or underflow.
+when that is all of it (CHUNKS = 1), else reading CHUNKS chunks of BLOCK again. Each reduction
+follows its operand at once, which halves the registers a kernel needs. Sums are trees within a
+chunk and do not depend on the row's place in the batch. Elements beyond n read as -inf, the value
+that the operator leaves out. Exponents are in base 2, and a difference is taken before it is
+scaled: exp(-d / alpha) = exp2(-d * scale * rate), with the power of two `scale` there so that
+neither 1 / alpha nor alpha can overflow or underflow.
 """
 
 import triton
@@ -50,35 +51,35 @@ def chunk(
 @triton.jit
 def statistics(tile, pointer, n, step, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """Whether there is a NaN, the numbers of +inf and of finite elements, and the finite min and max."""
-    nan = tl.zeros([BLOCK], tl.int32)
-    plus = tl.zeros([BLOCK], tl.int32)
-    finite = tl.zeros([BLOCK], tl.int32)
-    low = tl.full([BLOCK], INF, tile.dtype)
-    high = tl.full([BLOCK], -INF, tile.dtype)
+    nan = tl.zeros((), tl.int32)
+    plus = tl.zeros((), tl.int32)
+    finite = tl.zeros((), tl.int32)
+    low = tl.full((), INF, tile.dtype)
+    high = tl.full((), -INF, tile.dtype)
     for start in range(0, CHUNKS * BLOCK, BLOCK):
         x = chunk(tile, pointer, start, n, step, LARGEST, CHUNKS, BLOCK)
         inside = tl.abs(x) < INF
-        nan += (x != x).to(tl.int32)
-        plus += (x == INF).to(tl.int32)
-        finite += inside.to(tl.int32)
-        low = tl.minimum(low, tl.where(inside, x, INF))
-        high = tl.maximum(high, tl.where(inside, x, -INF))
-    return tl.sum(nan) > 0, tl.sum(plus), tl.sum(finite), tl.min(low), tl.max(high)
+        nan += tl.sum((x != x).to(tl.int32))
+        plus += tl.sum((x == INF).to(tl.int32))
+        finite += tl.sum(inside.to(tl.int32))
+        low = tl.minimum(low, tl.min(tl.where(inside, x, INF)))
+        high = tl.maximum(high, tl.max(tl.where(inside, x, -INF)))
+    return nan > 0, plus, finite, low, high
 
 
 @triton.jit
 def split(tile, pointer, n, step, c, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """A = {x >= c}: |A|, r_A = min A and r_B = max of the rest; +inf and -inf where there is none."""
-    count = tl.zeros([BLOCK], tl.int32)
-    lowest = tl.full([BLOCK], INF, tile.dtype)
-    highest = tl.full([BLOCK], -INF, tile.dtype)
+    count = tl.zeros((), tl.int32)
+    r_A = tl.full((), INF, tile.dtype)
+    r_B = tl.full((), -INF, tile.dtype)
     for start in range(0, CHUNKS * BLOCK, BLOCK):
         x = chunk(tile, pointer, start, n, step, LARGEST, CHUNKS, BLOCK)
         above = x >= c
-        count += above.to(tl.int32)
-        lowest = tl.minimum(lowest, tl.where(above, x, INF))
-        highest = tl.maximum(highest, tl.where(above, -INF, x))
-    return tl.sum(count), tl.min(lowest), tl.max(highest)
+        count += tl.sum(above.to(tl.int32))
+        r_A = tl.minimum(r_A, tl.min(tl.where(above, x, INF)))
+        r_B = tl.maximum(r_B, tl.max(tl.where(above, -INF, x)))
+    return count, r_A, r_B
 
 
 @triton.jit
@@ -94,14 +95,14 @@ def tail_sums(
     LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """P and Q."""
-    P = tl.zeros([BLOCK], tile.dtype)
-    Q = tl.zeros([BLOCK], tile.dtype)
+    P = tl.zeros((), tile.dtype)
+    Q = tl.zeros((), tile.dtype)
     for start in range(0, CHUNKS * BLOCK, BLOCK):
         x = chunk(tile, pointer, start, n, step, LARGEST, CHUNKS, BLOCK)
         e = tails(x, r_A, r_B, scale, rate)
-        P += tl.where(x >= r_A, e, 0)
-        Q += tl.where(x >= r_A, 0, e)
-    return tl.sum(P), tl.sum(Q)
+        P += tl.sum(tl.where(x >= r_A, e, 0))
+        Q += tl.sum(tl.where(x >= r_A, 0, e))
+    return P, Q
 
 
 @triton.jit
@@ -230,7 +231,7 @@ def masses(P, Q, D, half_gap):
 
 @triton.jit
 def densities(r_A, r_B, P, Q, D, alpha):
-    """R, h_A, h_B, q_A, q_B: the factors of h and q (backends/reference.py, Densities)."""
+    """R, q_A, q_B: q = q_A e above and q_B e below, and h = R q."""
     # The exponent in float64, its whole part apart: h and its gradients keep their last places
     # however wide the gap is.
     t = (r_A - r_B).to(tl.float64) * (-0.5 * LOG2_E) / alpha.to(tl.float64)
@@ -238,9 +239,7 @@ def densities(r_A, r_B, P, Q, D, alpha):
     whole = tl.floor(t)
     half_gap = tl.exp2((t - whole).to(D.dtype)) * tl.exp2(whole.to(D.dtype))
     R, w_A, w_B = masses(P, Q, D, half_gap)
-    q_A = tl.where(P == 0, 0, w_A / P)
-    q_B = tl.where(Q == 0, 0, w_B / Q)
-    return R, tl.where(P == 0, 0, R * w_A / P), tl.where(Q == 0, 0, R * w_B / Q), q_A, q_B
+    return R, tl.where(P == 0, 0, w_A / P), tl.where(Q == 0, 0, w_B / Q)
 
 
 @triton.jit
