@@ -50,7 +50,9 @@ def errors(kernels, x, k, alpha, v) -> tuple[float, float]:
 def measure(rows: int, n: int, dtype: str, alphas, distribution: str, backends, device: str) -> list[dict]:
     x = large(distribution, rows, n, device).to(DTYPES[dtype])
     v = torch.randn(rows, n, device=device).to(DTYPES[dtype])
-    k = torch.randint(20, 121, (rows,), device=device, generator=torch.Generator(device).manual_seed(1)).float()
+    k = torch.randint(
+        20, 121, (rows,), device=device, generator=torch.Generator(device).manual_seed(1)
+    ).float()
     out = torch.empty_like(x)
     copy = median_ms(lambda: out.copy_(x), device)
     del out
@@ -67,12 +69,26 @@ def measure(rows: int, n: int, dtype: str, alphas, distribution: str, backends, 
             _, solution = kernels.soft_topk_forward(x, k, alpha, True)
             forward = median_ms(lambda: kernels.soft_topk_forward(x, k, alpha, True), device)  # noqa: B023
             backward = median_ms(lambda: kernels.soft_topk_backward(x, solution, alpha, v, True), device)  # noqa: B023
-            shared = dict(backend=backend, dtype=dtype, rows=rows, n=n, k="20..120", alpha=alpha, distribution=distribution)
+            shared = dict(
+                backend=backend,
+                dtype=dtype,
+                rows=rows,
+                n=n,
+                k="20..120",
+                alpha=alpha,
+                distribution=distribution,
+            )
             for name, ms, floor, error in (
                 ("forward", forward, copy, error_p),
                 ("backward", backward, 1.5 * copy, error_x),
             ):
-                row = {"op": "soft_topk", "pass": name, **shared, "ms": round(ms, 4), "floor_ms": round(floor, 4)}
+                row = {
+                    "op": "soft_topk",
+                    "pass": name,
+                    **shared,
+                    "ms": round(ms, 4),
+                    "floor_ms": round(floor, 4),
+                }
                 row |= {"fraction": round(floor / ms, 4), "max_error": error, "peers": {}}
                 if name == "forward":
                     row["peers"] = {peer: round(t, 4) for peer, t in peers.items()}
@@ -86,7 +102,9 @@ def measure(rows: int, n: int, dtype: str, alphas, distribution: str, backends, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backends", nargs="+", help="default: all that run on the device")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)

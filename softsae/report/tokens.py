@@ -66,9 +66,7 @@ def token_statistics(sae, source: ShardSource, top: int = 8) -> TokenStatistics:
     )
 
 
-def by_token(
-    values: np.ndarray, token_ids: np.ndarray, least: int
-) -> list[tuple[int, float, float, int]]:
+def by_token(values: np.ndarray, token_ids: np.ndarray, least: int) -> list[tuple[int, float, float, int]]:
     """(token id, mean, standard deviation, count) of values (rows,) per distinct token, by mean.
 
     Tokens with fewer than `least` occurrences are left out.

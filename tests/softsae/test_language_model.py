@@ -137,8 +137,9 @@ def test_attach_replaces_all_but_the_kept_positions(lm, sae):
             assert torch.equal(stream(), x)
     assert torch.equal(kept[:, 0], x[:, 0]) and torch.allclose(kept[:, 1:], x_hat[:, 1:], atol=1e-5)
     assert torch.equal(stream(), x)  # and all is as before
-    with pytest.raises(ValueError, match=r"keep has shape \(2, 2\)"), attach(
-        lm, LAYER, sae, keep=torch.ones(2, 2, dtype=torch.bool)
+    with (
+        pytest.raises(ValueError, match=r"keep has shape \(2, 2\)"),
+        attach(lm, LAYER, sae, keep=torch.ones(2, 2, dtype=torch.bool)),
     ):
         stream()
 

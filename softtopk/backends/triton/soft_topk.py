@@ -27,7 +27,6 @@ from softtopk.backends.triton.solve import (
 )
 
 
-
 @triton.jit(do_not_specialize=["k_bits", "alpha_bits"])
 def forward_kernel(
     x, x_stride, x_step, k, k_stride, k_bits: tl.int64, alpha, alpha_stride, alpha_bits: tl.int64,
@@ -40,9 +39,7 @@ def forward_kernel(
     budget = per_row(k, k_stride, k_bits, row)
     a = per_row(alpha, alpha_stride, alpha_bits, row).to(T)
     scale, rate = exponent(a)
-    r_A, r_B, P, Q, D = solve(
-        tile, pointer, n, x_step, budget, a, scale, rate, LARGEST, CHUNKS, BLOCK
-    )
+    r_A, r_B, P, Q, D = solve(tile, pointer, n, x_step, budget, a, scale, rate, LARGEST, CHUNKS, BLOCK)
     out = solution + row * 5
     tl.store(out, r_A)
     tl.store(out + 1, r_B)
