@@ -13,6 +13,7 @@ rows; of grad_x relative to its row's largest), peers (name -> ms).
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,12 +54,10 @@ def measure(rows: int, n: int, dtype: str, alphas, distribution: str, backends, 
     k = torch.randint(
         20, 121, (rows,), device=device, generator=torch.Generator(device).manual_seed(1)
     ).float()
-    out = torch.empty_like(x)
-    copy = median_ms(lambda: out.copy_(x), device)
-    del out
-    peers = {"torch.topk(64)": median_ms(lambda: torch.topk(x, 64), device, most=10)}
+    copy = median_ms(partial(torch.empty_like(x).copy_, x), device)
+    peers = {"torch.topk(64)": median_ms(partial(torch.topk, x, 64), device, most=10)}
     try:
-        peers["torch.sort"] = median_ms(lambda: torch.sort(x), device, most=5)
+        peers["torch.sort"] = median_ms(partial(torch.sort, x), device, most=5)
     except torch.OutOfMemoryError:
         pass
     found = []
@@ -67,8 +66,8 @@ def measure(rows: int, n: int, dtype: str, alphas, distribution: str, backends, 
         for alpha in alphas:
             error_p, error_x = errors(kernels, x, k, alpha, v)
             _, solution = kernels.soft_topk_forward(x, k, alpha, True)
-            forward = median_ms(lambda: kernels.soft_topk_forward(x, k, alpha, True), device)  # noqa: B023
-            backward = median_ms(lambda: kernels.soft_topk_backward(x, solution, alpha, v, True), device)  # noqa: B023
+            forward = median_ms(partial(kernels.soft_topk_forward, x, k, alpha, True), device)
+            backward = median_ms(partial(kernels.soft_topk_backward, x, solution, alpha, v, True), device)
             shared = dict(
                 backend=backend,
                 dtype=dtype,
