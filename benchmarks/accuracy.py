@@ -21,7 +21,9 @@ from tests.cases import ALPHAS, BAR_FAMILIES, LENGTHS, budgets, make
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/accuracy-DEVICE.json")
     args = parser.parse_args()
@@ -36,7 +38,12 @@ def main() -> None:
             for alpha in ALPHAS:
                 want = oracle(x, k, alpha, v)
                 for backend in backends:
-                    got = run(dispatch.module(backend), *(t.to(args.device) for t in (x, k)), alpha, v.to(args.device))
+                    got = run(
+                        dispatch.module(backend),
+                        *(t.to(args.device) for t in (x, k)),
+                        alpha,
+                        v.to(args.device),
+                    )
                     cell = {name: float(f"{r:.3g}") for name, r in ratios(got, want, k, alpha, v).items()}
                     rows.append({"backend": backend, "family": family, "n": n, "alpha": alpha, **cell})
     write(args.out or RESULTS / f"accuracy-{device_label(args.device)}.json", rows)

@@ -49,7 +49,9 @@ def timing(file: str) -> str:
             body.append([f"floor of the {name}", "", *(f"{cells[s]:.3g}" for s in shapes)])
             for backend in dict.fromkeys(r["backend"] for r in of_dtype):
                 for alpha in dict.fromkeys(r["alpha"] for r in of_dtype):
-                    match = [r for r in of_dtype if (r["backend"], r["alpha"], r["pass"]) == (backend, alpha, name)]
+                    match = [
+                        r for r in of_dtype if (r["backend"], r["alpha"], r["pass"]) == (backend, alpha, name)
+                    ]
                     at = {(r["rows"], r["n"]): f"{r['ms']:.3g} ({r['fraction']:.0%})" for r in match}
                     body.append([f"{backend} {name}", f"{alpha:g}", *(at.get(s, "") for s in shapes)])
         for peer in dict.fromkeys(p for r in of_dtype for p in r["peers"]):
@@ -87,7 +89,9 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 when stale")
     parser.add_argument("--readme", type=Path, default=README)
     args = parser.parse_args()

@@ -13,6 +13,7 @@ rows; of grad_x relative to its row's largest), peers (name -> ms).
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,13 +51,13 @@ def errors(kernels, x, k, alpha, v) -> tuple[float, float]:
 def measure(rows: int, n: int, dtype: str, alphas, distribution: str, backends, device: str) -> list[dict]:
     x = large(distribution, rows, n, device).to(DTYPES[dtype])
     v = torch.randn(rows, n, device=device).to(DTYPES[dtype])
-    k = torch.randint(20, 121, (rows,), device=device, generator=torch.Generator(device).manual_seed(1)).float()
-    out = torch.empty_like(x)
-    copy = median_ms(lambda: out.copy_(x), device)
-    del out
-    peers = {"torch.topk(64)": median_ms(lambda: torch.topk(x, 64), device, most=10)}
+    k = torch.randint(
+        20, 121, (rows,), device=device, generator=torch.Generator(device).manual_seed(1)
+    ).float()
+    copy = median_ms(partial(torch.empty_like(x).copy_, x), device)
+    peers = {"torch.topk(64)": median_ms(partial(torch.topk, x, 64), device, most=10)}
     try:
-        peers["torch.sort"] = median_ms(lambda: torch.sort(x), device, most=5)
+        peers["torch.sort"] = median_ms(partial(torch.sort, x), device, most=5)
     except torch.OutOfMemoryError:
         pass
     found = []
@@ -65,14 +66,28 @@ def measure(rows: int, n: int, dtype: str, alphas, distribution: str, backends, 
         for alpha in alphas:
             error_p, error_x = errors(kernels, x, k, alpha, v)
             _, solution = kernels.soft_topk_forward(x, k, alpha, True)
-            forward = median_ms(lambda: kernels.soft_topk_forward(x, k, alpha, True), device)  # noqa: B023
-            backward = median_ms(lambda: kernels.soft_topk_backward(x, solution, alpha, v, True), device)  # noqa: B023
-            shared = dict(backend=backend, dtype=dtype, rows=rows, n=n, k="20..120", alpha=alpha, distribution=distribution)
+            forward = median_ms(partial(kernels.soft_topk_forward, x, k, alpha, True), device)
+            backward = median_ms(partial(kernels.soft_topk_backward, x, solution, alpha, v, True), device)
+            shared = dict(
+                backend=backend,
+                dtype=dtype,
+                rows=rows,
+                n=n,
+                k="20..120",
+                alpha=alpha,
+                distribution=distribution,
+            )
             for name, ms, floor, error in (
                 ("forward", forward, copy, error_p),
                 ("backward", backward, 1.5 * copy, error_x),
             ):
-                row = {"op": "soft_topk", "pass": name, **shared, "ms": round(ms, 4), "floor_ms": round(floor, 4)}
+                row = {
+                    "op": "soft_topk",
+                    "pass": name,
+                    **shared,
+                    "ms": round(ms, 4),
+                    "floor_ms": round(floor, 4),
+                }
                 row |= {"fraction": round(floor / ms, 4), "max_error": error, "peers": {}}
                 if name == "forward":
                     row["peers"] = {peer: round(t, 4) for peer, t in peers.items()}
@@ -86,7 +101,9 @@ def measure(rows: int, n: int, dtype: str, alphas, distribution: str, backends, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backends", nargs="+", help="default: all that run on the device")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)

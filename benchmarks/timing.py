@@ -29,7 +29,9 @@ def median_ms(call: Callable[[], object], device: str, budget_s: float = 0.4, mo
     torch.cuda.synchronize()
     first = once_ms(call)
     count = max(5, min(most, int(budget_s * 1e3 / max(first, 1e-3))))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
+    ]
     for begin, end in events:
         begin.record()
         call()

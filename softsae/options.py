@@ -60,8 +60,8 @@ class ModelOptions:
 class TextOptions:
     """Which text."""
 
-    text: list[str] = field(default_factory=list)
-    """text files or folders of them, '[a.txt, docs]'; by default the prose of this Python"""
+    text: list[str] | str = field(default_factory=list)
+    """a text file or a folder, or several: '[a.txt, docs]'; by default the prose of this Python"""
     heldout: float = 0.1
     """share of the text that is held out"""
 

@@ -21,16 +21,21 @@ def open_run(out: Path, command: str, options: Any, resume: bool) -> None:
     Raises:
         FileExistsError: the folder is not empty and resume is False.
     """
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"--out {str(out)!r} exists and is not a folder")
+    check_free(out, resume)
     if resume:
         return
-    if out.is_dir() and any(out.iterdir()):
-        hint = "go on with --resume, or " if (out / OPTIONS).is_file() else ""
-        raise FileExistsError(f"--out {str(out)!r} is not empty: {hint}choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     saved = {name: value for name, value in plain(options).items() if name != "resume"}
     write_text(out / OPTIONS, header(command) + yaml.safe_dump(saved, sort_keys=False))
+
+
+def check_free(out: Path, resume: bool) -> None:
+    """Raises FileExistsError when `out` cannot be a new run folder and is not to be resumed."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {str(out)!r} exists and is not a folder")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        hint = "go on with --resume, or " if (out / OPTIONS).is_file() else ""
+        raise FileExistsError(f"--out {str(out)!r} is not empty: {hint}choose another folder")
 
 
 def saved_options(out: Path, command: str) -> Path:

@@ -44,6 +44,19 @@ class Sequences:
     def longest(self) -> int:
         return int(np.diff(self.offsets).max())
 
+    def draw(self, tokens: int, seed: int) -> Sequences:
+        """Sequences drawn at random until they hold `tokens` tokens, in their old order."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        total = np.cumsum(np.diff(self.offsets)[order])
+        taken = np.sort(order[: int(np.searchsorted(total, tokens)) + 1])
+        rows = [self[s] for s in taken]
+        return Sequences(
+            token_ids=np.concatenate(rows),
+            offsets=np.cumsum([0] + [len(row) for row in rows]),
+            document=self.document[taken],
+            names=self.names,
+        )
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(token ids (B, T) int64, lengths (B,)) of neighbouring sequences, padded on the right with 0."""
         for start in range(0, len(self), size):

@@ -30,12 +30,12 @@ class Document:
 
 
 def corpus(
-    paths: Sequence[str | Path] | None = None, heldout: float = 0.1
+    paths: Sequence[str | Path] | str | None = None, heldout: float = 0.1
 ) -> tuple[list[Document], list[Document]]:
     """Training and held-out documents, from `paths` or, without any, from this Python's own prose.
 
     Args:
-        paths: text files in UTF-8, or folders that are searched for *.txt, *.md and *.rst.
+        paths: a text file in UTF-8 or several, or folders that are searched for *.txt, *.md and *.rst.
         heldout: the share of the characters that is held out, 0 < heldout < 1.
 
     Raises:
@@ -44,6 +44,7 @@ def corpus(
     """
     if not 0 < heldout < 1:
         raise ValueError(f"heldout={heldout} must lie between 0 and 1")
+    paths = [paths] if isinstance(paths, str) else paths
     documents = read_files(paths) if paths else standard_library()
     return split(documents, heldout)
 

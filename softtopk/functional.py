@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from softtopk import dispatch, ops
-from softtopk.backends.reference import compute_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -70,9 +69,7 @@ def soft_topk(
     alpha = rows.number("alpha", alpha, 0, math.inf, open_interval=True)
     name = dispatch.choose(backend, x.device)
     flat_k, flat_alpha = rows.per_row("k", k), rows.per_row("alpha", alpha)
-    p, solution = ops.SoftTopKFunction.apply(
-        rows.flat, flat_k, flat_alpha, bool(largest), bool(hard), name
-    )
+    p, solution = ops.SoftTopKFunction.apply(rows.flat, flat_k, flat_alpha, bool(largest), bool(hard), name)
     p = rows.restore(p)
     if not return_threshold:
         return p
@@ -208,9 +205,7 @@ def threshold(solution: Tensor, alpha: float | Tensor, largest: bool) -> Tensor:
     alpha = alpha.double() if isinstance(alpha, Tensor) else alpha
     coupling = (P.log() + Q.log() - (r_A - r_B) / alpha) / 2  # log sqrt(P Q exp(-G))
     # H_A = (R + D) / 2 = P exp(-(r_A - b) / alpha) / 2 for D > 0, and its mirror image below.
-    log_larger = torch.where(
-        D == 0, coupling, torch.hypot(D, coupling.exp()).add(D.abs()).log()
-    )
+    log_larger = torch.where(D == 0, coupling, torch.hypot(D, coupling.exp()).add(D.abs()).log())
     above = r_A + alpha * (log_larger - P.log())
     below = r_B - alpha * (log_larger - Q.log())
     middle = 0.5 * (r_A + r_B) + 0.5 * alpha * (Q.log() - P.log())

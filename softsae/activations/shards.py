@@ -92,9 +92,7 @@ class ShardWriter:
         }
         save_file(tensors, self.folder / "sequences.safetensors")
         (self.folder / "documents.json").write_text(json.dumps(sequences.names))
-        files = {
-            file: describe(self.folder / file) for file in ("sequences.safetensors", "documents.json")
-        }
+        files = {file: describe(self.folder / file) for file in ("sequences.safetensors", "documents.json")}
         manifest = {
             "format": FORMAT, **about, "d": self.d, "dtype": self.dtype, "rows": self.rows,
             "sequences": len(sequences), "tokens": sequences.tokens, "shards": self.shards, "files": files,

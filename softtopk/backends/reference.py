@@ -193,7 +193,7 @@ def soft_topk_backward(
 
 
 def hard_topk_mask(x: Tensor, k: float | Tensor, largest: bool = True) -> Tensor:
-    """1 for the round-half-up(k) largest elements of each row, lowest index first among equals; 0 elsewhere."""
+    """1 for the round-half-up(k) largest of each row, the lowest index first among equals; 0 elsewhere."""
     values = signed(x, largest)
     rank = values.sort(dim=1, descending=True, stable=True).indices.argsort(1)
     mask = (rank < hard_budget(values, k)).to(x.dtype)
@@ -203,7 +203,8 @@ def hard_topk_mask(x: Tensor, k: float | Tensor, largest: bool = True) -> Tensor
 def hard_topk_indices(
     x: Tensor, k: float | Tensor, max_k: int, largest: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The same elements, at most max_k of a row: indices (rows, max_k) int64, ascending, then -1; counts (rows,) int64."""
+    """The same elements, at most max_k of a row: indices (rows, max_k) int64, ascending, then -1; counts
+    (rows,) int64."""
     values = signed(x, largest)
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :max_k]
     counts = hard_budget(values, k).clamp(max=max_k)

@@ -211,6 +211,7 @@ def test_training_names_the_row_of_a_nonfinite_activation(tmp_path):
     x = np.random.default_rng(0).standard_normal((100, 4)).astype(np.float32)
     x[41, 1] = np.inf
     np.save(tmp_path / "x.npy", x)
-    config = AutoencoderConfig(n=8, k=2, architecture="topk"), TrainConfig(steps=10, batch_size=32, device="cpu")
+    model = AutoencoderConfig(n=8, k=2, architecture="topk")
+    train = TrainConfig(steps=10, batch_size=32, device="cpu")
     with pytest.raises(ValueError, match="row 41 of .*x.npy"):
-        Trainer(*config, progress=False).fit(str(tmp_path / "x.npy"))
+        Trainer(model, train, progress=False).fit(str(tmp_path / "x.npy"))

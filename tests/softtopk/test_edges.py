@@ -45,7 +45,9 @@ def test_plus_infinity_takes_one_unit(backend, device):
     assert (grad_x[0, [1, 4]] == 0).all()
 
 
-@pytest.mark.parametrize("k,sum_p,grad_k", [(-3, 1, 0), (0.5, 1, 0), (1, 1, 2.5), (3, 3, 2.5), (3.5, 3, 0), (9, 3, 0)])
+@pytest.mark.parametrize(
+    "k,sum_p,grad_k", [(-3, 1, 0), (0.5, 1, 0), (1, 1, 2.5), (3, 3, 2.5), (3.5, 3, 0), (9, 3, 0)]
+)
 def test_k_is_clamped_to_what_can_be_chosen(backend, device, k, sum_p, grad_k):
     """[+inf, 2, 2, -inf]: 1 <= sum(p) <= 3; the gradient passes at equality and is 0 outside."""
     x = rows(device, [inf, 2.0, 2.0, -inf])
@@ -67,7 +69,9 @@ def test_grad_k_at_the_ends_is_a_softmax(backend, device, k, sign):
 
 def test_no_finite_element(backend, device):
     x = rows(device, [inf, -inf, inf], [-inf, -inf, -inf], [inf, inf, inf])
-    p, grad_x, grad_k, grad_alpha = gradients(x, rows(device, 2, 0, 3), rows(device, 1, 1, 1), torch.ones_like(x), backend)
+    p, grad_x, grad_k, grad_alpha = gradients(
+        x, rows(device, 2, 0, 3), rows(device, 1, 1, 1), torch.ones_like(x), backend
+    )
     assert p.tolist() == [[1, 0, 1], [0, 0, 0], [1, 1, 1]]
     assert not grad_x.any() and not grad_k.any() and not grad_alpha.any()
 
@@ -133,7 +137,11 @@ def test_signed_zeros_are_equal(backend, device):
 
 def test_smallest_is_the_operator_on_minus_x(backend, device):
     x = torch.randn(4, 333, generator=torch.Generator().manual_seed(0)).to(device)
-    k, alpha, v = rows(device, 1, 7.5, 100, 332), rows(device, 0.1, 1, 1e-3, 1e-2), torch.randn(4, 333).to(device)
+    k, alpha, v = (
+        rows(device, 1, 7.5, 100, 332),
+        rows(device, 0.1, 1, 1e-3, 1e-2),
+        torch.randn(4, 333).to(device),
+    )
     got = gradients(x, k, alpha, v, backend, largest=False)
     want = gradients(-x, k, alpha, v, backend)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], -want[1])

@@ -30,16 +30,28 @@ WRONG = [
     (lambda: soft_topk(X, torch.ones(8)), ValueError, r"k of shape \(8,\) does not broadcast to \(3,\)"),
     (lambda: soft_topk(X, torch.ones(2, 3)), ValueError, r"k of shape \(2, 3\) does not broadcast to \(3,\)"),
     (lambda: soft_topk(X, torch.ones(3, 1)), ValueError, r"k of shape \(3, 1\) does not broadcast to \(3,\)"),
-    (lambda: soft_topk(X, 1, torch.ones(2)), ValueError, r"alpha of shape \(2,\) does not broadcast to \(3,\)"),
+    (
+        lambda: soft_topk(X, 1, torch.ones(2)),
+        ValueError,
+        r"alpha of shape \(2,\) does not broadcast to \(3,\)",
+    ),
     (lambda: soft_topk(X, torch.ones(3, dtype=torch.bool)), TypeError, "k has dtype torch.bool"),
-    (lambda: soft_topk(X, 1, torch.ones(3, dtype=torch.complex64)), TypeError, "alpha has dtype torch.complex64"),
+    (
+        lambda: soft_topk(X, 1, torch.ones(3, dtype=torch.complex64)),
+        TypeError,
+        "alpha has dtype torch.complex64",
+    ),
     (lambda: soft_topk(X, torch.ones(3, device="meta")), ValueError, "k is on meta, x on cpu"),
     (lambda: soft_topk(X, 1, backend="metal"), ValueError, "backend='metal' is unknown; choose one of cuda,"),
     (lambda: hard_topk(X, 9), ValueError, "k=9.0 must lie between 0 and 8"),
     (lambda: hard_topk(X, 2, max_k=2), ValueError, "max_k=2 has a meaning only with return_indices=True"),
     (lambda: hard_topk(X, torch.ones(3), return_indices=True), ValueError, "give max_k when k is a tensor"),
     (lambda: hard_topk(X, 2, max_k=-1, return_indices=True), ValueError, "max_k=-1 must be an integer >= 0"),
-    (lambda: hard_topk(X, 2, max_k=2.5, return_indices=True), ValueError, "max_k=2.5 must be an integer >= 0"),
+    (
+        lambda: hard_topk(X, 2, max_k=2.5, return_indices=True),
+        ValueError,
+        "max_k=2.5 must be an integer >= 0",
+    ),
 ]
 
 

@@ -22,7 +22,9 @@ def test_gradcheck(backend, device, alpha, largest):
     k = torch.tensor([0.5, 2, 4.3, 8.6], dtype=torch.float64, device=device, requires_grad=True)
     scale = torch.tensor([1.0, 0.5, 2.0, 1.5], dtype=torch.float64, device=device) * alpha
     scale.requires_grad_()
-    assert gradcheck(lambda *a: soft_topk(*a, largest=largest, backend=backend), (x, k, scale), eps=1e-7, atol=1e-5)
+    assert gradcheck(
+        lambda *a: soft_topk(*a, largest=largest, backend=backend), (x, k, scale), eps=1e-7, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -3])
@@ -97,7 +99,9 @@ def test_k_is_not_rounded_to_the_dtype_of_x(backend, device):
     assert solution[0, 4] == count - 301
 
 
-@pytest.mark.parametrize("k", [torch.tensor(3), torch.tensor([2, 5, 3]), torch.tensor([2, 5, 3], dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "k", [torch.tensor(3), torch.tensor([2, 5, 3]), torch.tensor([2, 5, 3], dtype=torch.uint8)]
+)
 def test_integer_k_tensor_gets_no_gradient(backend, device, k):
     x = torch.randn(3, 20, device=device, requires_grad=True)
     p = soft_topk(x, k.to(device), backend=backend)
@@ -131,7 +135,11 @@ def test_backend_choice(monkeypatch):
 
 
 def test_arguments_are_not_modified(backend, device):
-    x, k, alpha = torch.randn(3, 40, device=device), torch.tensor([-1.0, 3.0, 99.0], device=device), torch.rand(3, device=device)
+    x, k, alpha = (
+        torch.randn(3, 40, device=device),
+        torch.tensor([-1.0, 3.0, 99.0], device=device),
+        torch.rand(3, device=device),
+    )
     copies = [t.clone() for t in (x, k, alpha)]
     leaves = [t.requires_grad_() for t in (x, k, alpha)]
     soft_topk(*leaves, backend=backend).pow(2).sum().backward()

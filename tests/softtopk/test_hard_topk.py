@@ -44,7 +44,9 @@ def test_max_k_keeps_the_largest(backend, device):
 
 
 def test_infinities_and_nan(backend, device):
-    x = torch.tensor([[inf, 1, -inf, 2], [inf, inf, inf, 0], [-inf, -inf, 1, 0], [nan, 1, 2, 3]], device=device)
+    x = torch.tensor(
+        [[inf, 1, -inf, 2], [inf, inf, inf, 0], [-inf, -inf, 1, 0], [nan, 1, 2, 3]], device=device
+    )
     k = torch.tensor([4.0, 1.0, 3.0, 2.0], device=device)
     mask = hard_topk(x, k, backend=backend).cpu()
     assert mask[:3].tolist() == [[1, 1, 0, 1], [1, 1, 1, 0], [0, 0, 1, 1]] and mask[3].isnan().all()

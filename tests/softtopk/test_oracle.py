@@ -30,10 +30,10 @@ def exact(x: list[float], k: float, alpha: float, v: list[float]):
         t = [(a - b) / alpha for a in x]
         h = [mpmath.exp(-abs(a)) / 2 for a in t]
         q = [a / sum(h) for a in h]
-        mean_v = sum(a * c for a, c in zip(q, v))
-        mean_t = sum(a * c for a, c in zip(q, t))
-        grad_x = [a / alpha * (c - mean_v) for a, c in zip(h, v)]
-        grad_alpha = -sum(a / alpha * (c - mean_t) * w for a, c, w in zip(h, t, v))
+        mean_v = sum(a * c for a, c in zip(q, v, strict=True))
+        mean_t = sum(a * c for a, c in zip(q, t, strict=True))
+        grad_x = [a / alpha * (c - mean_v) for a, c in zip(h, v, strict=True)]
+        grad_alpha = -sum(a / alpha * (c - mean_t) * w for a, c, w in zip(h, t, v, strict=True))
         p = [cdf(a) for a in t]
         return [float(a) for a in p], [float(a) for a in grad_x], float(mean_v), float(grad_alpha)
 

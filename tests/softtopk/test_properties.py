@@ -11,7 +11,10 @@ from softtopk import soft_topk
 
 FAST = ["reference", "cpu"]
 SETTINGS = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
@@ -77,7 +80,7 @@ def test_monotone_in_k_and_dual(fast, problem, fraction):
 @given(problem=problems(), seed=st.integers(0, 99))
 @SETTINGS
 def test_gradients_are_consistent(fast, problem, seed):
-    """grad_x sums to 0; along x -> c x, alpha -> c alpha nothing changes: <grad_x, x> + alpha grad_alpha = 0."""
+    """grad_x sums to 0; p(c x, c alpha) does not depend on c: <grad_x, x> + alpha grad_alpha = 0."""
     x, k, alpha = problem
     x.requires_grad_()
     budget = torch.tensor(k, dtype=torch.float64, requires_grad=True)

@@ -56,9 +56,7 @@ def mask_kernel(
     pointer = x + row * x_stride
     tile = read(pointer, 0, n, x_step, LARGEST, BLOCK, T)
     budget = per_row(k, k_stride, k_bits, row)
-    v, ties, _, bad = last_selected(
-        tile, pointer, n, x_step, budget, n, LARGEST, CHUNKS, BLOCK
-    )
+    v, ties, _, bad = last_selected(tile, pointer, n, x_step, budget, n, LARGEST, CHUNKS, BLOCK)
     seen = ties * 0
     for start in range(0, CHUNKS * BLOCK, BLOCK):
         values = chunk(tile, pointer, start, n, x_step, LARGEST, CHUNKS, BLOCK)
@@ -94,9 +92,7 @@ def indices_kernel(
     out = indices + row * max_k
     tile = read(pointer, 0, n, x_step, LARGEST, BLOCK, T)
     budget = per_row(k, k_stride, k_bits, row)
-    v, ties, count, _ = last_selected(
-        tile, pointer, n, x_step, budget, max_k, LARGEST, CHUNKS, BLOCK
-    )
+    v, ties, count, _ = last_selected(tile, pointer, n, x_step, budget, max_k, LARGEST, CHUNKS, BLOCK)
     seen = ties * 0
     written = ties * 0
     for start in range(0, CHUNKS * BLOCK, BLOCK):

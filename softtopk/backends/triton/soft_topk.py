@@ -38,9 +38,7 @@ def forward_kernel(
     budget = per_row(k, k_stride, k_bits, row)
     a = per_row(alpha, alpha_stride, alpha_bits, row)
     scale, rate = exponent(a, T)
-    r_A, r_B, P, Q, D = solve(
-        tile, pointer, n, x_step, budget, a.to(T), scale, rate, LARGEST, CHUNKS, BLOCK
-    )
+    r_A, r_B, P, Q, D = solve(tile, pointer, n, x_step, budget, a.to(T), scale, rate, LARGEST, CHUNKS, BLOCK)
     out = solution + row * 5
     tl.store(out, r_A)
     tl.store(out + 1, r_B)

@@ -38,9 +38,7 @@ def read(pointer, start, n, step, LARGEST: tl.constexpr, BLOCK: tl.constexpr, T:
 
 
 @triton.jit
-def chunk(
-    tile, pointer, start, n, step, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
-):
+def chunk(tile, pointer, start, n, step, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     if CHUNKS == 1:
         x = tile
     else:
@@ -258,9 +256,7 @@ def solve(
     A down to `high`; every trial lies between, so each one that fails settles an element.
     """
     T: tl.constexpr = tile.dtype
-    nan, plus, finite, lowest, highest = statistics(
-        tile, pointer, n, step, LARGEST, CHUNKS, BLOCK
-    )
+    nan, plus, finite, lowest, highest = statistics(tile, pointer, n, step, LARGEST, CHUNKS, BLOCK)
     clamped = tl.minimum(tl.maximum(k, plus.to(tl.float64)), (plus + finite).to(tl.float64))
     whole = tl.floor(clamped + 0.5)
     part = (clamped - whole).to(T)  # |A| - k is then right to the last place of T
@@ -293,9 +289,7 @@ def solve(
     searching = finite >= 0
     while searching:
         count, r_A, r_B = split(tile, pointer, n, step, c, LARGEST, CHUNKS, BLOCK)
-        P, Q = tail_sums(
-            tile, pointer, n, step, r_A, r_B, scale, rate, LARGEST, CHUNKS, BLOCK
-        )
+        P, Q = tail_sums(tile, pointer, n, step, r_A, r_B, scale, rate, LARGEST, CHUNKS, BLOCK)
         D = (count - whole).to(T) - part
         half_gap = tl.exp2(-((r_A - r_B) * scale) * rate * 0.5)
         gap = tl.where((P == 0) | (Q == 0), 0, half_gap * half_gap)

