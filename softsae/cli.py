@@ -139,8 +139,3 @@ def overview() -> str:
             "softsae COMMAND --help lists a command's options. Start with: softsae demo",
         ]
     )
-
-
-def command_line(command: str, out: Path) -> str:
-    """How an interrupted run goes on."""
-    return f"softsae {command} --out {out} --resume"

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -121,21 +122,14 @@ def batches_of(source):
     return source.in_order(BATCH) if hasattr(source, "in_order") else source.batches(BATCH, 0, 0)
 
 
-class explained_interruption:
+@contextmanager
+def explained_interruption(command: str, out: Path):
     """Adds to a KeyboardInterrupt how the run in `out` goes on."""
-
-    def __init__(self, command: str, out: Path):
-        self.command, self.out = command, out
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if kind is KeyboardInterrupt:
-            said = f"{error}\n" if str(error) else ""
-            raise KeyboardInterrupt(
-                f"{said}go on with: softsae {self.command} --out {self.out} --resume"
-            ) from None
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        said = f"{interruption}\n" if str(interruption) else ""
+        raise KeyboardInterrupt(f"{said}go on with: softsae {command} --out {out} --resume") from None
 
 
 def evaluate(options: EvalOptions) -> None:

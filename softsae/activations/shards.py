@@ -90,7 +90,7 @@ class ShardWriter:
             "offsets": torch.from_numpy(np.asarray(sequences.offsets, dtype=np.int64)),
             "document": torch.from_numpy(sequences.document),
         }
-        save_file(tensors, self.folder / "sequences.safetensors")
+        save(tensors, self.folder / "sequences.safetensors")
         (self.folder / "documents.json").write_text(json.dumps(sequences.names))
         files = {file: describe(self.folder / file) for file in ("sequences.safetensors", "documents.json")}
         manifest = {
@@ -108,7 +108,7 @@ class ShardWriter:
         names = ("activations", "sequence", "position")
         tensors = {name: part[:rows].contiguous() for name, part in zip(names, joined, strict=True)}
         file = f"shard-{len(self.shards):05d}.safetensors"
-        save_file(tensors, self.folder / file)
+        save(tensors, self.folder / file)
         self.shards.append({"file": file, "rows": rows, **describe(self.folder / file)})
         self.pending = [tuple(rest)] if len(rest[0]) else []
         self.rows += rows
@@ -230,6 +230,11 @@ def check_file(file: Path, entry: dict, verify: bool) -> None:
         raise ValueError(f"shard {str(file)!r} is {kind}: {size} bytes, {MANIFEST} says {entry['bytes']}")
     if verify and describe(file)["sha256"] != entry["sha256"]:
         raise ValueError(f"shard {str(file)!r} is changed: its SHA-256 is not the one in {MANIFEST}")
+
+
+def save(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file)
+    file.chmod(0o644)  # the library makes it private
 
 
 def describe(file: Path) -> dict:
