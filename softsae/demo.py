@@ -114,9 +114,7 @@ def on_gpu(source: ShardSource, device: torch.device):
     return TensorSource(torch.cat([batch.to(device) for batch in source.in_order(16 * BATCH)]))
 
 
-def fit(
-    model: AutoencoderConfig, sizes: Sizes, options: DemoOptions, source, out: Path
-) -> SparseAutoencoder:
+def fit(model: AutoencoderConfig, sizes: Sizes, options: DemoOptions, source, out: Path) -> SparseAutoencoder:
     """Trains, or goes on with training, one autoencoder."""
     train = TrainConfig(
         steps=sizes.steps,

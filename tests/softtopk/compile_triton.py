@@ -36,7 +36,7 @@ CASES = [
 ]
 
 
-def compile_kernel(kernel, arrays, arch, dtype, n, contiguous, tensors):
+def compile_kernel(kernel, arrays, arch, dtype, n, largest, tensors):
     compute = compute_dtype(dtype)
     tile = launch.tile(n, compute, arrays)
     types = dict.fromkeys(("x", "v", "p", "mask", "grad_x"), POINTERS[dtype])
@@ -44,11 +44,9 @@ def compile_kernel(kernel, arrays, arch, dtype, n, contiguous, tensors):
     types |= {"indices": "*i64", "counts": "*i64", "k": "*fp64", "alpha": "*fp32"}
     types |= {"k_bits": "i64", "alpha_bits": "i64"}
     constants = {
-        "LARGEST": contiguous, "T": launch.triton_dtype(compute), "BLOCK": tile.BLOCK,
+        "LARGEST": largest, "T": launch.triton_dtype(compute), "BLOCK": tile.BLOCK,
         "CHUNKS": tile.CHUNKS, "FILL": 2,
     }  # fmt: skip
-    if contiguous:
-        constants |= {"x_step": 1, "v_step": 1}
     if not tensors:
         constants |= {"k": None, "alpha": None}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -55,9 +55,10 @@ def test_any_dim_with_broadcast_k_and_alpha(backend, device, dim):
         lambda x: x[0],
     ],
 )
+@pytest.mark.parametrize("n", [37, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_strides(backend, device, view, dtype):
-    x = view(torch.randn(12, 37, generator=torch.Generator().manual_seed(0)).to(device, dtype))
+def test_any_strides(backend, device, view, dtype, n):
+    x = view(torch.randn(12, n, generator=torch.Generator().manual_seed(0)).to(device, dtype))
     before = x.clone()
     leaf, contiguous = x.detach().requires_grad_(), x.contiguous().clone().requires_grad_()
     v = torch.randn(*x.shape[:-1], 2 * x.shape[-1], device=device).to(dtype)[..., ::2]

@@ -15,6 +15,7 @@ from torch import Tensor
 # again in every sweep, CHUNK_BYTES at a time.
 RESIDENT_BYTES = 1 << 17
 CHUNK_BYTES = 1 << 15
+MOST = (1 << 31) - CHUNK_BYTES  # the places of the last chunk, those beyond n too, count in 32 bits
 
 
 class Tile(NamedTuple):
@@ -32,8 +33,8 @@ def tile(n: int, dtype: torch.dtype, arrays: int = 1) -> Tile:
     16 elements a thread and 64 registers (128 in float64) fill a multiprocessor's register file
     with 65,536 bytes of row per array; ptxas reports next to no spills up to there.
     """
-    if n >= 1 << 31:
-        raise ValueError(f"x has rows of n={n} elements; the triton backend counts up to 2^31 - 1")
+    if n > MOST:
+        raise ValueError(f"x has rows of n={n} elements; the triton backend takes at most {MOST}")
     size = dtype.itemsize
     block = triton.next_power_of_2(n)
     if block * size * arrays > RESIDENT_BYTES:
@@ -53,6 +54,18 @@ def per_row(value: float | Tensor) -> tuple[Tensor | None, int, int]:
     if isinstance(value, Tensor):
         return value, value.stride(0), 0
     return None, 0, struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x, or a copy of it where its rows do not lie as those of a contiguous tensor do.
+
+    The compiler lays a tile out by what it knows of the alignment of pointers and strides, and the
+    order of every sum follows the layout: only equal alignment gives equal bits.
+    """
+    n = x.shape[1]
+    aligned = x.stride(1) == 1 and x.data_ptr() % 16 == 0
+    alike = (x.stride(0) % 16 == 0) == (n % 16 == 0) and (x.stride(0) == 1) == (n == 1)
+    return x if aligned and alike else x.contiguous()
 
 
 def on_device(x: Tensor):

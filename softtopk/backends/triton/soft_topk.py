@@ -28,17 +28,17 @@ from softtopk.backends.triton.solve import (
 
 @triton.jit(do_not_specialize=["k_bits", "alpha_bits"])
 def forward_kernel(
-    x, x_stride, x_step, k, k_stride, k_bits: tl.int64, alpha, alpha_stride, alpha_bits: tl.int64,
+    x, x_stride, k, k_stride, k_bits: tl.int64, alpha, alpha_stride, alpha_bits: tl.int64,
     p, solution, n,
     LARGEST: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     pointer = x + row * x_stride
-    tile = read(pointer, 0, n, x_step, LARGEST, BLOCK, T)
+    tile = read(pointer, 0, n, LARGEST, BLOCK, T)
     budget = per_row(k, k_stride, k_bits, row)
     a = per_row(alpha, alpha_stride, alpha_bits, row)
     scale, rate = exponent(a, T)
-    r_A, r_B, P, Q, D = solve(tile, pointer, n, x_step, budget, a.to(T), scale, rate, LARGEST, CHUNKS, BLOCK)
+    r_A, r_B, P, Q, D = solve(tile, pointer, n, budget, a.to(T), scale, rate, LARGEST, CHUNKS, BLOCK)
     out = solution + row * 5
     tl.store(out, r_A)
     tl.store(out + 1, r_B)
@@ -50,7 +50,7 @@ def forward_kernel(
     h_A = R * q_A
     h_B = R * q_B
     for start in range(0, CHUNKS * BLOCK, BLOCK):
-        values = chunk(tile, pointer, start, n, x_step, LARGEST, CHUNKS, BLOCK)
+        values = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
         e = tails(values, r_A, r_B, scale, rate)
         weight = tl.where(values >= r_A, 1 - h_A * e, h_B * e)
         weight = tl.where(D == D, weight, float("nan"))
@@ -68,10 +68,11 @@ def soft_topk_forward(
     solution = torch.empty((rows, 5), dtype=dtype, device=x.device)
     if rows == 0:
         return p, solution
+    x = launch.rows_of(x)
     tile = launch.tile(n, dtype)
     with launch.on_device(x):
         forward_kernel[(rows,)](
-            x, x.stride(0), x.stride(1), *launch.per_row(k), *launch.per_row(alpha), p, solution, n,
+            x, x.stride(0), *launch.per_row(k), *launch.per_row(alpha), p, solution, n,
             LARGEST=largest, T=launch.triton_dtype(dtype), **tile._asdict(),
         )  # fmt: skip
     return p, solution
@@ -79,15 +80,15 @@ def soft_topk_forward(
 
 @triton.jit(do_not_specialize=["alpha_bits"])
 def backward_kernel(
-    x, x_stride, x_step, solution, alpha, alpha_stride, alpha_bits: tl.int64, v, v_stride, v_step,
+    x, x_stride, solution, alpha, alpha_stride, alpha_bits: tl.int64, v, v_stride,
     grad_x, grad_k, grad_alpha, n,
     LARGEST: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_row = x + row * x_stride
     v_row = v + row * v_stride
-    x_tile = read(x_row, 0, n, x_step, LARGEST, BLOCK, T)
-    v_tile = read(v_row, 0, n, v_step, True, BLOCK, T)
+    x_tile = read(x_row, 0, n, LARGEST, BLOCK, T)
+    v_tile = read(v_row, 0, n, True, BLOCK, T)
     r_A = tl.load(solution + row * 5)
     r_B = tl.load(solution + row * 5 + 1)
     P = tl.load(solution + row * 5 + 2)
@@ -102,11 +103,11 @@ def backward_kernel(
     top_B = tl.where(q_B >= q_A, r_B, float("nan"))
     pivot = tl.zeros((), tl.int32) + n
     for start in range(0, CHUNKS * BLOCK, BLOCK):
-        values = chunk(x_tile, x_row, start, n, x_step, LARGEST, CHUNKS, BLOCK)
+        values = chunk(x_tile, x_row, start, n, LARGEST, CHUNKS, BLOCK)
         i = start + tl.arange(0, BLOCK)
         top = (values == top_A) | (values == top_B)
         pivot = tl.minimum(pivot, tl.min(tl.where(top, i, n)))
-    v_pivot = tl.load(v_row + pivot.to(tl.int64) * v_step, mask=pivot < n, other=0).to(T)
+    v_pivot = tl.load(v_row + pivot, mask=pivot < n, other=0).to(T)
     x_pivot = tl.where(q_A >= q_B, r_A, r_B)
 
     # t is in units of alpha ln 2: the base of `rate`.
@@ -114,16 +115,16 @@ def backward_kernel(
     mean_v = tl.zeros((), T)
     mean_t = tl.zeros((), T)
     for start in range(0, CHUNKS * BLOCK, BLOCK):
-        values = chunk(x_tile, x_row, start, n, x_step, LARGEST, CHUNKS, BLOCK)
-        incoming = chunk(v_tile, v_row, start, n, v_step, True, CHUNKS, BLOCK)
+        values = chunk(x_tile, x_row, start, n, LARGEST, CHUNKS, BLOCK)
+        incoming = chunk(v_tile, v_row, start, n, True, CHUNKS, BLOCK)
         q = tl.where(values >= r_A, q_A, q_B) * tails(values, r_A, r_B, scale, rate)
         mean_v += tl.sum(tl.where(q == 0, 0, q * (incoming - v_pivot)))
         mean_t += tl.sum(tl.where(q == 0, 0, q * ((values - x_pivot) * scale * rate)))
 
     covariance = tl.zeros((), T)
     for start in range(0, CHUNKS * BLOCK, BLOCK):
-        values = chunk(x_tile, x_row, start, n, x_step, LARGEST, CHUNKS, BLOCK)
-        incoming = chunk(v_tile, v_row, start, n, v_step, True, CHUNKS, BLOCK)
+        values = chunk(x_tile, x_row, start, n, LARGEST, CHUNKS, BLOCK)
+        incoming = chunk(v_tile, v_row, start, n, True, CHUNKS, BLOCK)
         q = tl.where(values >= r_A, q_A, q_B) * tails(values, r_A, r_B, scale, rate)
         dv = tl.where(q == 0, 0, incoming - v_pivot - mean_v)
         dt = tl.where(q == 0, 0, (values - x_pivot) * scale * rate - mean_t)
@@ -153,11 +154,12 @@ def soft_topk_backward(
     grad_alpha = torch.empty_like(grad_k)
     if rows == 0:
         return grad_x, grad_k, grad_alpha
+    x, v = launch.rows_of(x), launch.rows_of(v)
     tile = launch.tile(n, dtype, arrays=2)
     with launch.on_device(x):
         backward_kernel[(rows,)](
-            x, x.stride(0), x.stride(1), solution.contiguous(), *launch.per_row(alpha),
-            v, v.stride(0), v.stride(1), grad_x, grad_k, grad_alpha, n,
+            x, x.stride(0), solution.contiguous(), *launch.per_row(alpha),
+            v, v.stride(0), grad_x, grad_k, grad_alpha, n,
             LARGEST=largest, T=launch.triton_dtype(dtype), **tile._asdict(),
         )  # fmt: skip
     return grad_x, grad_k, grad_alpha

@@ -28,26 +28,26 @@ def per_row(pointer, stride, bits, row):
 
 
 @triton.jit
-def read(pointer, start, n, step, LARGEST: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
+def read(pointer, start, n, LARGEST: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
     """Elements start ... start + BLOCK - 1 in the compute dtype, negated for the smallest."""
     i = start + tl.arange(0, BLOCK)
-    x = tl.load(pointer + i.to(tl.int64) * step, mask=i < n, other=0).to(T)
+    x = tl.load(pointer + i, mask=i < n, other=0).to(T)
     if not LARGEST:
         x = -x
     return tl.where(i < n, x, -INF)
 
 
 @triton.jit
-def chunk(tile, pointer, start, n, step, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def chunk(tile, pointer, start, n, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     if CHUNKS == 1:
         x = tile
     else:
-        x = read(pointer, start, n, step, LARGEST, BLOCK, tile.dtype)
+        x = read(pointer, start, n, LARGEST, BLOCK, tile.dtype)
     return x
 
 
 @triton.jit
-def statistics(tile, pointer, n, step, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def statistics(tile, pointer, n, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """Whether there is a NaN, the numbers of +inf and of finite elements, and the finite min and max."""
     nan = tl.zeros((), tl.int32)
     plus = tl.zeros((), tl.int32)
@@ -55,7 +55,7 @@ def statistics(tile, pointer, n, step, LARGEST: tl.constexpr, CHUNKS: tl.constex
     low = tl.full((), INF, tile.dtype)
     high = tl.full((), -INF, tile.dtype)
     for start in range(0, CHUNKS * BLOCK, BLOCK):
-        x = chunk(tile, pointer, start, n, step, LARGEST, CHUNKS, BLOCK)
+        x = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
         inside = tl.abs(x) < INF
         nan += tl.sum((x != x).to(tl.int32))
         plus += tl.sum((x == INF).to(tl.int32))
@@ -66,13 +66,13 @@ def statistics(tile, pointer, n, step, LARGEST: tl.constexpr, CHUNKS: tl.constex
 
 
 @triton.jit
-def split(tile, pointer, n, step, c, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def split(tile, pointer, n, c, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """A = {x >= c}: |A|, r_A = min A and r_B = max of the rest; +inf and -inf where there is none."""
     count = tl.zeros((), tl.int32)
     r_A = tl.full((), INF, tile.dtype)
     r_B = tl.full((), -INF, tile.dtype)
     for start in range(0, CHUNKS * BLOCK, BLOCK):
-        x = chunk(tile, pointer, start, n, step, LARGEST, CHUNKS, BLOCK)
+        x = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
         above = x >= c
         count += tl.sum(above.to(tl.int32))
         r_A = tl.minimum(r_A, tl.min(tl.where(above, x, INF)))
@@ -89,14 +89,14 @@ def tails(x, r_A, r_B, scale, rate):
 
 @triton.jit
 def tail_sums(
-    tile, pointer, n, step, r_A, r_B, scale, rate,
+    tile, pointer, n, r_A, r_B, scale, rate,
     LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """P and Q."""
     P = tl.zeros((), tile.dtype)
     Q = tl.zeros((), tile.dtype)
     for start in range(0, CHUNKS * BLOCK, BLOCK):
-        x = chunk(tile, pointer, start, n, step, LARGEST, CHUNKS, BLOCK)
+        x = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
         e = tails(x, r_A, r_B, scale, rate)
         P += tl.sum(tl.where(x >= r_A, e, 0))
         Q += tl.sum(tl.where(x >= r_A, 0, e))
@@ -147,7 +147,7 @@ def quantile(count, total):
 
 @triton.jit
 def count_search(
-    tile, pointer, n, step, rank, plus, finite, low, high, tolerance,
+    tile, pointer, n, rank, plus, finite, low, high, tolerance,
     LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The rank-th largest element v, plus < rank <= plus + finite, and the number of elements above it.
@@ -172,7 +172,7 @@ def count_search(
         c = high - (high - low) * (deficit / (excess + deficit)).to(tile.dtype)
         if bisect | (c <= low) | (c > high) | (c != c):
             c = middle(low, high)
-        count, r_A, r_B = split(tile, pointer, n, step, c, LARGEST, CHUNKS, BLOCK)
+        count, r_A, r_B = split(tile, pointer, n, c, LARGEST, CHUNKS, BLOCK)
         count -= plus
         distance = quantile(count, finite) - wanted
         if count + plus >= rank:
@@ -246,7 +246,7 @@ def densities(r_A, r_B, P, Q, D, alpha):
 
 @triton.jit
 def solve(
-    tile, pointer, n, step, k, alpha, scale, rate,
+    tile, pointer, n, k, alpha, scale, rate,
     LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """r_A, r_B, P, Q, D of a row; k in float64, alpha in the compute dtype.
@@ -256,7 +256,7 @@ def solve(
     A down to `high`; every trial lies between, so each one that fails settles an element.
     """
     T: tl.constexpr = tile.dtype
-    nan, plus, finite, lowest, highest = statistics(tile, pointer, n, step, LARGEST, CHUNKS, BLOCK)
+    nan, plus, finite, lowest, highest = statistics(tile, pointer, n, LARGEST, CHUNKS, BLOCK)
     clamped = tl.minimum(tl.maximum(k, plus.to(tl.float64)), (plus + finite).to(tl.float64))
     whole = tl.floor(clamped + 0.5)
     part = (clamped - whole).to(T)  # |A| - k is then right to the last place of T
@@ -268,7 +268,7 @@ def solve(
 
     rank = tl.minimum(tl.maximum(whole, plus + 1), plus + finite)
     c, _ = count_search(
-        tile, pointer, n, step, rank, plus, finite, lowest, highest, tl.where(settled, INF, alpha),
+        tile, pointer, n, rank, plus, finite, lowest, highest, tl.where(settled, INF, alpha),
         LARGEST, CHUNKS, BLOCK,
     )  # fmt: skip
     c = tl.where(empty, INF, tl.where(full, lowest, c)).to(T)
@@ -288,8 +288,8 @@ def solve(
     D = tl.zeros((), T)
     searching = finite >= 0
     while searching:
-        count, r_A, r_B = split(tile, pointer, n, step, c, LARGEST, CHUNKS, BLOCK)
-        P, Q = tail_sums(tile, pointer, n, step, r_A, r_B, scale, rate, LARGEST, CHUNKS, BLOCK)
+        count, r_A, r_B = split(tile, pointer, n, c, LARGEST, CHUNKS, BLOCK)
+        P, Q = tail_sums(tile, pointer, n, r_A, r_B, scale, rate, LARGEST, CHUNKS, BLOCK)
         D = (count - whole).to(T) - part
         half_gap = tl.exp2(-((r_A - r_B) * scale) * rate * 0.5)
         gap = tl.where((P == 0) | (Q == 0), 0, half_gap * half_gap)
