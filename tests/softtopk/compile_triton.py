@@ -25,7 +25,7 @@ KERNELS = {
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
 }  # fmt: skip
-# Architecture, x's dtype, n, contiguous elements, k and alpha as tensors: every branch of the kernels.
+# Architecture, x's dtype, n, largest, k and alpha as tensors: every branch of the kernels.
 CASES = [
     (90, torch.float32, 300, True, False),
     (80, torch.float32, 300_000, False, True),

@@ -93,7 +93,7 @@ def test_a_number_is_the_same_as_a_tensor(k, alpha):
     assert torch.equal(one_for_all.p, number.p) and torch.equal(one_for_all.grad_k, number.grad_k)
 
 
-def test_strides_are_read_as_they_are():
+def test_strides():
     wide = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     views = (wide.t(), wide.t()[::2, 3::2], wide[:3, 1:].t(), wide[0].expand(4, 6), wide[:3, :1].expand(3, 5))
     for x in views:
