@@ -7,10 +7,11 @@ deep. Every Hugging Face decoder that runs its blocks in order can be used, GGUF
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,11 @@ def load_language_model(
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            where, dtype=DTYPES.get(dtype, "auto"), **options
-        )
+        with gguf_read_once() if gguf_file else nullcontext():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                where, dtype=DTYPES.get(dtype, "auto"), **options
+            )
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         raise FileNotFoundError(f"model {name!r} cannot be loaded from {where!r}: {first}") from error
@@ -121,6 +123,25 @@ def load_language_model(
         blocks_path=blocks_path,
         d=model.config.get_text_config().hidden_size,
     )
+
+
+@contextmanager
+def gguf_read_once():
+    """Within it transformers parses a GGUF file once, not for configuration, tokenizer and weights
+    anew, and makes its map of tensor names once, not for each module: half of the loading time."""
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError("GGUF files need the package gguf: pip install gguf") from None
+
+    replaced = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in replaced.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in replaced.items():
+            setattr(gguf, name, function)
 
 
 def smollm2_file() -> tuple[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,8 @@ from pathlib import Path
 SHINGLE = 8  # words; two paragraphs that share half of their shingles count as the same
 MIN_PARAGRAPH = 40  # characters; shorter docstrings say little
 SECTION = 4000  # characters of a user's file that make one document
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
+SKIPPED_FOLDERS |= {"__pycache__", "pydoc_data"}  # the topics are read by themselves
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,10 @@ def standard_library() -> list[Document]:
         topics = {}
     documents += [Document(f"topic {name}", topic) for name, topic in sorted(topics.items())]
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if SKIPPED_FOLDERS.isdisjoint(relative.parts) and relative.parts[0] != "pydoc_data":
-            text = docstrings(path)
-            if text:
-                documents.append(Document(f"module {'.'.join(relative.with_suffix('').parts)}", text))
+    for path in sources(root):
+        if text := docstrings(path):
+            name = ".".join(path.relative_to(root).with_suffix("").parts)
+            documents.append(Document(f"module {name}", text))
     licence = root / "LICENSE.txt"
     if licence.is_file():
         documents.append(Document("LICENSE", licence.read_text("utf-8", errors="replace")))
@@ -75,15 +75,32 @@ def standard_library() -> list[Document]:
     return documents
 
 
+def sources(root: Path) -> list[Path]:
+    """Python files below a folder, those of SKIPPED_FOLDERS left out without being looked through."""
+    found: list[Path] = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name not in SKIPPED_FOLDERS]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found)
+
+
 def docstrings(path: Path) -> str:
     """The docstrings of a Python source in its order, as paragraphs; "" when it cannot be parsed."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
         return ""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    found = [ast.get_docstring(node) for node in documented(tree)]
     return "\n\n".join(text for text in found if text and len(text) >= MIN_PARAGRAPH)
+
+
+def documented(node: ast.AST) -> Iterable[ast.AST]:
+    """The module, classes and functions in a tree; only statements are visited, which is most of the time."""
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        yield node
+    for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for child in getattr(node, name, None) or ():
+            yield from documented(child)
 
 
 def read_files(paths: Sequence[str | Path]) -> list[Document]:
