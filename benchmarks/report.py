@@ -75,7 +75,43 @@ def accuracy() -> str:
     return markdown(["backend", "on", "cells", *names], body)
 
 
+def demo() -> str:
+    """SoftSAE, TopK and the untrained control of the demo, one column group per machine."""
+    body: list[list[str]] = []
+    for path in sorted(RESULTS.glob("demo-*.json")):
+        data = json.loads(path.read_text())
+        result = data["rows"][0]
+        where = f"{result['device']}, {sum(result['seconds'].values()):.0f} s"
+        for name, found in result["evaluations"].items():
+            ce = result["cross_entropy"]
+            body.append(
+                [
+                    where,
+                    name,
+                    f"{found['explained_variance']:.3f}",
+                    f"{found['l0']['mean']:.1f} ± {found['l0']['sd']:.1f}",
+                    str(found["dead_latents"]),
+                    f"{ce['untouched'][name]:.3f}",
+                    f"{ce['recovered']['untouched'][name]:.4f}",
+                    f"{ce['recovered']['replaced'][name]:.4f}",
+                ]
+            )
+            where = ""
+    header = [
+        "on",
+        "",
+        "explained variance",
+        "L0",
+        "dead",
+        "cross-entropy",
+        "recovered",
+        "all positions replaced",
+    ]
+    return markdown(header, body)
+
+
 TABLES = {
+    "demo": demo,
     "accuracy": accuracy,
     "timing-h200": lambda: timing("soft_topk-h200.json"),
     "timing-cpu": lambda: timing("soft_topk-cpu.json"),

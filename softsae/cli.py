@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": ("commands", "evaluate a trained autoencoder on held-out activations and text"),
     "info": ("commands", "describe a run, a folder of activations, or this installation"),
 }
+POSITIONAL = {"eval": "run", "info": "path"}  # the option that a first word without a name stands for
 USAGE = "usage: softsae [-h] [--version] COMMAND ..."
 
 
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(command: str, argv: list[str]) -> int:
+    if command in POSITIONAL and argv and not argv[0].startswith("-"):
+        argv = [f"--{POSITIONAL[command]}", *argv]
     parser = make_parser(command)
     try:
         options = vars(parser.instantiate(parser.parse_args(resumed(command, argv) + argv)))
@@ -72,9 +75,10 @@ def make_parser(command: str):
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    place = f"[{POSITIONAL[command].upper()}] " if command in POSITIONAL else ""
     parser = ArgumentParser(
         prog=f"softsae {command}",
-        usage="%(prog)s [--config FILE] [--option VALUE ...]",
+        usage=f"%(prog)s {place}[--config FILE] [--option VALUE ...]",
         description=f"{COMMANDS[command][1]}.",
         exit_on_error=False,
     )

@@ -24,9 +24,15 @@ SMALL = ["--autoencoder.n=64", "--autoencoder.k=6", "--train.batch_size=64", "--
 pytestmark = pytest.mark.usefixtures("tiny_model")
 
 
+def importable() -> dict[str, str]:
+    """The environment of a process that finds the source tree, and what this one finds."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def start(*arguments):
     """A command in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**importable(), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "softsae", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -80,7 +86,7 @@ def test_train_leaves_a_complete_run_folder(trained):
 
 
 def test_eval_adds_cross_entropy_with_an_untrained_control(trained):
-    run("eval", "--run", trained, "--activations", *[_heldout(trained)], "--cross_entropy_tokens", 300)
+    run("eval", trained, "--activations", *[_heldout(trained)], "--cross_entropy_tokens", 300)
     found = json.loads((trained / "evaluation.json").read_text())["cross_entropy"]
     assert set(found["untouched"]) == {"zero", "run", "untrained"} == set(found["replaced"])
     assert found["tokens"] >= 250
@@ -97,9 +103,9 @@ def _heldout(trained):
 def test_info_describes_everything(trained, collected, tmp_path):
     said = run("info")
     assert "backend reference: available" in said and "torch" in said
-    said = run("info", "--path", trained)
+    said = run("info", trained)
     assert "softsae: d=32, n=64, k=6" in said and "step 40" in said
-    said = run("info", "--path", collected, "--verify")
+    said = run("info", collected, "--verify")
     assert said.count("activations of d=32") == 2
     np.save(tmp_path / "x.npy", np.zeros((7, 3), np.float32))
     said = run("info", "--path", tmp_path / "x.npy")
@@ -178,7 +184,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(
 
 def test_help_is_quick_and_names_the_options():
     code = "import sys, softsae.cli; softsae.cli.main(['--help']); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    subprocess.run([sys.executable, "-c", code], check=True, env=importable())
     with pytest.raises(SystemExit) as ended, redirect_stdout(io.StringIO()) as said:
         main(["train", "--help"])
     said = said.getvalue()
