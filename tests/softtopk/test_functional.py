@@ -15,6 +15,11 @@ def double(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=g)
 
 
+def check_gradients(function, inputs, backend):
+    """gradcheck; for Triton, whose interpreter takes a tenth of a second a row, along random directions."""
+    assert gradcheck(function, inputs, eps=1e-7, atol=1e-5, fast_mode=backend == "triton")
+
+
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("alpha", [1.0, 0.05])
 def test_gradcheck(backend, device, alpha, largest):
@@ -22,9 +27,7 @@ def test_gradcheck(backend, device, alpha, largest):
     k = torch.tensor([0.5, 2, 4.3, 8.6], dtype=torch.float64, device=device, requires_grad=True)
     scale = torch.tensor([1.0, 0.5, 2.0, 1.5], dtype=torch.float64, device=device) * alpha
     scale.requires_grad_()
-    assert gradcheck(
-        lambda *a: soft_topk(*a, largest=largest, backend=backend), (x, k, scale), eps=1e-7, atol=1e-5
-    )
+    check_gradients(lambda *a: soft_topk(*a, largest=largest, backend=backend), (x, k, scale), backend)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -1, -3])
@@ -35,7 +38,7 @@ def test_any_dim_with_broadcast_k_and_alpha(backend, device, dim):
     k = (torch.rand(1, row_shape[1], dtype=torch.float64) * 2 + 0.1).to(device).requires_grad_()
     alpha = torch.tensor(0.3, dtype=torch.float64, device=device, requires_grad=True)
     x.requires_grad_()
-    assert gradcheck(lambda *a: soft_topk(*a, dim=dim, backend=backend), (x, k, alpha), eps=1e-7, atol=1e-5)
+    check_gradients(lambda *a: soft_topk(*a, dim=dim, backend=backend), (x, k, alpha), backend)
     p = soft_topk(x, k, alpha, dim=dim, backend=backend)
     torch.testing.assert_close(p.sum(dim), k.expand(row_shape))
 
@@ -47,10 +50,10 @@ def test_any_dim_with_broadcast_k_and_alpha(backend, device, dim):
         lambda x: x[:, 1:],
         lambda x: x[:, ::2],
         lambda x: x[::3, 3:-2],
-        lambda x: x.t(),
-        lambda x: x[:1].expand(7, -1),
+        lambda x: x[:, :9].t(),
+        lambda x: x[:1].expand(5, -1),
         lambda x: x[:, :1].expand(-1, 6),
-        lambda x: x.reshape(6, 2, -1).transpose(0, 2),
+        lambda x: x[:4, :12].reshape(4, 3, 4).transpose(0, 2),
         lambda x: x.flip(1),
         lambda x: x[0],
     ],
@@ -58,7 +61,7 @@ def test_any_dim_with_broadcast_k_and_alpha(backend, device, dim):
 @pytest.mark.parametrize("n", [37, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_strides(backend, device, view, dtype, n):
-    x = view(torch.randn(12, n, generator=torch.Generator().manual_seed(0)).to(device, dtype))
+    x = view(torch.randn(6, n, generator=torch.Generator().manual_seed(0)).to(device, dtype))
     before = x.clone()
     leaf, contiguous = x.detach().requires_grad_(), x.contiguous().clone().requires_grad_()
     v = torch.randn(*x.shape[:-1], 2 * x.shape[-1], device=device).to(dtype)[..., ::2]
