@@ -17,10 +17,7 @@ from tests.cases import make
 from tests.conftest import device_of
 
 kernels, missing = dispatch.load("triton")
-pytestmark = [
-    pytest.mark.skipif(kernels is None, reason=f"triton: {missing}"),
-
-]
+pytestmark = pytest.mark.skipif(kernels is None, reason=f"triton: {missing}")
 DEVICE = device_of("triton")
 ROOT = Path(__file__).parents[2]
 
