@@ -83,11 +83,12 @@ def demo() -> str:
         result = data["rows"][0]
         where = f"{result['device']}, {sum(result['seconds'].values()):.0f} s"
         for name, found in result["evaluations"].items():
+            label = f"{name}, {result['estimator']} estimator" if name == "SoftSAE" else name
             ce = result["cross_entropy"]
             body.append(
                 [
                     where,
-                    name,
+                    label,
                     f"{found['explained_variance']:.3f}",
                     f"{found['l0']['mean']:.1f} ± {found['l0']['sd']:.1f}",
                     str(found["dead_latents"]),
@@ -110,7 +111,22 @@ def demo() -> str:
     return markdown(header, body)
 
 
+def estimators() -> str:
+    """The demo with either k estimator, per seed: SoftSAE and the TopK that was trained beside it."""
+    data = load("estimators-h200.json")
+    body = []
+    for r in data["rows"]:
+        if r["autoencoder"] == "untrained":
+            continue
+        label = f"SoftSAE, {r['estimator']} estimator" if r["autoencoder"] == "SoftSAE" else "TopK beside it"
+        numbers = (r["explained_variance"], r["recovered"], r["recovered_all_replaced"])
+        body.append([str(r["seed"]), label, f"{r['l0_mean']:.1f}", *(f"{value:.4f}" for value in numbers)])
+    header = ["seed", "", "L0", "explained variance", "recovered", "all positions replaced"]
+    return markdown(header, body) + f"\n\n{caption(data['environment'])}"
+
+
 TABLES = {
+    "estimators": estimators,
     "demo": demo,
     "accuracy": accuracy,
     "timing-h200": lambda: timing("soft_topk-h200.json"),
