@@ -151,7 +151,7 @@ class DemoOptions(ModelOptions, TextOptions):
     """activations per step"""
     lr: float | None = None
     """learning rate"""
-    estimator: Literal["wide", "bottleneck"] = "wide"
+    estimator: Literal["wide", "bottleneck"] = "bottleneck"
     """the k estimator of SoftSAE"""
     cross_entropy_tokens: int | None = None
     """held-out tokens for the cross-entropy"""
