@@ -154,7 +154,6 @@ class Rows:
             raise ValueError(f"x of shape {tuple(x.shape)} has no element along dim={dim}")
         self.x, self.dim = x, dim
         last = x.movedim(dim, -1)
-        self.last_shape = last.shape
         self.shape = last.shape[:-1]
         self.n = last.shape[-1]
         self.flat = last.reshape(self.shape.numel(), self.n)
