@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from softtopk import dispatch, ops
+from softtopk import ops
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -54,6 +54,9 @@ def soft_topk(
         for all others; k and alpha are never rounded to x's dtype. A row with a NaN in x, k or
         alpha, or with alpha <= 0 or infinite in a tensor, is NaN; other rows are not touched.
 
+    p is differentiable twice in reverse and forward mode, and works under torch.func, torch.compile and
+    torch.export; no call waits for the device.
+
     Raises:
         ValueError: k or alpha out of range as a number, n = 0, shapes or devices that do not fit,
             an unknown backend.
@@ -67,14 +70,53 @@ def soft_topk(
     rows = Rows(x, dim)
     k = rows.number("k", k, 0, rows.n)
     alpha = rows.number("alpha", alpha, 0, math.inf, open_interval=True)
-    name = dispatch.choose(backend, x.device)
-    flat_k, flat_alpha = rows.per_row("k", k), rows.per_row("alpha", alpha)
-    p, solution = ops.SoftTopKFunction.apply(rows.flat, flat_k, flat_alpha, bool(largest), bool(hard), name)
+    k, alpha = rows.per_row(k), rows.per_row(alpha)
+    form = "hard" if hard else "p"
+    p, solution = ops.soft_topk_op(rows.x, *ops.split(k), *ops.split(alpha), bool(largest), form, backend)
     p = rows.restore(p)
-    if not return_threshold:
-        return p
-    b = threshold(solution, flat_alpha, largest).reshape(rows.shape)
-    return p, b
+    return (p, threshold(solution, alpha, largest)) if return_threshold else p
+
+
+def log_soft_topk(
+    x: Tensor,
+    k: float | Tensor,
+    alpha: float | Tensor = 0.1,
+    *,
+    dim: int = -1,
+    largest: bool = True,
+    complement: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""log p of `soft_topk` or, with `complement`, log(1 - p), exact where p itself is 0 or 1.
+
+    .. math::  \log p_i = t_i - \log 2 \;(t_i \le 0), \quad \log(1 - e^{-t_i} / 2) \;(t_i > 0),
+               \qquad t_i = (x_i - b) / \alpha
+
+    and log(1 - p) with -t in place of t (LapSum, arXiv 2503.06242). log(soft_topk(x)) is -inf for nearly
+    every element once alpha is small; this is linear in x there, and so has a gradient.
+
+    Args:
+        x, k, alpha, dim, largest, backend: as in `soft_topk`. A masked element (-inf) has p = 0, log p =
+            -inf and no gradient; +inf has p = 1.
+        complement: log(1 - p) in place of log p.
+
+    Returns:
+        Of x's shape and dtype, at most 0, with gradients to x, k and alpha; float16 is -inf below -65504.
+        The gradient to k may be huge where k is an integer and alpha small against the gap of x there:
+        that is its true value, and it is infinite where that is beyond the dtype's range.
+
+    Raises:
+        As `soft_topk`.
+
+    >>> log_soft_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
+    tensor([-1.5295e-07, -5.6933e+00, -3.3746e-03, -1.5693e+01])
+    """
+    rows = Rows(x, dim)
+    k = rows.per_row(rows.number("k", k, 0, rows.n))
+    alpha = rows.per_row(rows.number("alpha", alpha, 0, math.inf, open_interval=True))
+    form = "log_complement" if complement else "log"
+    y, _ = ops.soft_topk_op(rows.x, *ops.split(k), *ops.split(alpha), bool(largest), form, backend)
+    return rows.restore(y)
 
 
 def hard_topk(
@@ -114,28 +156,23 @@ def hard_topk(
     """
     rows = Rows(x, dim)
     k = rows.number("k", k, 0, rows.n)
-    name = dispatch.choose(backend, x.device)
     if not return_indices:
         if max_k is not None:
             raise ValueError(f"max_k={max_k!r} has a meaning only with return_indices=True")
-        tensor, number = ops.split(rows.per_row("k", k))
-        with torch.no_grad():
-            return rows.restore(ops.mask_op(rows.flat, tensor, number, bool(largest), name))
+        return rows.restore(ops.mask_op(rows.x, *ops.split(rows.per_row(k)), bool(largest), backend))
     if max_k is None:
         if isinstance(k, Tensor):
             raise ValueError("max_k=None: give max_k when k is a tensor")
         max_k = math.floor(k + 0.5)
     elif isinstance(max_k, bool) or not isinstance(max_k, int) or max_k < 0:
         raise ValueError(f"max_k={max_k!r} must be an integer >= 0")
-    tensor, number = ops.split(rows.per_row("k", k))
-    with torch.no_grad():
-        indices, counts = ops.indices_op(rows.flat, tensor, number, max_k, bool(largest), name)
-    values = torch.where(indices < 0, 0, rows.flat.gather(1, indices.clamp(min=0)))
-    return rows.restore(values), rows.restore(indices), counts.reshape(rows.shape)
+    indices, counts = ops.indices_op(rows.x, *ops.split(rows.per_row(k)), max_k, bool(largest), backend)
+    values = torch.where(indices < 0, 0, rows.x.gather(-1, indices.clamp(min=0)))
+    return rows.restore(values), rows.restore(indices), counts
 
 
 class Rows:
-    """A checked x as 2-D rows along `dim`, and the per-row arguments in the same order."""
+    """A checked x with `dim` moved to the end, and the arguments that have one value per row of it."""
 
     def __init__(self, x: Tensor, dim: int):
         if not isinstance(x, Tensor):
@@ -152,11 +189,11 @@ class Rows:
             raise IndexError(f"dim={dim} is out of range for x of shape {tuple(x.shape)}")
         if x.shape[dim] == 0:
             raise ValueError(f"x of shape {tuple(x.shape)} has no element along dim={dim}")
-        self.x, self.dim = x, dim
-        last = x.movedim(dim, -1)
-        self.shape = last.shape[:-1]
-        self.n = last.shape[-1]
-        self.flat = last.reshape(self.shape.numel(), self.n)
+        self.given, self.dim = x, dim
+        self.last = dim in (-1, x.dim() - 1)
+        self.x = x if self.last else x.movedim(dim, -1)  # (*shape, n)
+        self.shape = self.x.shape[:-1]
+        self.n = self.x.shape[-1]
 
     def number(self, name: str, value, low: float, high: float, open_interval: bool = False):
         """A Python number in its range as a float; a tensor of a fitting shape as it is."""
@@ -172,7 +209,7 @@ class Rows:
             if not fits:
                 raise ValueError(
                     f"{name} of shape {tuple(value.shape)} does not broadcast to {tuple(self.shape)},"
-                    f" the shape of x, {tuple(self.x.shape)}, without dim={self.dim}"
+                    f" the shape of x, {tuple(self.given.shape)}, without dim={self.dim}"
                 )
             return value
         if isinstance(value, bool) or not isinstance(value, Real):
@@ -184,24 +221,24 @@ class Rows:
             raise ValueError(f"{name}={value} must lie between {low} and {high}")
         return value
 
-    def per_row(self, name: str, value: float | Tensor) -> float | Tensor:
-        """A number as it is; a tensor as float32 or float64 of shape (rows,), never rounded to half."""
+    def per_row(self, value: float | Tensor) -> float | Tensor:
+        """A number as it is; a tensor as float32 or float64 of x's rows' shape, never rounded to half."""
         if not isinstance(value, Tensor):
             return value
         if value.dtype != torch.float32:
             half = value.dtype in (torch.float16, torch.bfloat16)
             value = value.to(torch.float32 if half else torch.float64)
-        return value.expand(self.shape).reshape(-1)
+        return value.expand(self.shape)
 
-    def restore(self, flat: Tensor) -> Tensor:
-        """(rows, m) back to x's layout of dimensions, with m along `dim`."""
-        return flat.reshape(*self.shape, flat.shape[1]).movedim(-1, self.dim)
+    def restore(self, last: Tensor) -> Tensor:
+        """(*shape, m) back to x's order of dimensions, with m along `dim`."""
+        return last if self.last else last.movedim(-1, self.dim)
 
 
 def threshold(solution: Tensor, alpha: float | Tensor, largest: bool) -> Tensor:
-    """b (rows,) from the solution: the root, rounded to the compute dtype (backends/reference.py)."""
-    r_A, r_B, P, Q, D = solution.double().unbind(1)
-    alpha = alpha.double() if isinstance(alpha, Tensor) else alpha
+    """b (...) from the solution (..., 5): the root, rounded to the compute dtype (backends/reference.py)."""
+    r_A, r_B, P, Q, D = solution.double().unbind(-1)
+    alpha = alpha.detach().double() if isinstance(alpha, Tensor) else alpha
     coupling = (P.log() + Q.log() - (r_A - r_B) / alpha) / 2  # log sqrt(P Q exp(-G))
     # H_A = (R + D) / 2 = P exp(-(r_A - b) / alpha) / 2 for D > 0, and its mirror image below.
     log_larger = torch.where(D == 0, coupling, torch.hypot(D, coupling.exp()).add(D.abs()).log())

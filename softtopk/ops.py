@@ -1,128 +1,362 @@
-"""The registered operators, their fake kernels, and the autograd around them.
+"""The registered operators, softtopk::*, and their autograd.
 
-Schemas take 2-D x (rows, n); k and alpha are 1-D tensors of one value per row or, when the
-tensor is None, the number beside it. The public functions of functional.py bring any call to
-this form.
+The public functions of functional.py bring any call to the form of these schemas: x (..., n) of any
+rank and strides with the selection along its last dimension; k and alpha tensors of x's shape
+without it or, when the tensor is None, the number beside it. Each operator has a kernel for every
+device, a fake kernel, a vmap rule and an autograd rule with reverse and forward mode; those of
+first derivatives can be differentiated once more.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
 
-from softtopk import dispatch
+from softtopk import derivatives, dispatch
 from softtopk.backends.reference import compute_dtype
+from softtopk.derivatives import Direction
+from softtopk.layout import by_rows
 
 library = torch.library.Library("softtopk", "DEF")
 PER_ROW = "Tensor? k, float k_number, Tensor? alpha, float alpha_number"
+SOLVED = "Tensor x, Tensor? k, Tensor? alpha, float alpha_number, Tensor solution"
+DIRECTION = "Tensor? x_dot, Tensor? k_dot, Tensor? alpha_dot"
 
 
-def register(schema: str):
-    """Register a function for every device under `softtopk::`; the backend argument selects the kernel."""
+class Rule(Function):
+    """The autograd rule of an operator: (operator, *arguments) -> its results."""
+
+    @staticmethod
+    def forward(operator, *arguments):
+        with torch._C._AutoDispatchBelowAutograd(), outer_levels():
+            return operator(*arguments)
+
+    @classmethod
+    def apply(cls, *arguments):
+        """Function.apply at the level of torch.func that the dispatcher is at: the operators bring the
+        other levels, and the rule for vmap, along."""
+        with enable_single_level_autograd_function():
+            return super(Function, cls).apply(*arguments)
+
+
+@contextlib.contextmanager
+def outer_levels():
+    """Autograd for the levels of torch.func outside the current one: a Function switches it off for all."""
+    if torch._C._are_functorch_transforms_active():
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            yield
+    else:
+        yield
+
+
+class NoGradient(Rule):
+    """Results that are constants for autograd: masks, indices."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+        ctx.inputs, ctx.outputs = len(inputs), len(output) if isinstance(output, tuple) else 1
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return (None,) * ctx.inputs
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return (None,) * ctx.outputs if ctx.outputs > 1 else None
+
+
+class TwiceOnly(Rule):
+    """A second derivative, which cannot be differentiated again."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError("softtopk: soft_topk and log_soft_topk have no third derivatives")
+
+    jvp = backward
+
+
+class SoftTopK(Rule):
+    """(x, k, alpha) -> (y, solution). With form "hard" the derivatives are those of p (straight-through)."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, x, k, _, alpha, ctx.alpha_number, largest, form, backend = inputs
+        _, solution = output
+        keep(ctx, x, k, alpha, solution)
+        ctx.options = (largest, "p" if form == "hard" else form, backend)
+        ctx.mark_non_differentiable(solution)
+
+    @staticmethod
+    def backward(ctx, v, _):
+        if v is None:
+            return (None,) * 9
+        x, k, alpha, solution = ctx.saved_tensors
+        to_x, to_k, to_alpha = backward_op(x, k, alpha, ctx.alpha_number, solution, v, *ctx.options)
+        return None, to_x, given(k, to_k), None, given(alpha, to_alpha), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, _, x_dot, k_dot, _k, alpha_dot, *_rest):
+        x, k, alpha, solution = primals(ctx)
+        direction = (x_dot, k_dot, alpha_dot)
+        with outer_levels():
+            return tangent_op(x, k, alpha, ctx.alpha_number, solution, *direction, *ctx.options), None
+
+
+class SoftTopKBackward(Rule):
+    """(x, k, alpha, solution, v) -> gradients of <v, y>. The solution is a function of the others."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, x, k, alpha, ctx.alpha_number, solution, v, *ctx.options = inputs
+        keep(ctx, x, k, alpha, solution, v)
+
+    @staticmethod
+    def backward(ctx, x_dot, k_dot, alpha_dot):
+        x, k, alpha, solution, v = ctx.saved_tensors
+        direction = (x_dot, given(k, k_dot), given(alpha, alpha_dot))
+        solved = (x, k, alpha, ctx.alpha_number, solution)
+        to_x, to_k, to_alpha = backward_of_tangent_op(*solved, v, *direction, *ctx.options)
+        to_v = tangent_op(*solved, *direction, *ctx.options)
+        return None, to_x, given(k, to_k), given(alpha, to_alpha), None, None, to_v, None, None, None
+
+    @staticmethod
+    def jvp(ctx, _, x_dot, k_dot, alpha_dot, _a, _solution_dot, v_dot, *_rest):
+        x, k, alpha, solution, v = primals(ctx)
+        solved = (x, k, alpha, ctx.alpha_number, solution)
+        with outer_levels():
+            along = backward_of_tangent_op(*solved, v, x_dot, k_dot, alpha_dot, *ctx.options)
+            if v_dot is None:
+                return along
+            of_v = backward_op(*solved, v_dot, *ctx.options)
+            return tuple(a + b for a, b in zip(along, of_v, strict=True))
+
+
+class SoftTopKTangent(Rule):
+    """(x, k, alpha, solution, direction) -> the derivative of y along the direction."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, x, k, alpha, ctx.alpha_number, solution, x_dot, k_dot, alpha_dot, *ctx.options = inputs
+        keep(ctx, x, k, alpha, solution, x_dot, k_dot, alpha_dot)
+
+    @staticmethod
+    def backward(ctx, v):
+        if v is None:
+            return (None,) * 12
+        x, k, alpha, solution, *direction = ctx.saved_tensors
+        solved = (x, k, alpha, ctx.alpha_number, solution)
+        to_x, to_k, to_alpha = backward_of_tangent_op(*solved, v, *direction, *ctx.options)
+        of_dots = backward_op(*solved, v, *ctx.options)
+        to_dots = (given(d, g) for d, g in zip(direction, of_dots, strict=True))
+        return None, to_x, given(k, to_k), given(alpha, to_alpha), None, None, *to_dots, None, None, None
+
+    @staticmethod
+    def jvp(ctx, _, x_dot, k_dot, alpha_dot, _a, _s, *rest):
+        x, k, alpha, solution, *direction = primals(ctx)
+        solved = (x, k, alpha, ctx.alpha_number, solution)
+        direction_dot = rest[:3]
+        with outer_levels():
+            bent = second_tangent_op(*solved, *direction, x_dot, k_dot, alpha_dot, *ctx.options)
+            if all(d is None for d in direction_dot):
+                return bent
+            return bent + tangent_op(*solved, *direction_dot, *ctx.options)
+
+
+def keep(ctx, *tensors: Tensor | None):
+    """Save for both modes; absent gradients and tangents stay None."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def vmap_rule(operator):
+    """Every tensor of these operators has the batch dimensions first: the mapped one becomes another."""
+
+    def rule(info, in_dims, *arguments):
+        batched = []
+        for argument, dim in zip(arguments, in_dims, strict=True):
+            if isinstance(argument, Tensor):
+                if dim is None:
+                    argument = argument.expand(info.batch_size, *argument.shape)
+                else:
+                    argument = argument.movedim(dim, 0)
+            batched.append(argument)
+        results = operator(*batched)
+        return results, (0,) * len(results) if isinstance(results, tuple) else 0
+
+    return rule
+
+
+def register(schema: str, fake=None, autograd: type[Rule] = NoGradient):
+    """Register a function as softtopk::NAME for every device; returns the operator.
+
+    Without `fake` the function itself runs on fake tensors.
+    """
     name = schema.split("(")[0]
     library.define(schema)
 
     def decorate(function):
         library.impl(name, function, "CompositeExplicitAutograd")
-        return getattr(torch.ops.softtopk, name).default
+        operator = getattr(torch.ops.softtopk, name).default
+        torch.library.register_fake(f"softtopk::{name}", fake or function, lib=library)
+        torch.library.register_vmap(f"softtopk::{name}", vmap_rule(operator), lib=library)
+
+        def with_autograd(*arguments):
+            forward_mode = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+            if forward_mode or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+                return autograd.apply(operator, *arguments)
+            return Rule.forward(operator, *arguments)
+
+        library.impl(name, with_autograd, "Autograd")
+        return operator
 
     return decorate
+
+
+def primals(ctx) -> list[Tensor | None]:
+    """The saved tensors without their own tangents, which a rule for forward mode has as arguments."""
+    return [None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
+
+
+def given(argument: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """The gradient where the argument was a tensor, in its dtype."""
+    return None if argument is None or gradient is None else gradient.to(argument.dtype)
 
 
 def either(tensor: Tensor | None, number: float) -> Tensor | float:
     return number if tensor is None else tensor
 
 
-@register(f"soft_topk_forward(Tensor x, {PER_ROW}, bool largest, str backend) -> (Tensor, Tensor)")
-def forward_op(x, k, k_number, alpha, alpha_number, largest, backend):
-    kernels = dispatch.module(backend)
-    return kernels.soft_topk_forward(x, either(k, k_number), either(alpha, alpha_number), largest)
-
-
-@torch.library.register_fake("softtopk::soft_topk_forward", lib=library)
-def _(x, k, k_number, alpha, alpha_number, largest, backend):
-    solution = x.new_empty((x.shape[0], 5), dtype=compute_dtype(x.dtype))
-    return x.new_empty(x.shape), solution
+def per_row(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous result (..., *shape) for the rows of x, in the compute dtype."""
+    return x.new_empty((*x.shape[:-1], *shape), dtype=dtype or compute_dtype(x.dtype))
 
 
 @register(
-    "soft_topk_backward(Tensor x, Tensor solution, Tensor? alpha, float alpha_number, Tensor v,"
-    " bool largest, str backend) -> (Tensor, Tensor, Tensor)"
+    f"soft_topk(Tensor x, {PER_ROW}, bool largest, str form, str? backend) -> (Tensor, Tensor)",
+    fake=lambda x, *_: (torch.empty_like(x), per_row(x, 5)),
+    autograd=SoftTopK,
 )
-def backward_op(x, solution, alpha, alpha_number, v, largest, backend):
-    kernels = dispatch.module(backend)
-    return kernels.soft_topk_backward(x, solution, either(alpha, alpha_number), v, largest)
+def soft_topk_op(x, k, k_number, alpha, alpha_number, largest, form, backend):
+    """y, which is p, log p or log(1 - p) for the forms "p", "log" and "log_complement" and the hard mask for
+    "hard"; and the solution (..., 5)."""
+    kernels = dispatch.kernels(backend, x.device)
 
+    def kernel(elements, values):
+        (rows,), (k, alpha) = elements, values
+        k, alpha = either(k, k_number), either(alpha, alpha_number)
+        if form == "hard":
+            _, solution = kernels.soft_topk_forward(rows, k, alpha, largest, "none")
+            return [kernels.hard_topk_mask(rows, k, largest)], [solution]
+        y, solution = kernels.soft_topk_forward(rows, k, alpha, largest, form)
+        return [y], [solution]
 
-@torch.library.register_fake("softtopk::soft_topk_backward", lib=library)
-def _(x, solution, alpha, alpha_number, v, largest, backend):
-    rows = solution.new_empty((x.shape[0],))
-    return x.new_empty(x.shape), rows, torch.empty_like(rows)
-
-
-@register("hard_topk_mask(Tensor x, Tensor? k, float k_number, bool largest, str backend) -> Tensor")
-def mask_op(x, k, k_number, largest, backend):
-    return dispatch.module(backend).hard_topk_mask(x, either(k, k_number), largest)
-
-
-@torch.library.register_fake("softtopk::hard_topk_mask", lib=library)
-def _(x, k, k_number, largest, backend):
-    return x.new_empty(x.shape)
+    (y,), (solution,) = by_rows(kernel, kernels.reads, [x], [k, alpha])
+    return y, solution
 
 
 @register(
-    "hard_topk_indices(Tensor x, Tensor? k, float k_number, int max_k, bool largest, str backend)"
-    " -> (Tensor, Tensor)"
+    f"soft_topk_backward({SOLVED}, Tensor v, bool largest, str form, str? backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=lambda x, *_: (torch.empty_like(x), per_row(x), per_row(x)),
+    autograd=SoftTopKBackward,
+)
+def backward_op(x, k, alpha, alpha_number, solution, v, largest, form, backend):
+    """Gradients of <v, y> to x in x's dtype, to k and alpha in the compute dtype."""
+    kernels = dispatch.kernels(backend, x.device)
+
+    def kernel(elements, values):
+        (rows, v), (solution, alpha) = elements, values
+        scale = either(alpha, alpha_number)
+        to_x, *rest = kernels.soft_topk_backward(rows, solution, scale, v, largest, form)
+        return [to_x], rest
+
+    (to_x,), (to_k, to_alpha) = by_rows(kernel, kernels.reads, [x, v], [solution, alpha])
+    return to_x, to_k, to_alpha
+
+
+@register(
+    f"soft_topk_tangent({SOLVED}, {DIRECTION}, bool largest, str form, str? backend) -> Tensor",
+    autograd=SoftTopKTangent,
+)
+def tangent_op(x, k, alpha, alpha_number, solution, x_dot, k_dot, alpha_dot, largest, form, backend):
+    """The derivative of y along a direction."""
+    direction = Direction(x_dot, k_dot, alpha_dot)
+    return derivatives.tangent(x, solution, either(alpha, alpha_number), direction, largest, form)
+
+
+@register(
+    f"soft_topk_backward_of_tangent({SOLVED}, Tensor v, {DIRECTION}, bool largest, str form, str? backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    autograd=TwiceOnly,
+)
+def backward_of_tangent_op(
+    x, k, alpha, alpha_number, solution, v, x_dot, k_dot, alpha_dot, largest, form, backend
+):
+    """The Hessian of <v, y> times a direction: its parts for x, k and alpha."""
+    direction, scale = Direction(x_dot, k_dot, alpha_dot), either(alpha, alpha_number)
+    return derivatives.backward_of_tangent(x, solution, scale, v, direction, largest, form)
+
+
+@register(
+    f"soft_topk_second_tangent({SOLVED}, {DIRECTION}, Tensor? x_dot2, Tensor? k_dot2, Tensor? alpha_dot2,"
+    " bool largest, str form, str? backend) -> Tensor",
+    autograd=TwiceOnly,
+)
+def second_tangent_op(
+    x, k, alpha, alpha_number, solution,
+    x_dot, k_dot, alpha_dot, x_dot2, k_dot2, alpha_dot2, largest, form, backend,
+):  # fmt: skip
+    """The second derivative of y along two directions."""
+    one, other = Direction(x_dot, k_dot, alpha_dot), Direction(x_dot2, k_dot2, alpha_dot2)
+    return derivatives.second_tangent(x, solution, either(alpha, alpha_number), one, other, largest, form)
+
+
+@register(
+    "hard_topk_mask(Tensor x, Tensor? k, float k_number, bool largest, str? backend) -> Tensor",
+    fake=lambda x, *_: torch.empty_like(x),
+)
+def mask_op(x, k, k_number, largest, backend):
+    """1 for what hard_topk selects, 0 elsewhere, in x's dtype."""
+    kernels = dispatch.kernels(backend, x.device)
+
+    def kernel(elements, values):
+        return [kernels.hard_topk_mask(elements[0], either(values[0], k_number), largest)], []
+
+    (mask,), _ = by_rows(kernel, kernels.reads, [x], [k])
+    return mask
+
+
+@register(
+    "hard_topk_indices(Tensor x, Tensor? k, float k_number, int max_k, bool largest, str? backend)"
+    " -> (Tensor, Tensor)",
+    fake=lambda x, k, k_number, max_k, *_: (
+        per_row(x, max_k, dtype=torch.int64),
+        per_row(x, dtype=torch.int64),
+    ),
 )
 def indices_op(x, k, k_number, max_k, largest, backend):
-    return dispatch.module(backend).hard_topk_indices(x, either(k, k_number), max_k, largest)
+    """The indices (..., max_k) of what hard_topk selects, and their counts (...)."""
+    kernels = dispatch.kernels(backend, x.device)
 
+    def kernel(elements, values):
+        k = either(values[0], k_number)
+        return [], list(kernels.hard_topk_indices(elements[0], k, max_k, largest))
 
-@torch.library.register_fake("softtopk::hard_topk_indices", lib=library)
-def _(x, k, k_number, max_k, largest, backend):
-    return (
-        x.new_empty((x.shape[0], max_k), dtype=torch.int64),
-        x.new_empty((x.shape[0],), dtype=torch.int64),
-    )
-
-
-class SoftTopKFunction(torch.autograd.Function):
-    """(x, k, alpha) -> (p, solution). x is 2-D; k and alpha are numbers or (rows,) tensors.
-
-    With hard=True the first output is the hard mask and the gradients are those of p (straight-through).
-    """
-
-    @staticmethod
-    def forward(ctx, x, k, alpha, largest, hard, backend):
-        k_tensor, k_number = split(k)
-        alpha_tensor, alpha_number = split(alpha)
-        p, solution = forward_op(x, k_tensor, k_number, alpha_tensor, alpha_number, largest, backend)
-        if hard:
-            p = mask_op(x, k_tensor, k_number, largest, backend)
-        ctx.save_for_backward(x, solution, alpha_tensor)
-        ctx.alpha_number, ctx.largest, ctx.backend = alpha_number, largest, backend
-        ctx.dtypes = tuple(t.dtype if isinstance(t, Tensor) else None for t in (k, alpha))
-        ctx.mark_non_differentiable(solution)
-        return p, solution
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, v, _):
-        x, solution, alpha = ctx.saved_tensors
-        grad_x, grad_k, grad_alpha = backward_op(
-            x, solution, alpha, ctx.alpha_number, v, ctx.largest, ctx.backend
-        )
-        needs = ctx.needs_input_grad
-        k_dtype, alpha_dtype = ctx.dtypes
-        return (
-            grad_x if needs[0] else None,
-            grad_k.to(k_dtype) if needs[1] else None,
-            grad_alpha.to(alpha_dtype) if needs[2] else None,
-            None,
-            None,
-            None,
-        )
+    _, (indices, counts) = by_rows(kernel, kernels.reads, [x], [k])
+    return indices, counts
 
 
 def split(value: Tensor | float) -> tuple[Tensor | None, float]:
+    """(tensor, 0) or (None, number)."""
     return (value, 0.0) if isinstance(value, Tensor) else (None, value)

@@ -2,9 +2,10 @@
 
 import torch
 
-from softtopk.backends.native import _C, Kernels
+from softtopk.backends.native import _C, Kernels, reads
 
 kernels = Kernels(_C.cpu, lambda x: (torch.get_num_threads(),))
+__all__ = ["hard_topk_indices", "hard_topk_mask", "reads", "soft_topk_backward", "soft_topk_forward"]
 soft_topk_forward = kernels.soft_topk_forward
 soft_topk_backward = kernels.soft_topk_backward
 hard_topk_mask = kernels.hard_topk_mask

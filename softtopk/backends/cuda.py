@@ -2,7 +2,7 @@
 
 import torch
 
-from softtopk.backends.native import _C, Kernels
+from softtopk.backends.native import _C, Kernels, reads
 
 
 def reason() -> str | None:
@@ -41,6 +41,7 @@ if (why := reason()) is not None:
     raise ImportError(why)
 
 kernels = Kernels(_C.cuda, lambda x: (x.device.index, torch.cuda.current_stream(x.device).cuda_stream))
+__all__ = ["hard_topk_indices", "hard_topk_mask", "reads", "soft_topk_backward", "soft_topk_forward"]
 soft_topk_forward = kernels.soft_topk_forward
 soft_topk_backward = kernels.soft_topk_backward
 hard_topk_mask = kernels.hard_topk_mask

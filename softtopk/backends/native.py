@@ -34,7 +34,7 @@ class Kernels:
         self.launchers, self.where = launchers, where
 
     def soft_topk_forward(
-        self, x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True
+        self, x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True, form: str = "p"
     ) -> tuple[Tensor, Tensor]:
         x = unit_stride(x)
         p = x.new_empty(x.shape)
@@ -50,7 +50,7 @@ class Kernels:
         return p, solution
 
     def soft_topk_backward(
-        self, x: Tensor, solution: Tensor, alpha: float | Tensor, v: Tensor, largest: bool = True
+        self, x: Tensor, solution: Tensor, alpha: float | Tensor, v: Tensor, largest: bool = True, form: str = "p"
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, v, solution = unit_stride(x), unit_stride(v), solution.contiguous()
         grad_x = x.new_empty(x.shape)
@@ -92,9 +92,13 @@ class Kernels:
         return indices, counts
 
 
+def reads(x: Tensor) -> bool:
+    """Whether a 2-D x is read as it lies: contiguous rows, whatever the stride from row to row."""
+    return x.stride(1) == 1 or x.shape[1] == 1
+
+
 def unit_stride(x: Tensor) -> Tensor:
-    """x itself where its rows are contiguous, whatever the stride from row to row; else a copy."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return x if reads(x) else x.contiguous()
 
 
 def rows(x: Tensor, largest: bool) -> tuple[int, int, int, int, int, bool]:

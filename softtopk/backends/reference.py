@@ -69,6 +69,11 @@ def column(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.full((x.shape[0], 1), value, dtype=dtype, device=x.device)
 
 
+def reads(x: Tensor) -> bool:
+    """Whether a 2-D x is read as it lies: here whatever its strides."""
+    return True
+
+
 def signed(x: Tensor, largest: bool) -> Tensor:
     """x or -x, contiguous, so that the order of every sum follows the indices whatever the strides."""
     return (x if largest else -x).contiguous()
@@ -142,7 +147,7 @@ def safe_divide(a: Tensor, b: Tensor) -> Tensor:
 
 
 def soft_topk_forward(
-    x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True
+    x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True, form: str = "p"
 ) -> tuple[Tensor, Tensor]:
     """p (rows, n) in x's dtype, and the solution (rows, 5) in the compute dtype."""
     dtype = compute_dtype(x.dtype)
@@ -157,7 +162,7 @@ def soft_topk_forward(
 
 
 def soft_topk_backward(
-    x: Tensor, solution: Tensor, alpha: float | Tensor, v: Tensor, largest: bool = True
+    x: Tensor, solution: Tensor, alpha: float | Tensor, v: Tensor, largest: bool = True, form: str = "p"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of <p, v>: to x (rows, n) in x's dtype, to k and alpha (rows,) in the compute dtype.
 

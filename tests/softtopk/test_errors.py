@@ -61,13 +61,6 @@ def test_wrong_call(call, error, message):
         call()
 
 
-def test_double_backward_is_refused_clearly():
-    x = torch.randn(2, 5, requires_grad=True)
-    (grad,) = torch.autograd.grad(soft_topk(x, 2).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_an_absent_backend_says_how_to_get_it():
     absent = {name: reason for name, reason in available_backends().items() if reason}
     for name, reason in absent.items():

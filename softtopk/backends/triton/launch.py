@@ -56,16 +56,19 @@ def per_row(value: float | Tensor) -> tuple[Tensor | None, int, int]:
     return None, 0, struct.unpack("<q", struct.pack("<d", value))[0]
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x, or a copy of it where its rows do not lie as those of a contiguous tensor do.
+def reads(x: Tensor) -> bool:
+    """Whether a 2-D x is read as it lies: where its rows lie as those of a contiguous tensor do.
 
     The compiler lays a tile out by what it knows of the alignment of pointers and strides, and the
     order of every sum follows the layout: only equal alignment gives equal bits.
     """
     n = x.shape[1]
     aligned = x.stride(1) == 1 and x.data_ptr() % 16 == 0
-    alike = (x.stride(0) % 16 == 0) == (n % 16 == 0) and (x.stride(0) == 1) == (n == 1)
-    return x if aligned and alike else x.contiguous()
+    return aligned and (x.stride(0) % 16 == 0) == (n % 16 == 0) and (x.stride(0) == 1) == (n == 1)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    return x if reads(x) else x.contiguous()
 
 
 def on_device(x: Tensor):

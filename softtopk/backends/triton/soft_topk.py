@@ -59,7 +59,7 @@ def forward_kernel(
 
 
 def soft_topk_forward(
-    x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True
+    x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True, form: str = "p"
 ) -> tuple[Tensor, Tensor]:
     """p (rows, n) in x's dtype, and the solution (rows, 5) in the compute dtype."""
     rows, n = x.shape
@@ -144,7 +144,7 @@ def backward_kernel(
 
 
 def soft_topk_backward(
-    x: Tensor, solution: Tensor, alpha: float | Tensor, v: Tensor, largest: bool = True
+    x: Tensor, solution: Tensor, alpha: float | Tensor, v: Tensor, largest: bool = True, form: str = "p"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of <p, v>: to x (rows, n) in x's dtype, to k and alpha (rows,) in the compute dtype."""
     rows, n = x.shape
