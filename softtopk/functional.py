@@ -67,12 +67,10 @@ def soft_topk(
     >>> soft_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
     tensor([1.0000e+00, 3.3689e-03, 9.9663e-01, 1.5295e-07])
     """
-    rows = Rows(x, dim)
-    k = rows.number("k", k, 0, rows.n)
-    alpha = rows.number("alpha", alpha, 0, math.inf, open_interval=True)
-    k, alpha = rows.per_row(k), rows.per_row(alpha)
+    rows = Rows(x, dim, backend, largest=largest, hard=hard, return_threshold=return_threshold)
+    k, alpha = rows.budget(k), rows.scale(alpha)
     form = "hard" if hard else "p"
-    p, solution = ops.soft_topk_op(rows.x, *ops.split(k), *ops.split(alpha), bool(largest), form, backend)
+    p, solution = ops.soft_topk_op(rows.x, *ops.split(k), *ops.split(alpha), largest, form, backend)
     p = rows.restore(p)
     return (p, threshold(solution, alpha, largest)) if return_threshold else p
 
@@ -111,11 +109,10 @@ def log_soft_topk(
     >>> log_soft_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
     tensor([-1.5295e-07, -5.6933e+00, -3.3746e-03, -1.5693e+01])
     """
-    rows = Rows(x, dim)
-    k = rows.per_row(rows.number("k", k, 0, rows.n))
-    alpha = rows.per_row(rows.number("alpha", alpha, 0, math.inf, open_interval=True))
+    rows = Rows(x, dim, backend, largest=largest, complement=complement)
+    k, alpha = rows.budget(k), rows.scale(alpha)
     form = "log_complement" if complement else "log"
-    y, _ = ops.soft_topk_op(rows.x, *ops.split(k), *ops.split(alpha), bool(largest), form, backend)
+    y, _ = ops.soft_topk_op(rows.x, *ops.split(k), *ops.split(alpha), largest, form, backend)
     return rows.restore(y)
 
 
@@ -154,19 +151,19 @@ def hard_topk(
     >>> hard_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
     tensor([1., 0., 1., 0.])
     """
-    rows = Rows(x, dim)
-    k = rows.number("k", k, 0, rows.n)
+    rows = Rows(x, dim, backend, largest=largest, return_indices=return_indices)
+    budget = rows.budget(k)
     if not return_indices:
         if max_k is not None:
             raise ValueError(f"max_k={max_k!r} has a meaning only with return_indices=True")
-        return rows.restore(ops.mask_op(rows.x, *ops.split(rows.per_row(k)), bool(largest), backend))
+        return rows.restore(ops.mask_op(rows.x, *ops.split(budget), largest, backend))
     if max_k is None:
-        if isinstance(k, Tensor):
+        if isinstance(budget, Tensor):
             raise ValueError("max_k=None: give max_k when k is a tensor")
-        max_k = math.floor(k + 0.5)
+        max_k = math.floor(budget + 0.5)
     elif isinstance(max_k, bool) or not isinstance(max_k, int) or max_k < 0:
         raise ValueError(f"max_k={max_k!r} must be an integer >= 0")
-    indices, counts = ops.indices_op(rows.x, *ops.split(rows.per_row(k)), max_k, bool(largest), backend)
+    indices, counts = ops.indices_op(rows.x, *ops.split(budget), max_k, largest, backend)
     values = torch.where(indices < 0, 0, rows.x.gather(-1, indices.clamp(min=0)))
     return rows.restore(values), rows.restore(indices), counts
 
@@ -174,7 +171,12 @@ def hard_topk(
 class Rows:
     """A checked x with `dim` moved to the end, and the arguments that have one value per row of it."""
 
-    def __init__(self, x: Tensor, dim: int):
+    def __init__(self, x: Tensor, dim: int, backend: str | None, **flags: bool):
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} must be True or False")
+        if not (backend is None or isinstance(backend, str)):
+            raise TypeError(f"backend={backend!r} must be a string or None")
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
         if x.dtype not in FLOATS:
@@ -195,15 +197,30 @@ class Rows:
         self.shape = self.x.shape[:-1]
         self.n = self.x.shape[-1]
 
-    def number(self, name: str, value, low: float, high: float, open_interval: bool = False):
-        """A Python number in its range as a float; a tensor of a fitting shape as it is."""
+    def budget(self, k: float | Tensor) -> float | Tensor:
+        """k, checked: a float, or a tensor with a value for every row."""
+        k = self.argument("k", k)
+        if not isinstance(k, Tensor) and not 0 <= k <= self.n:
+            raise ValueError(f"k={k} must lie between 0 and {self.n}")
+        return k
+
+    def scale(self, alpha: float | Tensor) -> float | Tensor:
+        """alpha, checked: a float, or a tensor with a value for every row."""
+        alpha = self.argument("alpha", alpha)
+        if not isinstance(alpha, Tensor) and not 0 < alpha < math.inf:
+            raise ValueError(f"alpha={alpha} must be > 0 and finite")
+        return alpha
+
+    def argument(self, name: str, value: float | Tensor) -> float | Tensor:
+        """A number as a float; a tensor of a fitting shape as float32 or float64 of the rows' shape, never
+        rounded to half."""
         if isinstance(value, Tensor):
             if value.dtype not in FLOATS + INTEGERS:
                 raise TypeError(f"{name} has dtype {value.dtype}; a float or integer dtype is needed")
             if value.device != self.x.device:
                 raise ValueError(f"{name} is on {value.device}, x on {self.x.device}")
             try:
-                fits = torch.broadcast_shapes(value.shape, self.shape) == self.shape
+                fits = value.dim() == 0 or torch.broadcast_shapes(value.shape, self.shape) == self.shape
             except RuntimeError:
                 fits = False
             if not fits:
@@ -211,24 +228,13 @@ class Rows:
                     f"{name} of shape {tuple(value.shape)} does not broadcast to {tuple(self.shape)},"
                     f" the shape of x, {tuple(self.given.shape)}, without dim={self.dim}"
                 )
-            return value
+            if value.dtype != torch.float32:
+                half = value.dtype in (torch.float16, torch.bfloat16)
+                value = value.to(torch.float32 if half else torch.float64)
+            return value.expand(self.shape)
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number or a tensor, not {type(value).__name__}")
-        value = float(value)
-        if open_interval and not low < value < high:
-            raise ValueError(f"{name}={value} must be > {low} and finite")
-        if not low <= value <= high:
-            raise ValueError(f"{name}={value} must lie between {low} and {high}")
-        return value
-
-    def per_row(self, value: float | Tensor) -> float | Tensor:
-        """A number as it is; a tensor as float32 or float64 of x's rows' shape, never rounded to half."""
-        if not isinstance(value, Tensor):
-            return value
-        if value.dtype != torch.float32:
-            half = value.dtype in (torch.float16, torch.bfloat16)
-            value = value.to(torch.float32 if half else torch.float64)
-        return value.expand(self.shape)
+        return float(value)
 
     def restore(self, last: Tensor) -> Tensor:
         """(*shape, m) back to x's order of dimensions, with m along `dim`."""

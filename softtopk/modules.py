@@ -117,7 +117,7 @@ def positive(name: str, value: float, most: float = math.inf) -> float:
 
 
 def spread(x: Tensor, dim: int) -> Tensor:
-    """The standard deviation of the finite elements along `dim`, in the compute dtype, without that dimension.
+    """The standard deviation of the finite elements along `dim`, in the compute dtype, without `dim`.
 
     At least 1e-12 of the largest magnitude and 1e-30, so that alpha is positive in a row of equal values.
     """

@@ -44,6 +44,10 @@ class Rule(Function):
             return super(Function, cls).apply(*arguments)
 
 
+def requires_grad(argument) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
 @contextlib.contextmanager
 def outer_levels():
     """Autograd for the levels of torch.func outside the current one: a Function switches it off for all."""
@@ -213,7 +217,7 @@ def register(schema: str, fake=None, autograd: type[Rule] = NoGradient):
 
         def with_autograd(*arguments):
             forward_mode = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-            if forward_mode or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            if forward_mode or (torch.is_grad_enabled() and any(map(requires_grad, arguments))):
                 return autograd.apply(operator, *arguments)
             return Rule.forward(operator, *arguments)
 

@@ -50,7 +50,13 @@ class Kernels:
         return p, solution
 
     def soft_topk_backward(
-        self, x: Tensor, solution: Tensor, alpha: float | Tensor, v: Tensor, largest: bool = True, form: str = "p"
+        self,
+        x: Tensor,
+        solution: Tensor,
+        alpha: float | Tensor,
+        v: Tensor,
+        largest: bool = True,
+        form: str = "p",
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, v, solution = unit_stride(x), unit_stride(v), solution.contiguous()
         grad_x = x.new_empty(x.shape)

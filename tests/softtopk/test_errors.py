@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softtopk import BackendUnavailable, available_backends, hard_topk, soft_topk
+from softtopk import BackendUnavailable, SoftTopK, available_backends, hard_topk, log_soft_topk, soft_topk
 
 X = torch.randn(3, 8)
 
@@ -43,7 +43,25 @@ WRONG = [
     ),
     (lambda: soft_topk(X, torch.ones(3, device="meta")), ValueError, "k is on meta, x on cpu"),
     (lambda: soft_topk(X, 1, backend="metal"), ValueError, "backend='metal' is unknown; choose one of cuda,"),
+    (lambda: soft_topk(X, 1, backend=3), TypeError, "backend=3 must be a string or None"),
+    (lambda: soft_topk(X, 1, largest="no"), TypeError, "largest='no' must be True or False"),
+    (lambda: soft_topk(X, 1, hard=1), TypeError, "hard=1 must be True or False"),
+    (
+        lambda: soft_topk(X, 1, return_threshold=None),
+        TypeError,
+        "return_threshold=None must be True or False",
+    ),
+    (lambda: soft_topk(torch.randn(3, dtype=torch.complex64), 1), TypeError, "x has dtype torch.complex64"),
+    (lambda: log_soft_topk(X, 8.5), ValueError, "k=8.5 must lie between 0 and 8"),
+    (lambda: log_soft_topk(X, 1, 0), ValueError, "alpha=0.0 must be > 0 and finite"),
+    (lambda: log_soft_topk(X, 1, complement="yes"), TypeError, "complement='yes' must be True or False"),
+    (lambda: log_soft_topk(X, 1, dim=5), IndexError, "dim=5 is out of range for x of shape"),
+    (lambda: log_soft_topk(X.int(), 1), TypeError, "x has dtype torch.int32"),
+    (lambda: log_soft_topk(X, torch.ones(5)), ValueError, r"k of shape \(5,\) does not broadcast to \(3,\)"),
     (lambda: hard_topk(X, 9), ValueError, "k=9.0 must lie between 0 and 8"),
+    (lambda: hard_topk(X, None), TypeError, "k must be a number or a tensor, not NoneType"),
+    (lambda: hard_topk(X, 1, return_indices=2), TypeError, "return_indices=2 must be True or False"),
+    (lambda: hard_topk(X, 1, backend="gpu"), ValueError, "backend='gpu' is unknown; choose one of cuda,"),
     (lambda: hard_topk(X, 2, max_k=2), ValueError, "max_k=2 has a meaning only with return_indices=True"),
     (lambda: hard_topk(X, torch.ones(3), return_indices=True), ValueError, "give max_k when k is a tensor"),
     (lambda: hard_topk(X, 2, max_k=-1, return_indices=True), ValueError, "max_k=-1 must be an integer >= 0"),
@@ -52,10 +70,18 @@ WRONG = [
         ValueError,
         "max_k=2.5 must be an integer >= 0",
     ),
+    (lambda: SoftTopK(0), ValueError, "k=0 must be > 0 and finite"),
+    (lambda: SoftTopK(float("inf")), ValueError, "k=inf must be > 0 and finite"),
+    (lambda: SoftTopK(1.5, fraction=True), ValueError, "k=1.5 must be > 0 and <= 1.0"),
+    (lambda: SoftTopK(1, fraction=True, learn_k=True), ValueError, "k=1.0 as a fraction is the end of its"),
+    (lambda: SoftTopK(torch.ones(3)), TypeError, "k must be a number, not Tensor"),
+    (lambda: SoftTopK(2, alpha=-1), ValueError, "alpha=-1 must be > 0 and finite"),
+    (lambda: SoftTopK(2, "small"), TypeError, "alpha must be a number, not str"),
+    (lambda: SoftTopK(9)(X), ValueError, "k=9.0 must lie between 0 and 8"),
 ]
 
 
-@pytest.mark.parametrize("call,error,message", WRONG, ids=[w[2][:40] for w in WRONG])
+@pytest.mark.parametrize("call,error,message", WRONG, ids=[f"{i}-{w[2][:40]}" for i, w in enumerate(WRONG)])
 def test_wrong_call(call, error, message):
     with pytest.raises(error, match=message):
         call()
