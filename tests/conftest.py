@@ -45,6 +45,13 @@ def poison_uninitialised_memory(request):
     torch.use_deterministic_algorithms(before)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz", type=int, default=0, metavar="N", help="random rows per backend in test_fuzz.py"
+    )
+    parser.addoption("--fuzz-seed", type=int, default=0, metavar="S", help="the seed of the first batch")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -21,9 +21,7 @@ def test_a_captured_step_and_compiled_training_follow_eager_training():
     torch._dynamo.reset()
     eager, compiled, graph = run("cuda", steps=300, size=128)
     assert graph["losses"] == pytest.approx(eager["losses"], abs=1e-5)
-    assert compiled["losses"][:50] == pytest.approx(
-        eager["losses"][:50], abs=0.05
-    )  # bfloat16
+    assert compiled["losses"][:50] == pytest.approx(eager["losses"][:50], abs=0.05)  # bfloat16
     for way in (eager, compiled, graph):
         assert way["last_loss"] < 0.75 * way["first_loss"]
         assert 1 < way["tokens_kept"] < 64
