@@ -37,6 +37,8 @@ def by_rows(
         rows = [as_rows(t) for t in elements]
         if all(r is not None and reads(r) for r in rows):
             outputs, values = kernel(rows, [flat(t, x) for t in per_row])
+            if x.dim() == 2:
+                return outputs, values
             return (
                 [t.view(x.shape) for t in outputs],
                 [t.view(x.shape[:-1] + t.shape[1:]) for t in values],
