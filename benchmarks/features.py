@@ -54,7 +54,12 @@ def in_a_process(name: str, device: str, seconds: float = 240) -> dict[str, str]
         command += ["--device", device, "--skip", str(len(found))]
         try:
             child = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=deadline - time.monotonic()
+                command,
+                cwd=ROOT,
+                env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"},  # what is freed leaves the process
+                capture_output=True,
+                text=True,
+                timeout=deadline - time.monotonic(),
             )
             printed, end = child.stdout, f"ended with {child.returncode}"
         except subprocess.TimeoutExpired as expired:

@@ -17,8 +17,9 @@ every budget in a call of its own with one float32 row, so that all can take par
 that were computed, that held a NaN or an infinity (in p or a gradient), and that could not be computed,
 by reason; and the worst errors of the finite ones. sum is |sum(p) - k|, sum_relative the same over
 max(1, k). The errors of p and the gradients are against the float64 oracle of tests/accuracy.py: grad_x
-over its largest value, grad_k over max|v|, grad_alpha over the sum of its terms. They have a meaning only
-where the operator is LapSum; for another relaxation they are null.
+over its largest value in the row (1e-6 max|v|/alpha where that is less), grad_k over max|v|, grad_alpha
+over the sum of its terms. They have a meaning only where the operator is LapSum; for another relaxation
+they are null.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def errors(
 ) -> dict[str, float | None]:
     """The errors of one row against one row of the oracle, as the module's head defines them."""
     v_max = v.abs().max().item()
-    floor = 1e-30 * v_max / alpha
+    floor = 1e-6 * v_max / alpha
     largest = max(want.grad_x[row].abs().max().item(), floor)
     weight = alpha_weight(want, torch.full((len(want.p),), alpha).double(), v.expand(len(want.p), -1))[row]
     found = {
