@@ -125,7 +125,42 @@ def estimators() -> str:
     return markdown(header, body) + f"\n\n{caption(data['environment'])}"
 
 
+def peers_accuracy() -> str:
+    """Worst errors of every implementation over all cells; those of p and gradients where p is LapSum's."""
+    errors = ("p", "sum_relative", "grad_x", "grad_k", "grad_alpha")
+    body = []
+    for path in sorted(RESULTS.glob("peers-*.json")):
+        data = json.loads(path.read_text())
+        for name in data["peers"]:
+            cells = [r for r in data["rows"] if r["name"] == name]
+            found = ([r[error] for r in cells if r[error] is not None] for error in errors)
+            counts = (str(sum(r[count] for r in cells)) for count in ("rows", "not_finite"))
+            worst = (f"{max(values):.1e}" if values else "–" for values in found)
+            body.append([name, path.stem.removeprefix("peers-"), *counts, *worst])
+    header = ["implementation", "on", "rows", "not finite", "p", "sum", "grad_x", "grad_k", "grad_alpha"]
+    return markdown(header, body)
+
+
+def peers_features() -> str:
+    """What every implementation can do: yes, or in a word what came instead."""
+    out = []
+    for path in sorted(RESULTS.glob("peers-*.json")):
+        data = json.loads(path.read_text())
+        names = list(data["features"])
+        body = [
+            [feature, *(data["features"][name][feature].split(":")[0] for name in names)]
+            for feature in data["features"][names[0]]
+            if any(not found[feature].startswith("not tried") for found in data["features"].values())
+        ]
+        versions = "; ".join(f"{n} {p['version']}" for n, p in data["peers"].items() if "softtopk" not in n)
+        where = path.stem.removeprefix("peers-")
+        out.append(f"{markdown([where, *names], body)}\n\n{caption(data['environment'])}. {versions}")
+    return "\n\n".join(out)
+
+
 TABLES = {
+    "peers-accuracy": peers_accuracy,
+    "peers-features": peers_features,
     "estimators": estimators,
     "demo": demo,
     "accuracy": accuracy,
