@@ -52,7 +52,7 @@ def problem(rows: int, n: int, dtype=torch.float32, device="cuda") -> tuple[Tens
 
 def forward_backward(function, x: Tensor, k, alpha, v: Tensor) -> list[Tensor]:
     y = function(x, k, alpha)
-    leaves = [t for t in (x, k, alpha) if isinstance(t, Tensor)]
+    leaves = [t for t in (x, k, alpha) if isinstance(t, Tensor) and t.requires_grad]
     return [y.detach(), *torch.autograd.grad(y, leaves, v)]
 
 
