@@ -53,7 +53,7 @@ bool loaded_in_child() {
 }
 
 std::atomic<bool> in_child{loaded_in_child()};
-const int registered = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
 #endif
 
 }  // namespace
