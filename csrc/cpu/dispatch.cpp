@@ -47,23 +47,22 @@ const Tables& choose() {
   return baseline::tables;
 }
 
-const Tables& tables() {
-  static const Tables& chosen = choose();
-  return chosen;
-}
+// Chosen when the module is loaded: a choice at the first call could be going on in one thread
+// while another forks, and the child would wait for it.
+const Tables& chosen = choose();
 
 }  // namespace
 
 template <>
 const Sweeps<float>& sweeps<float>(Type type) {
-  if (type == Type::float16) return tables().float16;
-  if (type == Type::bfloat16) return tables().bfloat16;
-  return tables().float32;
+  if (type == Type::float16) return chosen.float16;
+  if (type == Type::bfloat16) return chosen.bfloat16;
+  return chosen.float32;
 }
 
 template <>
 const Sweeps<double>& sweeps<double>(Type) {
-  return tables().float64;
+  return chosen.float64;
 }
 
 }  // namespace softtopk::cpu

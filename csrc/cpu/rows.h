@@ -1,10 +1,14 @@
 // What the launchers of this folder share: per-row arguments, types, and the loop over rows.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cfenv>
 #include <cstdint>
+#include <functional>
 
 #include "sweeps.h"
+#include "threads.h"
 
 namespace softtopk::cpu {
 
@@ -54,16 +58,20 @@ class DefaultEnvironment {
   std::fenv_t before_;
 };
 
-// f(row) for every row; threads only where they are worth waking.
+// f(row) for every row, on up to `threads` threads.
 template <typename F>
 void for_rows(const Rows& x, int threads, F f) {
-  const bool parallel = threads > 1 && x.rows > 1 && x.rows * x.n > 16384;
-#pragma omp parallel num_threads(threads) if (parallel)
-  {
+  const int64_t size = 1 + 4096 / x.n, chunks = (x.rows + size - 1) / size;
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
     const DefaultEnvironment environment;
-#pragma omp for schedule(dynamic, 1 + 4096 / x.n)
-    for (int64_t row = 0; row < x.rows; ++row) f(row);
-  }
+    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
+      for (int64_t row = chunk * size; row < std::min(x.rows, (chunk + 1) * size); ++row) f(row);
+  };
+  if (threads > 1 && chunks > 1)
+    on_threads(threads, x.rows * x.n, std::ref(work));
+  else
+    work();
 }
 
 }  // namespace softtopk::cpu
