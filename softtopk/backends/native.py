@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from softtopk.backends.reference import compute_dtype
+from softtopk.backends.reference import FORMS, compute_dtype
 
 try:
     from softtopk import _C as _C
@@ -34,23 +34,30 @@ class Kernels:
         self.launchers, self.where = launchers, where
 
     def soft_topk_forward(
-        self, x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True, form: str = "p"
+    ) -> tuple[Tensor | None, Tensor]:
         x = unit_stride(x)
-        p = x.new_empty(x.shape)
+        out = None if form == "none" else x.new_empty(x.shape)
         solution = x.new_empty((x.shape[0], 5), dtype=compute_dtype(x.dtype))
         self.launchers.soft_topk_forward(
             rows(x, largest),
             per_row(k),
             per_row(alpha),
-            p.data_ptr(),
+            FORMS[form],
+            0 if out is None else out.data_ptr(),
             solution.data_ptr(),
             *self.where(x),
         )
-        return p, solution
+        return out, solution
 
     def soft_topk_backward(
-        self, x: Tensor, solution: Tensor, alpha: float | Tensor, v: Tensor, largest: bool = True
+        self,
+        x: Tensor,
+        solution: Tensor,
+        alpha: float | Tensor,
+        v: Tensor,
+        largest: bool = True,
+        form: str = "p",
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, v, solution = unit_stride(x), unit_stride(v), solution.contiguous()
         grad_x = x.new_empty(x.shape)
@@ -60,6 +67,7 @@ class Kernels:
             rows(x, largest),
             solution.data_ptr(),
             per_row(alpha),
+            FORMS[form],
             v.data_ptr(),
             v.stride(0),
             grad_x.data_ptr(),
