@@ -1,4 +1,4 @@
-"""The native module (csrc/bindings.cpp). Addresses, streams and csrc/softtopk.h's Type and Form are integers."""
+"""The native module (csrc/bindings.cpp). Addresses, streams, and softtopk.h's Type and Form are integers."""
 
 from typing import TypeAlias
 

@@ -11,7 +11,9 @@ namespace {
 template <typename T>
 INLINE Vector<T> log_of_rest(Vector<T> h) {
   constexpr int terms = sizeof(T) == 8 ? 16 : 7;
-  const Vector<T> s = h / (T(2) - h), square = s * s;
+  const Vector<T> s = h / (T(2) - h);
+  const Vector<T> floored = larger<T>(s, Vector<T>{} + T(0x1p-60));  // denormals are slow
+  const Vector<T> square = floored * floored;
   Vector<T> series{};
   for (int i = terms - 1; i >= 0; --i) series = series * square + T(1) / T(2 * i + 1);
   return T(-2) * s * series;

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from softtopk.backends.reference import FORMS, compute_dtype
+from softtopk.backends.reference import compute_dtype
 
 try:
     from softtopk import _C as _C
@@ -23,8 +23,9 @@ except ImportError as error:
         f" tree ({error})"
     ) from error
 
-# The values of csrc/softtopk.h's Type.
+# The values of csrc/softtopk.h's Type and Form.
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+FORMS = {"p": 0, "log": 1, "log_complement": 2, "none": 3}
 
 
 class Kernels:

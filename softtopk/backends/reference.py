@@ -24,7 +24,8 @@ The log domain has the logarithm of w, where w is p or 1 - p. On the *minor* sid
 *major* side w = 1 - h.
 
 Every backend implements the four functions at the end of this file with the same signatures.
-They take 2-D x of any strides and k and alpha as Python numbers or 1-D tensors of one value
+`form` is "p", "log" for log p, "log_complement" for log(1 - p) or, where only the solution is
+wanted, "none": then None is returned in the place of an output. They take 2-D x of any strides and k and alpha as Python numbers or 1-D tensors of one value
 per row, and they modify nothing. Here all is computed in float64 for float64 x, in float32
 otherwise, but for the log domain always in float64; differences are taken before they are scaled,
 and nothing is reassociated.
@@ -37,9 +38,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-# What the forward returns, by the numbers of csrc/softtopk.h's Form: p, log p, log(1 - p), nothing.
-FORMS = {"p": 0, "log": 1, "log_complement": 2, "none": 3}
 
 
 class Solution(NamedTuple):
@@ -195,7 +193,7 @@ def safe_divide(a: Tensor, b: Tensor) -> Tensor:
 def soft_topk_forward(
     x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True, form: str = "p"
 ) -> tuple[Tensor | None, Tensor]:
-    """p, or what else of FORMS, (rows, n) in x's dtype, and the solution (rows, 5) in the compute dtype."""
+    """What `form` names, (rows, n) in x's dtype, and the solution (rows, 5) in the compute dtype."""
     dtype = compute_dtype(x.dtype)
     scale = scale_column(alpha, x, dtype)
     values = signed(x.to(dtype), largest)
