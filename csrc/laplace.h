@@ -19,6 +19,13 @@
 
 namespace softtopk {
 
+template <typename T>
+inline constexpr T kLeast = std::numeric_limits<T>::denorm_min();
+template <typename T>
+inline constexpr T kMost = std::numeric_limits<T>::max();
+template <typename T>
+inline constexpr T kInfinite = std::numeric_limits<T>::infinity();
+
 // An empty A has r_A = +inf and P = 0, an empty B has r_B = -inf and Q = 0; P = Q = 0 marks a row
 // whose k was clamped (no gradient to k); all NaN marks a NaN row.
 template <typename T>
@@ -79,7 +86,7 @@ struct LogDensities {
 
 // The steps of densities() by way of logarithms.
 SOFTTOPK_HOST_DEVICE LogDensities log_densities(const Solution<double>& s, double alpha) {
-  constexpr double inf = std::numeric_limits<double>::infinity(), ln2 = 0.69314718055994531;
+  constexpr double inf = kInfinite<double>, ln2 = 0.69314718055994531;
   const bool both = s.P > 0 && s.Q > 0;
   const double log_P = std::log(s.P), log_Q = std::log(s.Q), log_D = std::log(std::abs(s.D));
   double half_gap = (s.r_A - s.r_B) / alpha / 2;
@@ -110,10 +117,9 @@ SOFTTOPK_HOST_DEVICE LogDensities log_densities(const Solution<double>& s, doubl
 // alpha in the compute type: a positive finite one does not round to 0 or to infinity.
 template <typename T>
 SOFTTOPK_HOST_DEVICE T scale_in(double alpha) {
-  using Limits = std::numeric_limits<T>;
-  if (alpha > 0 && alpha < Limits::denorm_min()) return Limits::denorm_min();
-  if (alpha > Limits::max() && alpha < std::numeric_limits<double>::infinity())
-    return Limits::max();
+  constexpr T least = kLeast<T>, most = kMost<T>;
+  if (alpha > 0 && alpha < least) return least;
+  if (alpha > most && alpha < kInfinite<double>) return most;
   return static_cast<T>(alpha);
 }
 

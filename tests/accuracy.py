@@ -15,6 +15,9 @@ from torch import Tensor
 
 from softtopk.backends import reference
 
+LOG_FORMS = ("log", "log_complement")
+FORMS = ("p", *LOG_FORMS)
+
 
 @dataclass
 class Result:
@@ -65,7 +68,7 @@ def ratios(got: Result, want: Result, k, alpha, v: Tensor, form: str = "p") -> d
         worst = {"log": relative_error(got.p, want.p).amax(1) / 1e-5}
     alpha_bar = torch.where(weight > floor, 1e-4 * weight, torch.inf)
     worst |= {
-        "grad_x": (got.grad_x - want.grad_x).abs().amax(1) / grad_x_bar,
+        "grad_x": difference(got.grad_x, want.grad_x).amax(1) / grad_x_bar,
         "grad_k": difference(got.grad_k, want.grad_k) / grad_k_bar,
         "grad_alpha": difference(got.grad_alpha, want.grad_alpha) / alpha_bar,
     }
@@ -92,16 +95,19 @@ def alpha_weight(want: Result, alpha: Tensor, v: Tensor) -> Tensor:
 
 
 def log_weights(want: Result, alpha: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_i |g_i| (1 + |t_i|) / alpha and sum_i |g_i| / R, the scales of grad_alpha and grad_k.
+    """sum_i |g_i| (1 + |t_i|) / alpha, the scale of grad_alpha, and sum_i |g_i| / R, that of grad_k.
 
     From w = p or 1 - p, whose logarithm is given: h = w and g = v on the minor side, w <= 1/2;
-    h = 1 - w and g = h / w v on the major side. |t| = -log(2 h).
+    h = 1 - w and g = h / w v on the major side, which adds at most 2 max|v| to the second and is left
+    out there. |t| = -log(2 h).
     """
     minor = want.p <= -math.log(2)
     log_h = torch.where(minor, want.p, (-torch.expm1(want.p)).log())
     g = torch.where(want.p == -torch.inf, 0, torch.where(minor, 1, torch.exp(log_h - want.p)) * v.abs())
     t = torch.where(g == 0, 0, -log_h - math.log(2)).clamp(min=0)
-    return (g * (1 + t)).sum(1) / alpha, g.sum(1) / log_h.exp().sum(1)
+    on_minor = torch.where(minor, g, 0).sum(1)
+    scale_k = torch.where(on_minor == 0, 0, on_minor / log_h.exp().sum(1))
+    return (g * (1 + t)).sum(1) / alpha, scale_k
 
 
 def units_in_last_place(got: Tensor, want: Tensor) -> Tensor:

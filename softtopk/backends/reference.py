@@ -25,10 +25,10 @@ The log domain has the logarithm of w, where w is p or 1 - p. On the *minor* sid
 
 Every backend implements the four functions at the end of this file with the same signatures.
 `form` is "p", "log" for log p, "log_complement" for log(1 - p) or, where only the solution is
-wanted, "none": then None is returned in the place of an output. They take 2-D x of any strides and k and alpha as Python numbers or 1-D tensors of one value
-per row, and they modify nothing. Here all is computed in float64 for float64 x, in float32
-otherwise, but for the log domain always in float64; differences are taken before they are scaled,
-and nothing is reassociated.
+wanted, "none": then None is returned in the place of an output. They take 2-D x of any strides and
+k and alpha as Python numbers or 1-D tensors of one value per row, and they modify nothing. Here all
+is computed in float64 for float64 x, in float32 otherwise, but for the log domain always in
+float64; differences are taken before they are scaled, and nothing is reassociated.
 """
 
 from __future__ import annotations
