@@ -13,6 +13,7 @@ namespace py = pybind11;
 
 namespace {
 
+using softtopk::Form;
 using softtopk::PerRow;
 using softtopk::Rows;
 using softtopk::Type;
@@ -36,18 +37,19 @@ void define_cpu(py::module_ m) {
   const py::call_guard<py::gil_scoped_release> released;
   m.def(
       "soft_topk_forward",
-      [](const RowsTuple& x, const PerRowTuple& k, const PerRowTuple& alpha, uintptr_t p,
-         uintptr_t solution, int threads) {
-        cpu::soft_topk_forward(rows(x), per_row(k), per_row(alpha), pointer(p), pointer(solution),
-                               threads);
+      [](const RowsTuple& x, const PerRowTuple& k, const PerRowTuple& alpha, int form,
+         uintptr_t out, uintptr_t solution, int threads) {
+        cpu::soft_topk_forward(rows(x), per_row(k), per_row(alpha), static_cast<Form>(form),
+                               pointer(out), pointer(solution), threads);
       },
       released);
   m.def(
       "soft_topk_backward",
-      [](const RowsTuple& x, uintptr_t solution, const PerRowTuple& alpha, uintptr_t v,
+      [](const RowsTuple& x, uintptr_t solution, const PerRowTuple& alpha, int form, uintptr_t v,
          int64_t v_stride, uintptr_t grad_x, uintptr_t grad_k, uintptr_t grad_alpha, int threads) {
-        cpu::soft_topk_backward(rows(x), pointer(solution), per_row(alpha), pointer(v), v_stride,
-                                pointer(grad_x), pointer(grad_k), pointer(grad_alpha), threads);
+        cpu::soft_topk_backward(rows(x), pointer(solution), per_row(alpha), static_cast<Form>(form),
+                                pointer(v), v_stride, pointer(grad_x), pointer(grad_k),
+                                pointer(grad_alpha), threads);
       },
       released);
   m.def(
@@ -72,20 +74,20 @@ void define_cuda(py::module_ m) {
   const py::call_guard<py::gil_scoped_release> released;
   m.def(
       "soft_topk_forward",
-      [](const RowsTuple& x, const PerRowTuple& k, const PerRowTuple& alpha, uintptr_t p,
-         uintptr_t solution, int device, uintptr_t stream) {
-        cuda::soft_topk_forward(rows(x), per_row(k), per_row(alpha), pointer(p), pointer(solution),
-                                device, pointer(stream));
+      [](const RowsTuple& x, const PerRowTuple& k, const PerRowTuple& alpha, int form,
+         uintptr_t out, uintptr_t solution, int device, uintptr_t stream) {
+        cuda::soft_topk_forward(rows(x), per_row(k), per_row(alpha), static_cast<Form>(form),
+                                pointer(out), pointer(solution), device, pointer(stream));
       },
       released);
   m.def(
       "soft_topk_backward",
-      [](const RowsTuple& x, uintptr_t solution, const PerRowTuple& alpha, uintptr_t v,
+      [](const RowsTuple& x, uintptr_t solution, const PerRowTuple& alpha, int form, uintptr_t v,
          int64_t v_stride, uintptr_t grad_x, uintptr_t grad_k, uintptr_t grad_alpha, int device,
          uintptr_t stream) {
-        cuda::soft_topk_backward(rows(x), pointer(solution), per_row(alpha), pointer(v), v_stride,
-                                 pointer(grad_x), pointer(grad_k), pointer(grad_alpha), device,
-                                 pointer(stream));
+        cuda::soft_topk_backward(rows(x), pointer(solution), per_row(alpha),
+                                 static_cast<Form>(form), pointer(v), v_stride, pointer(grad_x),
+                                 pointer(grad_k), pointer(grad_alpha), device, pointer(stream));
       },
       released);
   m.def(

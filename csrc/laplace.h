@@ -19,6 +19,13 @@
 
 namespace softtopk {
 
+template <typename T>
+inline constexpr T kLeast = std::numeric_limits<T>::denorm_min();
+template <typename T>
+inline constexpr T kMost = std::numeric_limits<T>::max();
+template <typename T>
+inline constexpr T kInfinite = std::numeric_limits<T>::infinity();
+
 // An empty A has r_A = +inf and P = 0, an empty B has r_B = -inf and Q = 0; P = Q = 0 marks a row
 // whose k was clamped (no gradient to k); all NaN marks a NaN row.
 template <typename T>
@@ -67,6 +74,69 @@ SOFTTOPK_HOST_DEVICE Densities<T> densities(const Solution<T>& s, T alpha) {
   out.h_B = out.q_B * R;
   if (s.D != s.D) out.h_A = out.h_B = out.q_A = out.q_B = s.D;  // a NaN row
   return out;
+}
+
+// The same for the log domain: log h = log_h_A + log e above, log_h_B + log e below. log h holds
+// where h underflows.
+struct LogDensities {
+  double R;
+  double w_A, w_B;  // H_A / R, H_B / R, right also where R underflows
+  double log_h_A, log_h_B;
+};
+
+// The steps of densities() by way of logarithms.
+SOFTTOPK_HOST_DEVICE LogDensities log_densities(const Solution<double>& s, double alpha) {
+  constexpr double inf = kInfinite<double>, ln2 = 0.69314718055994531;
+  const bool both = s.P > 0 && s.Q > 0;
+  const double log_P = std::log(s.P), log_Q = std::log(s.Q), log_D = std::log(std::abs(s.D));
+  double half_gap = (s.r_A - s.r_B) / alpha / 2;
+  if (half_gap == inf) half_gap = (s.r_A / 2 - s.r_B / 2) / alpha;
+  const double log_c = both ? (log_P + log_Q) / 2 - half_gap : -inf;
+  const double most = log_D > log_c ? log_D : log_c, least = log_D > log_c ? log_c : log_D;
+  double log_R = most, larger, smaller;  // larger, smaller: log w
+  if (most == -inf) {
+    larger = smaller = both ? -ln2 : 0;
+  } else {
+    log_R += std::log1p(std::exp(2 * (least - most))) / 2;
+    const double magnitude = std::log1p(std::exp(log_D - log_R));  // log((R + |D|) / R)
+    larger = magnitude - ln2;
+    smaller = 2 * (log_c - log_R) - magnitude - ln2;
+  }
+  const double log_w_A = s.P == 0 ? -inf : s.D >= 0 ? larger : smaller;
+  const double log_w_B = s.Q == 0 ? -inf : s.D >= 0 ? smaller : larger;
+  LogDensities out;
+  out.R = std::exp(log_R);
+  out.w_A = std::exp(log_w_A);
+  out.w_B = std::exp(log_w_B);
+  out.log_h_A = s.P == 0 ? -inf : log_w_A + log_R - log_P;
+  out.log_h_B = s.Q == 0 ? -inf : log_w_B + log_R - log_Q;
+  if (s.D != s.D) out.R = out.w_A = out.w_B = out.log_h_A = out.log_h_B = s.D;  // a NaN row
+  return out;
+}
+
+// alpha in the compute type: a positive finite one does not round to 0 or to infinity.
+template <typename T>
+SOFTTOPK_HOST_DEVICE T scale_in(double alpha) {
+  constexpr T least = kLeast<T>, most = kMost<T>;
+  if (alpha > 0 && alpha < least) return least;
+  if (alpha > most && alpha < kInfinite<double>) return most;
+  return static_cast<T>(alpha);
+}
+
+// t = (x - r) / alpha in the log domain, in units of 2^64: ((x * before - r * before) * rate) does
+// not overflow where t does, and is t / 2^64 to the last places of t or 2^-21, if that is more.
+// Likewise z / alpha = z * after * rate.
+template <typename T>
+struct Steps {
+  T before, rate, after;
+};
+
+template <typename T>
+SOFTTOPK_HOST_DEVICE Steps<T> steps(T alpha) {
+  constexpr double unit = 1 / 0x1p64;
+  const double exact = static_cast<double>(alpha);
+  if (exact < unit) return {T(1), static_cast<T>(unit / exact), T(0x1p64)};
+  return {T(unit), static_cast<T>(1 / exact), T(1)};
 }
 
 // A starting point for the next split, given one that is not right: the root if the split held.

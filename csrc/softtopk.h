@@ -13,6 +13,10 @@ namespace softtopk {
 
 enum class Type : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
 
+// What a forward writes, and what a backward differentiates: p, log p, log(1 - p). A forward of
+// `none` writes the solution alone.
+enum class Form : int { p = 0, log = 1, log_complement = 2, none = 3 };
+
 // A batch of rows of n contiguous elements each. largest = false reads every value negated.
 struct Rows {
   const void* data;
@@ -33,14 +37,14 @@ struct PerRow {
 
 namespace cpu {
 
-// p (rows, n) in x's type; solution (rows, 5) = r_A, r_B, P, Q, D.
-void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, void* p, void* solution,
-                       int threads);
+// out (rows, n) in x's type; solution (rows, 5) = r_A, r_B, P, Q, D.
+void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, Form form, void* out,
+                       void* solution, int threads);
 
-// v[row * v_stride + i] in x's type; grad_x (rows, n) in x's type.
-void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha, const void* v,
-                        int64_t v_stride, void* grad_x, void* grad_k, void* grad_alpha,
-                        int threads);
+// v[row * v_stride + i] in x's type; grad_x (rows, n) in x's type. form is not `none`.
+void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha, Form form,
+                        const void* v, int64_t v_stride, void* grad_x, void* grad_k,
+                        void* grad_alpha, int threads);
 
 // mask (rows, n) of 0 and 1 in x's type; a NaN row is NaN.
 void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int threads);
@@ -53,12 +57,12 @@ void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* i
 
 namespace cuda {
 
-void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, void* p, void* solution,
-                       int device, void* stream);
+void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, Form form, void* out,
+                       void* solution, int device, void* stream);
 
-void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha, const void* v,
-                        int64_t v_stride, void* grad_x, void* grad_k, void* grad_alpha, int device,
-                        void* stream);
+void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha, Form form,
+                        const void* v, int64_t v_stride, void* grad_x, void* grad_k,
+                        void* grad_alpha, int device, void* stream);
 
 void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int device, void* stream);
 

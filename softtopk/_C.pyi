@@ -1,4 +1,4 @@
-"""The native module (csrc/bindings.cpp). Addresses, streams and csrc/softtopk.h's Type are integers."""
+"""The native module (csrc/bindings.cpp). Addresses, streams, and softtopk.h's Type and Form are integers."""
 
 from typing import TypeAlias
 
@@ -12,13 +12,14 @@ cuda_reason: str  # why CUDA was not built; empty with it
 class cpu:
     @staticmethod
     def soft_topk_forward(
-        x: Rows, k: PerRow, alpha: PerRow, p: int, solution: int, threads: int, /
+        x: Rows, k: PerRow, alpha: PerRow, form: int, out: int, solution: int, threads: int, /
     ) -> None: ...
     @staticmethod
     def soft_topk_backward(
         x: Rows,
         solution: int,
         alpha: PerRow,
+        form: int,
         v: int,
         v_stride: int,
         grad_x: int,
@@ -37,13 +38,14 @@ class cpu:
 class cuda:
     @staticmethod
     def soft_topk_forward(
-        x: Rows, k: PerRow, alpha: PerRow, p: int, solution: int, device: int, stream: int, /
+        x: Rows, k: PerRow, alpha: PerRow, form: int, out: int, solution: int, device: int, stream: int, /
     ) -> None: ...
     @staticmethod
     def soft_topk_backward(
         x: Rows,
         solution: int,
         alpha: PerRow,
+        form: int,
         v: int,
         v_stride: int,
         grad_x: int,

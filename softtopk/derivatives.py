@@ -42,8 +42,9 @@ class Row:
     def __init__(self, x: Tensor, solution: Tensor, alpha: float | Tensor, largest: bool, form: str):
         dtype = compute_dtype(x.dtype)
         self.sign = 1 if largest else -1
-        self.alpha = alpha.to(dtype).unsqueeze(-1) if isinstance(alpha, Tensor) else alpha
-        scale = self.alpha if isinstance(alpha, Tensor) else solution.new_full((1,), alpha)
+        if not isinstance(alpha, Tensor):
+            alpha = torch.full((), alpha, dtype=torch.float64, device=x.device)
+        self.alpha = scale = reference.rounded_scale(alpha.double().unsqueeze(-1), dtype)
         values = x.to(dtype) * self.sign
         row = reference.Solution(*solution.split(1, -1))
         factors = reference.densities(row, scale)

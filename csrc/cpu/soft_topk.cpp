@@ -2,8 +2,9 @@
 // softtopk/backends/reference.py.
 //
 // The forward reads a row once to find its range, a few times more while its elements are split
-// (mostly from cache), and once to write p. The backward reads x and v twice, and v only near the
-// threshold. One row is one task; no sum depends on the number of threads.
+// (mostly from cache), and once to write p or its logarithm. The backward reads x and v twice, and
+// v only near the threshold and, in the log domain, on the minor side. One row is one task; no sum
+// depends on the number of threads.
 #include <cmath>
 
 #include "../laplace.h"
@@ -17,7 +18,8 @@ template <typename T>
 constexpr Type kType = sizeof(T) == 8 ? Type::float64 : Type::float32;
 
 template <typename T>
-void forward_row(const Rows& x, int64_t i, double k, T alpha, void* p, T* solution) {
+void forward_row(const Rows& x, int64_t i, double k, T alpha, Form form, void* result,
+                 T* solution) {
   const Sweeps<T>& row_sweeps = sweeps<T>(x.type);
   const Row row = row_at(x, i);
   const Solution<double> solved = solve<T>(row_sweeps, sweeps<T>(kType<T>), row, k, alpha);
@@ -25,11 +27,21 @@ void forward_row(const Rows& x, int64_t i, double k, T alpha, void* p, T* soluti
                       static_cast<T>(solved.P), static_cast<T>(solved.Q), static_cast<T>(solved.D)};
   solution[0] = s.r_A, solution[1] = s.r_B, solution[2] = s.P, solution[3] = s.Q;
   solution[4] = s.D;
-  void* out = output_at(x, p, i);
+  if (form == Form::none) return;
+  void* out = output_at(x, result, i);
   if (std::isnan(s.D)) return row_sweeps.fill(row, s.D, out);
-  const Densities<double> d = densities(solved, static_cast<double>(alpha));
-  row_sweeps.probabilities(row, scale_of(s.r_A, s.r_B, alpha), static_cast<T>(d.h_A),
-                           static_cast<T>(d.h_B), out);
+  const Scale<T> scale = scale_of(s.r_A, s.r_B, alpha);
+  if (form == Form::p) {
+    const Densities<double> d = densities(solved, static_cast<double>(alpha));
+    return row_sweeps.probabilities(row, scale, static_cast<T>(d.h_A), static_cast<T>(d.h_B), out);
+  }
+  const LogDensities d = log_densities(solved, static_cast<double>(alpha));
+  const bool complement = form == Form::log_complement;
+  row_sweeps.log_probabilities(
+      row, scale,
+      {complement, static_cast<T>(complement ? d.log_h_A : d.log_h_B),
+       static_cast<T>(std::exp(complement ? d.log_h_B : d.log_h_A)), steps(alpha)},
+      out);
 }
 
 template <typename T>
@@ -38,11 +50,6 @@ void backward_row(const Rows& x, int64_t i, const T* solution, T alpha, const Ro
   const Sweeps<T>& row_sweeps = sweeps<T>(x.type);
   const Row row = row_at(x, i);
   const Solution<double> s{solution[0], solution[1], solution[2], solution[3], solution[4]};
-  if (!(s.P > 0 || s.Q > 0)) {  // a NaN row, or nothing that k or x could move
-    const T value = std::isnan(s.D) ? solution[4] : T(0);
-    *grad_k = *grad_alpha = value;
-    return row_sweeps.fill(row, value, grad_x);
-  }
   const double scale = alpha;
   const Densities<double> d = densities(s, scale);
   Pivot<T> pivot{static_cast<T>(d.q_A),
@@ -60,30 +67,80 @@ void backward_row(const Rows& x, int64_t i, const T* solution, T alpha, const Ro
   *grad_alpha = d.R == 0 ? T(0) : static_cast<T>(-d.R / scale * covariance * ln2);
 }
 
+// The names are those of log_backward in softtopk/backends/reference.py.
+template <typename T>
+void log_backward_row(const Rows& x, int64_t i, const T* solution, T alpha, bool complement,
+                      const Row& v, void* grad_x, T* grad_k, T* grad_alpha) {
+  const Sweeps<T>& row_sweeps = sweeps<T>(x.type);
+  const Row row = row_at(x, i);
+  const Solution<double> s{solution[0], solution[1], solution[2], solution[3], solution[4]};
+  const LogDensities d = log_densities(s, static_cast<double>(alpha));
+  const double q_A = s.P > 0 ? d.w_A / s.P : 0, q_B = s.Q > 0 ? d.w_B / s.Q : 0;
+  const bool pivot_above = q_A >= q_B, pivot_minor = pivot_above == complement;
+  LogPivot<T> pivot{complement,
+                    static_cast<T>(q_A),
+                    static_cast<T>(q_B),
+                    static_cast<T>(std::exp(d.log_h_A)),
+                    static_cast<T>(std::exp(d.log_h_B)),
+                    pivot_above ? solution[0] : solution[1],
+                    T(0),
+                    std::numeric_limits<T>::infinity(),
+                    steps(alpha)};
+  const T v_pivot = row_sweeps.element(v, row_sweeps.find(row, pivot.x));
+  const bool dominant = pivot_minor && (pivot_above ? pivot.q_A : pivot.q_B) > T(0.75);
+  if (dominant) pivot.dominant = T(0.75);
+  if (!pivot_minor) pivot.u = v_pivot / (1 - (pivot_above ? pivot.h_A : pivot.h_B));
+
+  const Scale<T> factors = scale_of(solution[0], solution[1], alpha);
+  const LogMeans means = row_sweeps.log_means(row, v, factors, pivot);
+  const double M = pivot.u * (complement ? d.w_B : d.w_A) + means.u;
+  const double V = means.rest_v + (dominant ? v_pivot : T(0));
+  const LogMoments<T> moments{static_cast<T>(M),
+                              static_cast<T>(pivot.u * (complement ? d.w_A : d.w_B) - means.u),
+                              static_cast<T>(V),
+                              static_cast<T>(means.rest_q),
+                              static_cast<T>(means.rest_v),
+                              static_cast<T>(means.t)};
+  const double covariance = row_sweeps.log_gradient(row, v, factors, pivot, moments, grad_x);
+  const double sign = complement ? -1 : 1;
+  *grad_k = static_cast<T>(sign * ((V == 0 ? 0 : V / d.R) + M));
+  *grad_alpha = static_cast<T>(-sign * covariance / alpha * 0x1p64);
+}
+
 }  // namespace
 
-void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, void* p, void* solution,
-                       int threads) {
+void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, Form form, void* out,
+                       void* solution, int threads) {
   with_compute_type(x.type, [&](auto zero) {
     using T = decltype(zero);
     for_rows(x, threads, [&](int64_t row) {
-      forward_row<T>(x, row, value_at(k, row), static_cast<T>(value_at(alpha, row)), p,
+      forward_row<T>(x, row, value_at(k, row), scale_in<T>(value_at(alpha, row)), form, out,
                      static_cast<T*>(solution) + 5 * row);
     });
   });
 }
 
-void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha, const void* v,
-                        int64_t v_stride, void* grad_x, void* grad_k, void* grad_alpha,
-                        int threads) {
+void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha, Form form,
+                        const void* v, int64_t v_stride, void* grad_x, void* grad_k,
+                        void* grad_alpha, int threads) {
   const Rows incoming{v, x.type, x.rows, x.n, v_stride, true};
   with_compute_type(x.type, [&](auto zero) {
     using T = decltype(zero);
     for_rows(x, threads, [&](int64_t row) {
-      backward_row<T>(x, row, static_cast<const T*>(solution) + 5 * row,
-                      static_cast<T>(value_at(alpha, row)), row_at(incoming, row),
-                      output_at(x, grad_x, row), static_cast<T*>(grad_k) + row,
-                      static_cast<T*>(grad_alpha) + row);
+      const T* solved = static_cast<const T*>(solution) + 5 * row;
+      const T scale = scale_in<T>(value_at(alpha, row));
+      void* to_x = output_at(x, grad_x, row);
+      T *to_k = static_cast<T*>(grad_k) + row, *to_alpha = static_cast<T*>(grad_alpha) + row;
+      if (!(solved[2] > 0 || solved[3] > 0)) {  // a NaN row, or nothing that k or x could move
+        *to_k = *to_alpha = std::isnan(solved[4]) ? solved[4] : T(0);
+        return sweeps<T>(x.type).fill(row_at(x, row), *to_k, to_x);
+      }
+      const Row v_row = row_at(incoming, row);
+      if (form == Form::p)
+        backward_row<T>(x, row, solved, scale, v_row, to_x, to_k, to_alpha);
+      else
+        log_backward_row<T>(x, row, solved, scale, form == Form::log_complement, v_row, to_x, to_k,
+                            to_alpha);
     });
   });
 }

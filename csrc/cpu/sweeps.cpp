@@ -6,6 +6,7 @@
 #include "sweeps.h"
 
 #include "lanes.h"
+#include "log_sweeps.h"
 
 namespace softtopk::cpu::SOFTTOPK_ISA {
 namespace {
@@ -273,8 +274,9 @@ void fill(const Row& row, T value, void* out) {
 
 template <typename T, typename In>
 constexpr Sweeps<T> kTable{
-    range<T, In>,         split<T, In>, tails<T, In>,    gather<T, In>, element<T, In>, find<T, In>,
-    probabilities<T, In>, means<T, In>, gradient<T, In>, mask<T, In>,   indices<T, In>, fill<T, In>,
+    range<T, In>,     split<T, In>,         tails<T, In>, gather<T, In>,   element<T, In>,
+    find<T, In>,      probabilities<T, In>, means<T, In>, gradient<T, In>, log_probabilities<T, In>,
+    log_means<T, In>, log_gradient<T, In>,  mask<T, In>,  indices<T, In>,  fill<T, In>,
 };
 
 extern const Sweeps<float> from_float32 = kTable<float, float>;

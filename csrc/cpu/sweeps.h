@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../laplace.h"
 #include "../softtopk.h"
 
 namespace softtopk::cpu {
@@ -57,6 +58,37 @@ struct Means {
   double v, t;  // <q, v - v_pivot>, <q, t - t_pivot>; t in units of ln 2
 };
 
+// The output of the log domain: of h on the minor side, and of 1 - h on the major side.
+template <typename T>
+struct LogOutput {
+  bool complement;  // log(1 - p), whose minor side is above; otherwise log p
+  T log_h, h;       // log h = log_h + log e on the minor side, h = h e on the major side
+  Steps<T> steps;
+};
+
+// What the two sweeps of the log domain's backward share.
+template <typename T>
+struct LogPivot {
+  bool complement;
+  T q_A, q_B;  // q = q_A e above, q_B e below
+  T h_A, h_B;  // h likewise
+  T x, u;      // the element of the largest q; its v / (1 - h) if it is on the major side, else 0
+  T dominant;  // a q above this is that of the one element which outweighs all others
+  Steps<T> steps;
+};
+
+struct LogMeans {
+  double u, t;            // <q, u - u_pivot> over the major side; <q, t - t_pivot>, units of 2^64
+  double rest_q, rest_v;  // sums without a dominant element: of q, and of v over the minor side
+};
+
+template <typename T>
+struct LogMoments {
+  T M, shift;           // <q, u> over the major side; u_pivot - M without its cancellation
+  T V, rest_q, rest_v;  // the sum of v over the minor side
+  T t;
+};
+
 constexpr int kGatherRoom = 16;
 
 template <typename T>
@@ -77,6 +109,15 @@ struct Sweeps {
   // grad_x in the row's type; returns <q, (t - <q, t>)(v - <q, v>)>, t in units of ln 2.
   double (*gradient)(const Row& row, const Row& v, const Scale<T>& scale, const Pivot<T>& pivot,
                      const Means& means, void* grad_x);
+
+  // log p or log(1 - p) in the row's type.
+  void (*log_probabilities)(const Row& row, const Scale<T>& scale, const LogOutput<T>& form,
+                            void* out);
+  LogMeans (*log_means)(const Row& row, const Row& v, const Scale<T>& scale,
+                        const LogPivot<T>& pivot);
+  // grad_x in the row's type; returns sum g (t - <q, t>) before the sign, t in units of 2^64.
+  double (*log_gradient)(const Row& row, const Row& v, const Scale<T>& scale,
+                         const LogPivot<T>& pivot, const LogMoments<T>& moments, void* grad_x);
 
   // 1 where x > value and at the first `ties` elements equal to it, 0 elsewhere.
   void (*mask)(const Row& row, T value, int64_t ties, void* out);

@@ -6,35 +6,11 @@
 // with h and q = h / R as densities() of csrc/laplace.h gives them, s = h / alpha, t = x / alpha.
 // v and t are taken relative to their values at the pivot, the first element of the largest q:
 // else one dominant element cancels everything. Where q = 0, v and t are not looked at.
-//
-// Bytes: x and v are read once and grad_x written once where both rows fit in registers or shared
-// memory; longer rows are read three times.
-// Layout: a warp or a block to a row (row.cuh). Three sweeps: the pivot, the means, the covariance
-// together with grad_x.
-#include "launch.cuh"
-#include "row.cuh"
-#include "threshold.cuh"
+// backward.cuh says what is read and written.
+#include "backward.cuh"
 
 namespace softtopk::cuda {
 namespace {
-
-struct BackwardArgs {
-  Rows x;
-  const void* solution;
-  PerRow alpha;
-  const void* v;
-  int64_t v_stride;
-  void* grad_x;
-  void* grad_k;
-  void* grad_alpha;
-  bool wide_x, wide_v, wide_grad;
-  int64_t first_row;
-};
-
-struct First {
-  int32_t index;
-  __device__ void combine(const First& other) { index = other.index < index ? other.index : index; }
-};
 
 template <class T>
 struct Means {
@@ -45,12 +21,6 @@ struct Means {
   }
 };
 
-template <class T>
-struct Total {
-  T value;
-  __device__ void combine(const Total& other) { value += other.value; }
-};
-
 template <class S, class L>
 __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
     backward_kernel(const BackwardArgs args) {
@@ -58,7 +28,6 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
   using Group = typename L::Group;
   using Row = typename L::template Row<S>;
   constexpr int kSize = Chunk<S>::size;
-  constexpr int32_t kNone = 0x7fffffff;
   extern __shared__ uint4 row_memory[];
   __shared__ typename Group::Storage storage;
 
@@ -68,7 +37,7 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
   Group group(storage);
   const T* solution = static_cast<const T*>(args.solution) + 5 * r;
   const Solution<T> s = {solution[0], solution[1], solution[2], solution[3], solution[4]};
-  const T alpha = T(per_row(args.alpha, r));
+  const T alpha = scale_in<T>(per_row(args.alpha, r));
   const Densities<T> factors = densities(s, alpha);
   const Tails<T> tails(s.r_A, s.r_B, alpha);
 
@@ -78,21 +47,9 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
   const Row v_row(v_source, row_memory + L::template memory<S>(n));
 
   // The pivot: an element with e = 1, on the side of the larger q.
-  First first = {kNone};
   const bool at_A = factors.q_A >= factors.q_B, at_B = factors.q_B >= factors.q_A;
-  x_row.for_each([&](int32_t item) {
-    T x[kSize];
-    x_row.chunk(item).read(x);
-#pragma unroll
-    for (int i = kSize - 1; i >= 0; --i) {
-      const int32_t index = chunk_index<Group>(item) * kSize + i;
-      if (index < first.index && ((at_A && x[i] == s.r_A) || (at_B && x[i] == s.r_B))) {
-        first.index = index;
-      }
-    }
-  });
-  first = group.reduce(first);
-  const int32_t pivot = first.index < n ? first.index : 0;
+  const int32_t pivot = first_place<S>(
+      x_row, group, n, [&](T x) { return (at_A && x == s.r_A) || (at_B && x == s.r_B); });
   const T x_pivot = x_source.element(pivot), v_pivot = v_source.element(pivot);
 
   const T per_alpha = 1 / alpha < largest<T> ? 1 / alpha : largest<T>;
@@ -156,29 +113,14 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
 
 }  // namespace
 
-void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha, const void* v,
-                        int64_t v_stride, void* grad_x, void* grad_k, void* grad_alpha, int device,
-                        void* stream) {
-  check_length(x.n);
-  const DeviceGuard guard(device);
-  with_type(x.type, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    with_layout<2>(x.n, sizeof(S), shared_memory_limit(device), [&](auto layout, int64_t shared) {
-      using L = decltype(layout);
-      const BackwardArgs args = {x,
-                                 solution,
-                                 alpha,
-                                 v,
-                                 v_stride,
-                                 grad_x,
-                                 grad_k,
-                                 grad_alpha,
-                                 is_wide(x.data, x.rows, x.stride, sizeof(S)),
-                                 is_wide(v, x.rows, v_stride, sizeof(S)),
-                                 is_wide(grad_x, x.rows, x.n, sizeof(S)),
-                                 0};
-      launch<L>(backward_kernel<S, L>, args, x.rows, shared, stream);
-    });
+void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha, Form form,
+                        const void* v, int64_t v_stride, void* grad_x, void* grad_k,
+                        void* grad_alpha, int device, void* stream) {
+  const BackwardArgs args = {x,      solution,   alpha, form,  v,     v_stride, grad_x,
+                             grad_k, grad_alpha, false, false, false, 0};
+  if (form != Form::p) return log_backward(args, device, stream);
+  launch_backward(args, device, stream, [](auto tag, auto layout) {
+    return backward_kernel<typename decltype(tag)::type, decltype(layout)>;
   });
 }
 

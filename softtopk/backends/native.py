@@ -23,8 +23,9 @@ except ImportError as error:
         f" tree ({error})"
     ) from error
 
-# The values of csrc/softtopk.h's Type.
+# The values of csrc/softtopk.h's Type and Form.
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+FORMS = {"p": 0, "log": 1, "log_complement": 2, "none": 3}
 
 
 class Kernels:
@@ -35,19 +36,20 @@ class Kernels:
 
     def soft_topk_forward(
         self, x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True, form: str = "p"
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         x = unit_stride(x)
-        p = x.new_empty(x.shape)
+        out = None if form == "none" else x.new_empty(x.shape)
         solution = x.new_empty((x.shape[0], 5), dtype=compute_dtype(x.dtype))
         self.launchers.soft_topk_forward(
             rows(x, largest),
             per_row(k),
             per_row(alpha),
-            p.data_ptr(),
+            FORMS[form],
+            0 if out is None else out.data_ptr(),
             solution.data_ptr(),
             *self.where(x),
         )
-        return p, solution
+        return out, solution
 
     def soft_topk_backward(
         self,
@@ -66,6 +68,7 @@ class Kernels:
             rows(x, largest),
             solution.data_ptr(),
             per_row(alpha),
+            FORMS[form],
             v.data_ptr(),
             v.stride(0),
             grad_x.data_ptr(),

@@ -19,14 +19,21 @@ and h_i = H_A exp(-(x_i - r_A) / alpha) / P above, H_B exp((x_i - r_B) / alpha) 
 So (r_A, r_B, P, Q, D), the *solution*, describes the row: b itself is never needed, which is
 as well, because in a gap many alpha wide a rounded b has lost what the gradients depend on.
 
+The log domain has the logarithm of w, where w is p or 1 - p. On the *minor* side of the threshold
+(B for p, A for 1 - p) w = h, whose logarithm is linear in x and holds where h underflows; on the
+*major* side w = 1 - h.
+
 Every backend implements the four functions at the end of this file with the same signatures.
-They take 2-D x of any strides and k and alpha as Python numbers or 1-D tensors of one value
-per row, and they modify nothing. Here all is computed in float64 for float64 x, in float32
-otherwise; differences are taken before they are scaled, and nothing is reassociated.
+`form` is "p", "log" for log p, "log_complement" for log(1 - p) or, where only the solution is
+wanted, "none": then None is returned in the place of an output. They take 2-D x of any strides and
+k and alpha as Python numbers or 1-D tensors of one value per row, and they modify nothing. Here all
+is computed in float64 for float64 x, in float32 otherwise, but for the log domain always in
+float64; differences are taken before they are scaled, and nothing is reassociated.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -57,6 +64,16 @@ class Densities(NamedTuple):
     q_B: Tensor  # (H_B / R) / Q
 
 
+class LogDensities(NamedTuple):
+    """The same for the log domain, in float64: log h = log_h_A + log e above, log_h_B + log e below."""
+
+    R: Tensor
+    w_A: Tensor  # H_A / R and H_B / R, also where R underflows
+    w_B: Tensor
+    log_h_A: Tensor
+    log_h_B: Tensor
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for every other dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -72,6 +89,18 @@ def column(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 def reads(x: Tensor) -> bool:
     """Whether a 2-D x is read as it lies: here whatever its strides."""
     return True
+
+
+def scale_column(alpha: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """alpha as `column` gives it, rounded by `rounded_scale`."""
+    return rounded_scale(column(alpha, x, torch.float64), dtype)
+
+
+def rounded_scale(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float64 alpha in a dtype: a positive finite one does not round to 0 or to infinity."""
+    info = torch.finfo(dtype)
+    within = exact.clamp(info.tiny * info.eps, info.max)
+    return torch.where((exact > 0) & exact.isfinite(), within, exact).to(dtype)
 
 
 def signed(x: Tensor, largest: bool) -> Tensor:
@@ -121,8 +150,12 @@ def solve(x: Tensor, k: Tensor, alpha: Tensor) -> Solution:
 
 def tails(x: Tensor, r_A: Tensor, r_B: Tensor, alpha: Tensor) -> Tensor:
     """exp(-|x - r| / alpha) with each element's own reference; 0 for an infinite element."""
-    distance = torch.where(x >= r_A, x - r_A, r_B - x)
-    return torch.where(x.isinf(), 0, torch.exp(-distance / alpha))
+    return torch.exp(-distances(x, r_A, r_B) / alpha)
+
+
+def distances(x: Tensor, r_A: Tensor, r_B: Tensor) -> Tensor:
+    """|x - r| with each element's own reference; infinite for an infinite element."""
+    return torch.where(x.isinf(), torch.inf, torch.where(x >= r_A, x - r_A, r_B - x))
 
 
 def densities(solution: Solution, alpha: Tensor) -> Densities:
@@ -141,6 +174,27 @@ def densities(solution: Solution, alpha: Tensor) -> Densities:
     return Densities(R, q_A * R, q_B * R, q_A, q_B)
 
 
+def log_densities(solution: Solution, alpha: Tensor) -> LogDensities:
+    """`densities` by way of logarithms, which do not underflow, from a solution in float64."""
+    r_A, r_B, P, Q, D = solution
+    log_P, log_Q, log_D = P.log(), Q.log(), D.abs().log()
+    half_gap = torch.where((P > 0) & (Q > 0), (r_A - r_B) / alpha / 2, torch.inf)
+    log_coupling = (log_P + log_Q) / 2 - half_gap
+    log_R = torch.logaddexp(2 * log_D, 2 * log_coupling) / 2
+    ratio = torch.exp(log_D - log_R)  # |D| / R
+    larger = torch.log1p(ratio) - math.log(2)
+    smaller = 2 * (log_coupling - log_R) - torch.log1p(ratio) - math.log(2)
+    # As in `densities`, at R = 0.
+    both = torch.where((P > 0) & (Q > 0), -math.log(2), 0.0)
+    larger = torch.where(log_R == -torch.inf, both, larger)
+    smaller = torch.where(log_R == -torch.inf, both, smaller)
+    log_w_A = torch.where(P == 0, -torch.inf, torch.where(D >= 0, larger, smaller))
+    log_w_B = torch.where(Q == 0, -torch.inf, torch.where(D >= 0, smaller, larger))
+    log_h_A = torch.where(P == 0, -torch.inf, log_w_A + log_R - log_P)
+    log_h_B = torch.where(Q == 0, -torch.inf, log_w_B + log_R - log_Q)
+    return LogDensities(log_R.exp(), log_w_A.exp(), log_w_B.exp(), log_h_A, log_h_B)
+
+
 def safe_divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 where b is 0."""
     return torch.where(b == 0, 0, a / b)
@@ -148,44 +202,74 @@ def safe_divide(a: Tensor, b: Tensor) -> Tensor:
 
 def soft_topk_forward(
     x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True, form: str = "p"
-) -> tuple[Tensor, Tensor]:
-    """p (rows, n) in x's dtype, and the solution (rows, 5) in the compute dtype."""
+) -> tuple[Tensor | None, Tensor]:
+    """What `form` names, (rows, n) in x's dtype, and the solution (rows, 5) in the compute dtype."""
     dtype = compute_dtype(x.dtype)
-    scale = column(alpha, x, dtype)
+    scale = scale_column(alpha, x, dtype)
     values = signed(x.to(dtype), largest)
     solution = solve(values, column(k, x, torch.float64), scale)
+    stored = torch.cat(solution, 1)
+    if form == "none":
+        return None, stored
+    if form != "p":
+        return log_forward(*in_float64(values, solution, scale), form).to(x.dtype), stored
     factors = densities(solution, scale)
     above = values >= solution.r_A
     h = torch.where(above, factors.h_A, factors.h_B) * tails(values, solution.r_A, solution.r_B, scale)
-    p = torch.where(above, 1 - h, h)
-    return p.to(x.dtype), torch.cat(solution, 1)
+    return torch.where(above, 1 - h, h).to(x.dtype), stored
+
+
+def in_float64(x: Tensor, row: Solution, alpha: Tensor) -> tuple[Tensor, Solution, Tensor]:
+    return x.double(), Solution(*(s.double() for s in row)), alpha.double()
+
+
+def log_forward(x: Tensor, row: Solution, alpha: Tensor, form: str) -> Tensor:
+    """log p or log(1 - p); all in float64."""
+    factors = log_densities(row, alpha)
+    above = x >= row.r_A
+    log_h = torch.where(above, factors.log_h_A, factors.log_h_B) - distances(x, row.r_A, row.r_B) / alpha
+    return torch.where(above == (form == "log_complement"), log_h, torch.log1p(-log_h.exp()))
 
 
 def soft_topk_backward(
-    x: Tensor, solution: Tensor, alpha: float | Tensor, v: Tensor, largest: bool = True, form: str = "p"
+    x: Tensor,
+    solution: Tensor,
+    alpha: float | Tensor,
+    v: Tensor,
+    largest: bool = True,
+    form: str = "p",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of <p, v>: to x (rows, n) in x's dtype, to k and alpha (rows,) in the compute dtype.
+    """Gradients of <p, v>, or of <log p, v> or <log(1 - p), v>: to x (rows, n) in x's dtype, to k and
+    alpha (rows,) in the compute dtype."""
+    dtype = compute_dtype(x.dtype)
+    scale = scale_column(alpha, x, dtype)
+    values = signed(x.to(dtype), largest)
+    row = Solution(*solution.split(1, dim=1))
+    if form == "p":
+        gradients = p_backward(values, row, scale, v.to(dtype).contiguous())
+    else:
+        gradients = log_backward(*in_float64(values, row, scale), v.double().contiguous(), form)
+    grad_x, grad_k, grad_alpha = gradients
+    grad_x = (grad_x if largest else -grad_x).to(x.dtype)
+    return grad_x, grad_k.squeeze(1).to(dtype), grad_alpha.squeeze(1).to(dtype)
 
-    grad_x = s (v - <q, v>), grad_k = <q, v>, grad_alpha = -sum s (t - <q, t>) v with s = h / alpha
+
+def p_backward(x: Tensor, row: Solution, alpha: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_x = s (v - <q, v>), grad_k = <q, v>, grad_alpha = -sum s (t - <q, t>) v with s = h / alpha
     and t = (x - b) / alpha. Both v and t are taken relative to their values at the element of the
     largest q: otherwise one dominant element cancels everything. An element with q = 0 is skipped,
     so that neither its v nor its t, which may be infinite or NaN, can spread.
     """
-    dtype = compute_dtype(x.dtype)
-    scale = column(alpha, x, dtype)
-    values = signed(x.to(dtype), largest)
-    v = v.to(dtype).contiguous()
-    row = Solution(*solution.split(1, dim=1))
-    factors = densities(row, scale)
-    above = values >= row.r_A
-    e = tails(values, row.r_A, row.r_B, scale)
+    factors = densities(row, alpha)
+    above = x >= row.r_A
+    e = tails(x, row.r_A, row.r_B, alpha)
     q = torch.where(above, factors.q_A, factors.q_B) * e
-    s = torch.where(above, factors.h_A, factors.h_B) * e / scale
+    s = torch.where(above, factors.h_A, factors.h_B) * e / alpha
 
     pivot = q.argmax(1, keepdim=True)
     v_pivot = v.gather(1, pivot)
     dv = torch.where(q == 0, 0, v - v_pivot)
-    dt = torch.where(q == 0, 0, (values - values.gather(1, pivot)) / scale)
+    dt = torch.where(q == 0, 0, (x - x.gather(1, pivot)) / alpha)
     mean_v = (q * dv).sum(1, keepdim=True)
     mean_t = (q * dt).sum(1, keepdim=True)
 
@@ -193,8 +277,55 @@ def soft_topk_backward(
     bound = (row.P == 0) & (row.Q == 0)  # k outside its range, or no finite element
     grad_k = torch.where(bound, 0, v_pivot + mean_v)
     covariance = (q * (dt - mean_t) * (dv - mean_v)).sum(1, keepdim=True)
-    grad_alpha = torch.where(factors.R == 0, 0, -factors.R / scale * covariance)
-    return (grad_x if largest else -grad_x).to(x.dtype), grad_k.squeeze(1), grad_alpha.squeeze(1)
+    return grad_x, grad_k, torch.where(factors.R == 0, 0, -factors.R / alpha * covariance)
+
+
+def log_backward(
+    x: Tensor, row: Solution, alpha: Tensor, v: Tensor, form: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With g = v on the minor side and h / (1 - h) v on the major side, both negated for log(1 - p),
+
+        grad_x = (g - q sum(g)) / alpha,   grad_k = sum(g) / R,   grad_alpha = -sum g (t - <q, t>) / alpha.
+
+    sum(g) = V + R M, with V the sum of v over the minor side and M = sum q u over the major side,
+    u = v / (1 - h): so grad_k = V / R + M holds where R underflows. grad_x is v - q V - h M on the
+    minor side, h (u - M) - q V on the major one. What a dominant element would cancel is summed
+    without it: on the major side u is taken relative to the element of the largest q; on the minor
+    side, where q > 3/4, v - q V = v sum' q - q sum' v over the other elements. Omitted are infinite
+    elements, those of the major side with q = 0, and rows whose k was clamped.
+    """
+    factors = log_densities(row, alpha)
+    above = x >= row.r_A
+    on_minor = above == (form == "log_complement")
+    e = tails(x, row.r_A, row.r_B, alpha)
+    q = torch.where(above, safe_divide(factors.w_A, row.P), safe_divide(factors.w_B, row.Q)) * e
+    h = torch.where(above, factors.log_h_A, factors.log_h_B).exp() * e
+    minor = on_minor & x.isfinite() & ((row.P > 0) | (row.Q > 0))
+    major = ~on_minor & (q > 0)
+    w_major, w_minor = factors.w_A, factors.w_B
+    if form == "log_complement":
+        w_major, w_minor = w_minor, w_major
+
+    pivot = q.argmax(1, keepdim=True)
+    u = torch.where(major, v / (1 - h), 0)
+    u_pivot = u.gather(1, pivot)  # 0 where the pivot is on the minor side
+    du = torch.where(major, u - u_pivot, 0)
+    mean_u = (q * du).sum(1, keepdim=True)
+    M = u_pivot * w_major + mean_u
+    on_rest = q <= 0.75
+    rest_q = torch.where(on_rest, q, 0).sum(1, keepdim=True)
+    rest_v = torch.where(on_rest & minor, v, 0).sum(1, keepdim=True)
+    V = rest_v + torch.where(~on_rest & minor, v, 0).sum(1, keepdim=True)
+
+    centred = torch.where(on_rest, v - q * V, v * rest_q - q * rest_v) - h * M
+    on_major = h * (du + (u_pivot * w_minor - mean_u)) - q * V
+    grad_x = torch.where(minor, torch.where(q == 0, v, centred), torch.where(major, on_major, 0)) / alpha
+    grad_k = torch.where(V == 0, 0, V / factors.R) + M
+    g = torch.where(minor, v, h * u)
+    dt = torch.where(minor | major, (x - x.gather(1, pivot)) / alpha, 0)
+    grad_alpha = -(g * (dt - (q * dt).sum(1, keepdim=True))).sum(1, keepdim=True) / alpha
+    sign = -1 if form == "log_complement" else 1
+    return tuple(torch.where(row.D.isnan(), torch.nan, sign * g) for g in (grad_x, grad_k, grad_alpha))
 
 
 def hard_topk_mask(x: Tensor, k: float | Tensor, largest: bool = True) -> Tensor:

@@ -14,39 +14,42 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from softtopk.backends.reference import compute_dtype  # noqa: E402
-from softtopk.backends.triton import hard_topk, launch, soft_topk  # noqa: E402
+from softtopk.backends.triton import hard_topk, launch, log_domain, soft_topk  # noqa: E402
 
 KERNELS = {
-    soft_topk.forward_kernel: 1,  # rows kept in registers
-    soft_topk.backward_kernel: 2,
-    hard_topk.mask_kernel: 1,
-    hard_topk.indices_kernel: 1,
+    soft_topk.forward_kernel: (1, 16),  # rows kept in registers, elements a thread
+    soft_topk.backward_kernel: (2, 16),
+    log_domain.log_backward_kernel: (2, 8),
+    hard_topk.mask_kernel: (1, 16),
+    hard_topk.indices_kernel: (1, 16),
 }
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
 }  # fmt: skip
-# Architecture, x's dtype, n, largest, k and alpha as tensors: every branch of the kernels.
+# Architecture, x's dtype, n, largest, k and alpha as tensors, form: every branch of the kernels.
 CASES = [
-    (90, torch.float32, 300, True, False),
-    (80, torch.float32, 300_000, False, True),
-    (80, torch.bfloat16, 300, False, True),
-    (90, torch.float16, 300_000, True, False),
-    (90, torch.float64, 300, True, True),
-    (80, torch.float64, 300_000, False, False),
+    (90, torch.float32, 300, True, False, "p"),
+    (80, torch.float32, 300_000, False, True, "log"),
+    (80, torch.bfloat16, 300, False, True, "none"),
+    (90, torch.float16, 300_000, True, False, "log_complement"),
+    (90, torch.float64, 300, True, True, "log"),
+    (80, torch.float64, 300_000, False, False, "p"),
 ]
 
 
-def compile_kernel(kernel, arrays, arch, dtype, n, largest, tensors):
+def compile_kernel(kernel, shape, arch, dtype, n, largest, tensors, form):
     compute = compute_dtype(dtype)
-    tile = launch.tile(n, compute, arrays)
-    types = dict.fromkeys(("x", "v", "p", "mask", "grad_x"), POINTERS[dtype])
+    tile = launch.tile(n, compute, *shape)
+    types = dict.fromkeys(("x", "v", "out", "mask", "grad_x"), POINTERS[dtype])
     types |= dict.fromkeys(("solution", "grad_k", "grad_alpha"), POINTERS[compute])
     types |= {"indices": "*i64", "counts": "*i64", "k": "*fp64", "alpha": "*fp32"}
     types |= {"k_bits": "i64", "alpha_bits": "i64"}
     constants = {
         "LARGEST": largest, "T": launch.triton_dtype(compute), "BLOCK": tile.BLOCK,
-        "CHUNKS": tile.CHUNKS, "FILL": 2,
+        "CHUNKS": tile.CHUNKS, "FILL": 2, "FORM": form, "COMPLEMENT": form == "log_complement",
     }  # fmt: skip
+    if form == "none":
+        constants["out"] = None
     if not tensors:
         constants |= {"k": None, "alpha": None}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -57,9 +60,9 @@ def compile_kernel(kernel, arrays, arch, dtype, n, largest, tensors):
 
 
 if __name__ == "__main__":
-    for kernel, arrays in KERNELS.items():
+    for kernel, shape in KERNELS.items():
         for case in CASES:
-            binary = compile_kernel(kernel, arrays, *case)
+            binary = compile_kernel(kernel, shape, *case)
             # A global that is not equal to itself, a NaN, would fail every launch but the first.
             names = [name for (name, _), (value, _) in kernel.used_global_vals.items() if value != value]
             assert not names, f"{kernel.fn.__name__} uses globals that compare unequal: {names}"

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from softtopk import dispatch
-from tests.accuracy import oracle, ratios, run, units_in_last_place
+from tests.accuracy import (
+    LOG_FORMS,
+    difference,
+    log_weights,
+    oracle,
+    ratios,
+    run,
+    units_in_last_place,
+)
 from tests.cases import ADVERSARIAL_FAMILIES, ALPHAS, BAR_FAMILIES, LENGTHS, budgets, gapped, make
 
 
@@ -21,9 +29,21 @@ def bar_case(family: str, n: int, alpha: float):
     return x, k, v, oracle(x, k, alpha, v)
 
 
-def assert_within_bars(got, want, k, alpha, v):
-    over = {name: r for name, r in ratios(got, want, k, alpha, v).items() if not r <= 1}
+def assert_within_bars(got, want, k, alpha, v, form="p"):
+    over = {name: r for name, r in ratios(got, want, k, alpha, v, form).items() if not r <= 1}
     assert not over, f"times the bar: {over}"
+
+
+def log_case(backend, device, form, x, k, alpha, v):
+    """What a backend and the oracle give in the log domain."""
+    want = oracle(x, k, alpha, v, form=form)
+    k = k.to(device) if isinstance(k, torch.Tensor) else k
+    return run(dispatch.module(backend), x.to(device), k, alpha, v.to(device), form=form), want
+
+
+def skip_if_slow(backend, device, small: bool):
+    if backend == "triton" and device == "cpu" and not small:
+        pytest.skip("too slow in Triton's interpreter")
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -129,3 +149,88 @@ def test_k_number_keeps_double_precision(backend, device):
     for value in (k, torch.tensor([k], dtype=torch.float64, device=device)):
         got = run(dispatch.module(backend), x.to(device), value, 0.01, v.to(device))
         assert got.solution[0, 4].item() == pytest.approx(1e-9, rel=1e-3)
+
+
+def bar_inputs(family: str, n: int, dtype: torch.dtype = torch.float32):
+    k = torch.tensor(budgets(n), dtype=torch.float64)
+    x = make(family, len(k), n, seed=n)
+    return x, k, torch.randn(x.shape, generator=torch.Generator().manual_seed(n + 1), dtype=dtype)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("family", BAR_FAMILIES)
+@pytest.mark.parametrize("form", LOG_FORMS)
+def test_log_bars(backend, device, form, family, alpha, n):
+    skip_if_slow(backend, device, n <= 31 or (n, family, alpha) == (4096, "normal", 1e-2))
+    x, k, v = bar_inputs(family, n)
+    got, want = log_case(backend, device, form, x, k, alpha, v)
+    assert_within_bars(got, want, k, alpha, v, form)
+
+
+@pytest.mark.parametrize("n", [31, 5000])
+@pytest.mark.parametrize("alpha", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("family", ADVERSARIAL_FAMILIES)
+@pytest.mark.parametrize("form", LOG_FORMS)
+def test_log_of_adversarial_rows(backend, device, form, family, alpha, n):
+    skip_if_slow(backend, device, n == 31)
+    x, k, v = bar_inputs(family, n)
+    got, want = log_case(backend, device, form, x, k, alpha, v)
+    assert_within_bars(got, want, k, alpha, v, form)
+
+
+@pytest.mark.parametrize("n", [64, 5000])
+@pytest.mark.parametrize("gap", [1e1, 1e2, 1e3, 1e4, 1e6])
+@pytest.mark.parametrize("form", LOG_FORMS)
+def test_log_at_integer_k_in_a_gap(backend, device, form, gap, n):
+    """h underflows, its logarithm does not; and without the minor side grad_k is finite and small."""
+    alpha = 1e-4
+    x = gapped(gap, alpha, 32, n)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    major = torch.arange(n) < 32 if form == "log" else torch.arange(n) >= 32
+    for incoming in (v, torch.where(major, v, 0)):
+        got, want = log_case(backend, device, form, x, 32.0, alpha, incoming)
+        assert_within_bars(got, want, 32.0, alpha, incoming, form)
+    assert got.grad_k.abs().item() <= v.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("family", BAR_FAMILIES)
+@pytest.mark.parametrize("n", [31, 4096])
+@pytest.mark.parametrize("form", LOG_FORMS)
+def test_log_in_half_precision_is_one_rounding(backend, device, form, family, alpha, n, dtype):
+    skip_if_slow(backend, device, n == 31)
+    x, k, v = bar_inputs(family, n)
+    x, v = x.clamp(-6e4, 6e4).to(dtype), v.to(dtype)
+    got, want = log_case(backend, device, form, x, k, alpha, v)
+    y, _ = dispatch.module(backend).soft_topk_forward(x.to(device), k.to(device), alpha, form=form)
+    assert units_in_last_place(y.cpu(), want.p).max() <= 1
+    unit, floor = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    v_max = v.double().abs().amax(1, keepdim=True)
+    scale = torch.maximum(want.grad_x.abs().amax(1, keepdim=True), 1e-30 * v_max / alpha)  # as the bars
+    representable = scale <= torch.finfo(dtype).max
+    error = (got.grad_x - want.grad_x).abs() - unit * want.grad_x.abs()
+    assert torch.where(representable, error - 1e-5 * scale - floor, -1).max() <= 0
+    worst = ratios(got, want, k, alpha, v, form)
+    assert worst["grad_k"] <= 1 and worst["grad_alpha"] <= 1
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("family", BAR_FAMILIES)
+@pytest.mark.parametrize("n", [31, 4096])
+@pytest.mark.parametrize("form", LOG_FORMS)
+def test_log_in_float64(backend, device, form, n, family, alpha):
+    skip_if_slow(backend, device, n == 31)
+    x, k, v = bar_inputs(family, n, torch.float64)
+    x = x.double() * (1 + 1e-9)
+    got, want = log_case(backend, device, form, x, k, alpha, v)
+    ulp = torch.finfo(torch.float64).eps * x.abs().amax(1) / alpha  # of t, the same in log h
+    size = want.p.abs()
+    bar = 1e-12 * size + 4 * ulp.unsqueeze(1) * (2 * size).clamp(max=1) + 1e-300
+    assert (difference(got.p, want.p) <= bar).all()
+    _, scale_k = log_weights(want, torch.tensor(alpha), v)
+    scale_k = torch.maximum(scale_k, v.abs().amax(1))
+    assert (difference(got.grad_k, want.grad_k) <= (1e-11 + 4 * ulp) * scale_k).all()
+    grad_x_bar = (1e-10 + 8 * ulp) * torch.maximum(want.grad_x.abs().amax(1), 1e-30 * v.abs().amax(1) / alpha)
+    assert ((got.grad_x - want.grad_x).abs().amax(1) <= grad_x_bar).all()

@@ -27,19 +27,20 @@ class Tile(NamedTuple):
     maxnreg: int
 
 
-def tile(n: int, dtype: torch.dtype, arrays: int = 1) -> Tile:
+def tile(n: int, dtype: torch.dtype, arrays: int = 1, per_thread: int = 16) -> Tile:
     """The tile for rows of n elements when `arrays` such rows are kept, in the compute dtype.
 
     16 elements a thread and 64 registers (128 in float64) fill a multiprocessor's register file
-    with 65,536 bytes of row per array; ptxas reports next to no spills up to there.
+    with 65,536 bytes of row per array; ptxas reports next to no spills up to there. A kernel that
+    needs more registers beside its row has fewer elements `per_thread`, and shorter rows in registers.
     """
     if n > MOST:
         raise ValueError(f"x has rows of n={n} elements; the triton backend takes at most {MOST}")
     size = dtype.itemsize
     block = triton.next_power_of_2(n)
-    if block * size * arrays > RESIDENT_BYTES:
+    if block * size * arrays * 16 > RESIDENT_BYTES * per_thread:
         block = CHUNK_BYTES // size
-    return Tile(block, triton.cdiv(n, block), max(1, min(128 // size, block // 512)), 16 * size)
+    return Tile(block, triton.cdiv(n, block), max(1, min(128 // size, block // (32 * per_thread))), 16 * size)
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

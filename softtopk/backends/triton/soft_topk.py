@@ -14,13 +14,16 @@ from torch import Tensor
 
 from softtopk.backends.reference import compute_dtype
 from softtopk.backends.triton import launch
+from softtopk.backends.triton.log_domain import log_backward_kernel, log_densities, log_of_rest, steps
 from softtopk.backends.triton.solve import (
+    INF,
     LN_2,
     chunk,
     densities,
     exponent,
     per_row,
     read,
+    scale_in,
     solve,
     tails,
 )
@@ -29,53 +32,75 @@ from softtopk.backends.triton.solve import (
 @triton.jit(do_not_specialize=["k_bits", "alpha_bits"])
 def forward_kernel(
     x, x_stride, k, k_stride, k_bits: tl.int64, alpha, alpha_stride, alpha_bits: tl.int64,
-    p, solution, n,
-    LARGEST: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    out, solution, n,
+    FORM: tl.constexpr, LARGEST: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     pointer = x + row * x_stride
     tile = read(pointer, 0, n, LARGEST, BLOCK, T)
     budget = per_row(k, k_stride, k_bits, row)
-    a = per_row(alpha, alpha_stride, alpha_bits, row)
+    a = scale_in(per_row(alpha, alpha_stride, alpha_bits, row), T)
     scale, rate = exponent(a, T)
     r_A, r_B, P, Q, D = solve(tile, pointer, n, budget, a.to(T), scale, rate, LARGEST, CHUNKS, BLOCK)
-    out = solution + row * 5
-    tl.store(out, r_A)
-    tl.store(out + 1, r_B)
-    tl.store(out + 2, P)
-    tl.store(out + 3, Q)
-    tl.store(out + 4, D)
+    solved = solution + row * 5
+    tl.store(solved, r_A)
+    tl.store(solved + 1, r_B)
+    tl.store(solved + 2, P)
+    tl.store(solved + 3, Q)
+    tl.store(solved + 4, D)
 
-    R, q_A, q_B = densities(r_A, r_B, P, Q, D, a)
-    h_A = R * q_A
-    h_B = R * q_B
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        values = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
-        e = tails(values, r_A, r_B, scale, rate)
-        weight = tl.where(values >= r_A, 1 - h_A * e, h_B * e)
-        weight = tl.where(D == D, weight, float("nan"))
-        i = start + tl.arange(0, BLOCK)
-        tl.store(p + row * n + i, weight.to(p.dtype.element_ty), mask=i < n)
+    if FORM == "p":
+        R, q_A, q_B = densities(r_A, r_B, P, Q, D, a)
+        h_A = R * q_A
+        h_B = R * q_B
+        for start in range(0, CHUNKS * BLOCK, BLOCK):
+            values = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
+            e = tails(values, r_A, r_B, scale, rate)
+            weight = tl.where(values >= r_A, 1 - h_A * e, h_B * e)
+            weight = tl.where(D == D, weight, float("nan"))
+            i = start + tl.arange(0, BLOCK)
+            tl.store(out + row * n + i, weight.to(out.dtype.element_ty), mask=i < n)
+    elif FORM != "none":
+        _, _, _, log_h_A, log_h_B = log_densities(r_A, r_B, P, Q, D, a)
+        if FORM == "log":
+            log_h = log_h_B.to(T)
+            h = tl.exp(log_h_A).to(T)
+        else:
+            log_h = log_h_A.to(T)
+            h = tl.exp(log_h_B).to(T)
+        before, per_alpha, _ = steps(a, T)
+        origin_A = tl.where(tl.abs(r_A) < INF, r_A, 0) * before
+        origin_B = tl.where(tl.abs(r_B) < INF, r_B, 0) * before
+        for start in range(0, CHUNKS * BLOCK, BLOCK):
+            values = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
+            above = values >= r_A
+            t = (values * before - tl.where(above, origin_A, origin_B)) * per_alpha
+            rest = log_of_rest(h * tails(values, r_A, r_B, scale, rate))
+            log_tail = log_h - tl.abs(t) * 2.0**64
+            weight = tl.where(above, rest, log_tail) if FORM == "log" else tl.where(above, log_tail, rest)
+            weight = tl.where(D == D, weight, float("nan"))
+            i = start + tl.arange(0, BLOCK)
+            tl.store(out + row * n + i, weight.to(out.dtype.element_ty), mask=i < n)
 
 
 def soft_topk_forward(
     x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True, form: str = "p"
-) -> tuple[Tensor, Tensor]:
-    """p (rows, n) in x's dtype, and the solution (rows, 5) in the compute dtype."""
+) -> tuple[Tensor | None, Tensor]:
+    """What `form` names, (rows, n) in x's dtype, and the solution (rows, 5) in the compute dtype."""
     rows, n = x.shape
     dtype = compute_dtype(x.dtype)
-    p = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    out = None if form == "none" else torch.empty((rows, n), dtype=x.dtype, device=x.device)
     solution = torch.empty((rows, 5), dtype=dtype, device=x.device)
     if rows == 0:
-        return p, solution
+        return out, solution
     x = launch.rows_of(x)
     tile = launch.tile(n, dtype)
     with launch.on_device(x):
         forward_kernel[(rows,)](
-            x, x.stride(0), *launch.per_row(k), *launch.per_row(alpha), p, solution, n,
-            LARGEST=largest, T=launch.triton_dtype(dtype), **tile._asdict(),
+            x, x.stride(0), *launch.per_row(k), *launch.per_row(alpha),
+            out, solution, n, FORM=form, LARGEST=largest, T=launch.triton_dtype(dtype), **tile._asdict(),
         )  # fmt: skip
-    return p, solution
+    return out, solution
 
 
 @triton.jit(do_not_specialize=["alpha_bits"])
@@ -94,7 +119,7 @@ def backward_kernel(
     P = tl.load(solution + row * 5 + 2)
     Q = tl.load(solution + row * 5 + 3)
     D = tl.load(solution + row * 5 + 4)
-    a = per_row(alpha, alpha_stride, alpha_bits, row)
+    a = scale_in(per_row(alpha, alpha_stride, alpha_bits, row), T)
     scale, rate = exponent(a, T)
     R, q_A, q_B = densities(r_A, r_B, P, Q, D, a)
 
@@ -144,9 +169,15 @@ def backward_kernel(
 
 
 def soft_topk_backward(
-    x: Tensor, solution: Tensor, alpha: float | Tensor, v: Tensor, largest: bool = True, form: str = "p"
+    x: Tensor,
+    solution: Tensor,
+    alpha: float | Tensor,
+    v: Tensor,
+    largest: bool = True,
+    form: str = "p",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of <p, v>: to x (rows, n) in x's dtype, to k and alpha (rows,) in the compute dtype."""
+    """Gradients of <p, v>, or of <log p, v> or <log(1 - p), v>: to x (rows, n) in x's dtype, to k and
+    alpha (rows,) in the compute dtype."""
     rows, n = x.shape
     dtype = compute_dtype(x.dtype)
     grad_x = torch.empty((rows, n), dtype=x.dtype, device=x.device)
@@ -155,11 +186,15 @@ def soft_topk_backward(
     if rows == 0:
         return grad_x, grad_k, grad_alpha
     x, v = launch.rows_of(x), launch.rows_of(v)
-    tile = launch.tile(n, dtype, arrays=2)
+    tile = launch.tile(n, dtype, arrays=2, per_thread=16 if form == "p" else 8)
+    arguments = (
+        x, x.stride(0), solution.contiguous(), *launch.per_row(alpha),
+        v, v.stride(0), grad_x, grad_k, grad_alpha, n,
+    )  # fmt: skip
+    constants = dict(LARGEST=largest, T=launch.triton_dtype(dtype), **tile._asdict())
     with launch.on_device(x):
-        backward_kernel[(rows,)](
-            x, x.stride(0), solution.contiguous(), *launch.per_row(alpha),
-            v, v.stride(0), grad_x, grad_k, grad_alpha, n,
-            LARGEST=largest, T=launch.triton_dtype(dtype), **tile._asdict(),
-        )  # fmt: skip
+        if form == "p":
+            backward_kernel[(rows,)](*arguments, **constants)
+        else:
+            log_backward_kernel[(rows,)](*arguments, COMPLEMENT=form == "log_complement", **constants)
     return grad_x, grad_k, grad_alpha

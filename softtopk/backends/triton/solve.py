@@ -28,6 +28,15 @@ def per_row(pointer, stride, bits, row):
 
 
 @triton.jit
+def scale_in(alpha, T: tl.constexpr):
+    """alpha, in float64, but a positive finite one within what T can hold."""
+    if T == tl.float32:
+        within = tl.minimum(tl.maximum(alpha, 2.0**-149), (2 - 2.0**-23) * 2.0**127)
+        alpha = tl.where((alpha > 0) & (alpha < INF), within, alpha)
+    return alpha
+
+
+@triton.jit
 def read(pointer, start, n, LARGEST: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
     """Elements start ... start + BLOCK - 1 in the compute dtype, negated for the smallest."""
     i = start + tl.arange(0, BLOCK)
