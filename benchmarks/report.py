@@ -63,16 +63,18 @@ def timing(file: str) -> str:
 
 
 def accuracy() -> str:
-    """Worst ratio of every error to its bar over all cells, per backend and machine."""
-    names = ("p", "sum", "grad_x", "grad_k", "grad_alpha")
+    """Worst ratio of every error to its bar over all cells, per backend, form and machine."""
+    files = {path: json.loads(path.read_text())["rows"] for path in sorted(RESULTS.glob("accuracy-*.json"))}
+    forms = any("form" in r for rows in files.values() for r in rows)  # files of form p alone have no column
+    names = ("p", "sum", *(["log"] if forms else []), "grad_x", "grad_k", "grad_alpha")
     body = []
-    for path in sorted(RESULTS.glob("accuracy-*.json")):
-        data = json.loads(path.read_text())
-        for backend in dict.fromkeys(r["backend"] for r in data["rows"]):
-            cells = [r for r in data["rows"] if r["backend"] == backend]
-            worst = [f"{max(r[name] for r in cells):.2f}" for name in names]
-            body.append([backend, path.stem.removeprefix("accuracy-"), str(len(cells)), *worst])
-    return markdown(["backend", "on", "cells", *names], body)
+    for path, rows in files.items():
+        for backend, form in dict.fromkeys((r["backend"], r.get("form", "p")) for r in rows):
+            cells = [r for r in rows if (r["backend"], r.get("form", "p")) == (backend, form)]
+            worst = [f"{max(r[name] for r in cells):.2f}" if name in cells[0] else "" for name in names]
+            where = [backend, *([form] if forms else []), path.stem.removeprefix("accuracy-")]
+            body.append([*where, str(len(cells)), *worst])
+    return markdown(["backend", *(["form"] if forms else []), "on", "cells", *names], body)
 
 
 def demo() -> str:

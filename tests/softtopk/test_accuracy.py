@@ -162,7 +162,8 @@ def bar_inputs(family: str, n: int, dtype: torch.dtype = torch.float32):
 @pytest.mark.parametrize("family", BAR_FAMILIES)
 @pytest.mark.parametrize("form", LOG_FORMS)
 def test_log_bars(backend, device, form, family, alpha, n):
-    skip_if_slow(backend, device, n <= 31 or (n, family, alpha) == (4096, "normal", 1e-2))
+    few = n <= 31 and alpha in (1.0, 1e-2, 1e-4)
+    skip_if_slow(backend, device, few or (n, family, alpha) == (4096, "normal", 1e-2))
     x, k, v = bar_inputs(family, n)
     got, want = log_case(backend, device, form, x, k, alpha, v)
     assert_within_bars(got, want, k, alpha, v, form)
@@ -200,7 +201,7 @@ def test_log_at_integer_k_in_a_gap(backend, device, form, gap, n):
 @pytest.mark.parametrize("n", [31, 4096])
 @pytest.mark.parametrize("form", LOG_FORMS)
 def test_log_in_half_precision_is_one_rounding(backend, device, form, family, alpha, n, dtype):
-    skip_if_slow(backend, device, n == 31)
+    skip_if_slow(backend, device, n == 31 and family in ("normal", "tied"))
     x, k, v = bar_inputs(family, n)
     x, v = x.clamp(-6e4, 6e4).to(dtype), v.to(dtype)
     got, want = log_case(backend, device, form, x, k, alpha, v)
@@ -221,7 +222,7 @@ def test_log_in_half_precision_is_one_rounding(backend, device, form, family, al
 @pytest.mark.parametrize("n", [31, 4096])
 @pytest.mark.parametrize("form", LOG_FORMS)
 def test_log_in_float64(backend, device, form, n, family, alpha):
-    skip_if_slow(backend, device, n == 31)
+    skip_if_slow(backend, device, n == 31 and family in ("normal", "tied"))
     x, k, v = bar_inputs(family, n, torch.float64)
     x = x.double() * (1 + 1e-9)
     got, want = log_case(backend, device, form, x, k, alpha, v)

@@ -13,6 +13,7 @@ from torch import inf, nan
 
 import softtopk
 from softtopk import dispatch
+from tests.accuracy import LOG_FORMS
 from tests.cases import FAMILIES, make
 
 if (reason := softtopk.available_backends()["cpu"]) is not None:
@@ -27,7 +28,11 @@ def everything(x, k, alpha, v, largest=True) -> list[torch.Tensor]:
     p, solution = cpu.soft_topk_forward(x, k, alpha, largest)
     gradients = cpu.soft_topk_backward(x, solution, alpha, v, largest)
     mask = cpu.hard_topk_mask(x, k, largest)
-    return [p, solution, *gradients, mask, *cpu.hard_topk_indices(x, k, 40, largest)]
+    logs = []
+    for form in LOG_FORMS:
+        logs.append(cpu.soft_topk_forward(x, k, alpha, largest, form)[0])
+        logs.extend(cpu.soft_topk_backward(x, solution, alpha, v, largest, form))
+    return [p, solution, *gradients, mask, *cpu.hard_topk_indices(x, k, 40, largest), *logs]
 
 
 def batch(dtype, rows: int, n: int) -> tuple[torch.Tensor, ...]:
@@ -139,16 +144,16 @@ def test_a_bad_row_stays_alone(n):
     x[3, 1:] = -inf
     k = torch.tensor([2.0, 2, 2, 1, nan, 2, 2])
     alpha = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, -1, inf])
-    p, solution, grad_x, grad_k, grad_alpha, mask, indices, counts = everything(
+    p, solution, grad_x, grad_k, grad_alpha, mask, indices, counts, *logs = everything(
         x, k, alpha, torch.ones_like(x)
     )
     for row in (1, 4, 5, 6):
-        for t in (p, solution, grad_x, grad_k, grad_alpha):
+        for t in (p, solution, grad_x, grad_k, grad_alpha, *logs):
             assert t[row].isnan().all()
     for row in (1, 4):
         assert mask[row].isnan().all() and counts[row] == 0 and (indices[row] == -1).all()
     assert p[2].eq(1).all() and p[3].tolist() == [1] + [0] * (n - 1)
-    for t in (p, solution, grad_x, grad_k, grad_alpha, mask):
+    for t in (p, solution, grad_x, grad_k, grad_alpha, mask, *logs):
         assert not t[[0, 2, 3]].isnan().any()
 
 
@@ -169,9 +174,10 @@ def test_extreme_scales(family, alpha):
 def test_every_instruction_set(isa):
     """The choice is made once in a process; a set that the machine lacks falls back to a smaller one."""
     script = """
+from functools import partial
 import torch
 from softtopk.backends import cpu, reference
-from tests.accuracy import oracle, ratios, run
+from tests.accuracy import FORMS, oracle, ratios, run
 from tests.cases import BAR_FAMILIES, make
 for family in BAR_FAMILIES:
     for n in (31, 3000):
@@ -179,11 +185,14 @@ for family in BAR_FAMILIES:
             x, k = make(family, 4, n).to(dtype), torch.tensor([0.5, 7, n / 2, n - 0.5])
             v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
             for alpha in (1.0, 1e-2, 1e-4):
-                got, want = run(cpu, x, k, alpha, v), oracle(x, k, alpha, v)
-                if dtype == torch.float32:
-                    worst = ratios(got, want, k, alpha, v)
-                    assert max(worst.values()) <= 1, (family, n, alpha, worst)
-                assert (got.p - want.p).abs().max() <= torch.finfo(dtype).eps + 1e-6
+                for form in FORMS:
+                    got, want = (f(x, k, alpha, v, form=form) for f in (partial(run, cpu), oracle))
+                    worst = ratios(got, want, k, alpha, v, form)
+                    if dtype == torch.float32:
+                        assert max(worst.values()) <= 1, (form, family, n, alpha, worst)
+                    assert worst["grad_k"] <= 1, (form, family, n, alpha, worst)
+                    error = (got.p - want.p).abs() / want.p.abs().clamp(min=1)
+                    assert error.nan_to_num(0).max() <= torch.finfo(dtype).eps + 1e-6
             assert torch.equal(cpu.hard_topk_mask(x, k), reference.hard_topk_mask(x, k))
             for got, want in zip(cpu.hard_topk_indices(x, k, 9), reference.hard_topk_indices(x, k, 9)):
                 assert torch.equal(got, want)

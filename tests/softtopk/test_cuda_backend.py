@@ -12,7 +12,7 @@ from torch import Tensor
 
 import softtopk
 from softtopk.backends import reference
-from tests.accuracy import oracle, ratios, run, units_in_last_place
+from tests.accuracy import FORMS, LOG_FORMS, oracle, ratios, run, units_in_last_place
 from tests.cases import make
 
 pytestmark = pytest.mark.gpu
@@ -41,11 +41,15 @@ def inputs(rows: int, n: int, dtype: torch.dtype = torch.float32, seed: int = 0)
 
 
 def everything(cuda, x: Tensor, k, alpha, v: Tensor, largest: bool = True) -> list[Tensor]:
-    """The outputs of all four functions."""
+    """The outputs of all four functions, those of the log domain last."""
     p, solution = cuda.soft_topk_forward(x, k, alpha, largest)
     gradients = cuda.soft_topk_backward(x, solution, alpha, v, largest)
     mask = cuda.hard_topk_mask(x, k, largest)
-    return [p, solution, *gradients, mask, *cuda.hard_topk_indices(x, k, 20, largest)]
+    logs = []
+    for form in LOG_FORMS:
+        logs.append(cuda.soft_topk_forward(x, k, alpha, largest, form)[0])
+        logs.extend(cuda.soft_topk_backward(x, solution, alpha, v, largest, form))
+    return [p, solution, *gradients, mask, *cuda.hard_topk_indices(x, k, 20, largest), *logs]
 
 
 def assert_same(got: list[Tensor], want: list[Tensor]):
@@ -55,18 +59,24 @@ def assert_same(got: list[Tensor], want: list[Tensor]):
 
 def assert_right(cuda, x: Tensor, k, alpha, v: Tensor, largest: bool = True):
     """All four functions against the reference, soft ones in float64."""
-    want = oracle(x, k, alpha, v, largest)
-    got = run(cuda, x, k, alpha, v, largest)
-    worst = ratios(got, want, k, alpha, v)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        p = cuda.soft_topk_forward(x, k, alpha, largest)[0].cpu()
-        assert units_in_last_place(p, want.p).max() <= 1
-        worst = {name: worst[name] for name in ("grad_k", "grad_alpha")}
-    if x.dtype == torch.float64:
-        scale = x.double().abs().amax(1).cpu() / torch.as_tensor(alpha).double().cpu()
-        error = (got.p - want.p).abs().amax(1)
-        assert (error <= 1e-12 + 4 * torch.finfo(torch.float64).eps * scale).all()
-    assert all(r <= 1 for r in worst.values()), f"times the bar: {worst}"
+    solution = None
+    for form in FORMS:
+        want = oracle(x, k, alpha, v, largest, form)
+        got = run(cuda, x, k, alpha, v, largest, form)
+        worst = ratios(got, want, k, alpha, v, form)
+        if x.dtype in (torch.float16, torch.bfloat16):
+            p = cuda.soft_topk_forward(x, k, alpha, largest, form)[0].cpu()
+            assert units_in_last_place(p, want.p).max() <= 1
+            worst = {name: worst[name] for name in ("grad_k", "grad_alpha")}
+        if x.dtype == torch.float64:
+            scale = x.double().abs().amax(1).cpu() / torch.as_tensor(alpha).double().cpu()
+            error = ((got.p - want.p).abs() / want.p.abs().clamp(min=1)).amax(1)
+            assert (error <= 1e-12 + 4 * torch.finfo(torch.float64).eps * scale).all()
+        assert all(r <= 1 for r in worst.values()), f"{form}, times the bar: {worst}"
+        assert solution is None or torch.equal(got.solution, solution)
+        solution = got.solution
+    nothing, alone = cuda.soft_topk_forward(x, k, alpha, largest, "none")
+    assert nothing is None and torch.equal(alone.cpu().double(), solution)
     mask = cuda.hard_topk_mask(x, k, largest)
     assert torch.equal(mask, reference.hard_topk_mask(x, k, largest))
     for max_k in (1, 20, x.shape[1]):

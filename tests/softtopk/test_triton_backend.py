@@ -12,7 +12,7 @@ import torch
 
 from softtopk import dispatch
 from softtopk.backends import reference
-from tests.accuracy import oracle, ratios, run
+from tests.accuracy import FORMS, oracle, ratios, run
 from tests.cases import make
 from tests.conftest import device_of
 
@@ -42,21 +42,27 @@ def case(family: str, n: int):
 @pytest.mark.parametrize("alpha", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("family", ["relu", "tied", "outlier", "narrow"])
 @pytest.mark.parametrize("n", [17, 75])
-def test_chunked_rows_meet_the_bars(tiny_chunks, family, n, alpha):
+@pytest.mark.parametrize("form", FORMS)
+def test_chunked_rows_meet_the_bars(tiny_chunks, form, family, n, alpha):
     x, k, v = case(family, n)
     assert tiny_chunks.tile(n, x.dtype).CHUNKS == -(-n // 16)
-    got, want = run(kernels, x, k, alpha, v), oracle(x, k, alpha, v)
-    over = {name: r for name, r in ratios(got, want, k, alpha, v).items() if not r <= 1}
+    got, want = run(kernels, x, k, alpha, v, form=form), oracle(x, k, alpha, v, form=form)
+    over = {name: r for name, r in ratios(got, want, k, alpha, v, form).items() if not r <= 1}
     assert not over, f"times the bar: {over}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_chunked_rows_equal_resident_rows(request, dtype):
+@pytest.mark.parametrize("form", FORMS)
+def test_chunked_rows_equal_resident_rows(request, form, dtype):
     x, k, v = case("relu", 75)
     x, v = x.to(dtype), v.to(dtype)
-    resident = run(kernels, x, k, 0.1, v), run(kernels, x, 7.5, 0.1, v, largest=False)
+
+    def both():
+        return run(kernels, x, k, 0.1, v, True, form), run(kernels, x, 7.5, 0.1, v, False, form)
+
+    resident = both()
     request.getfixturevalue("tiny_chunks")
-    chunked = run(kernels, x, k, 0.1, v), run(kernels, x, 7.5, 0.1, v, largest=False)
+    chunked = both()
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, 2 * torch.finfo(dtype).eps)
     for a, b in zip(resident, chunked, strict=True):
         for name, one in vars(a).items():
