@@ -31,10 +31,16 @@ LAYOUTS = {
 }
 
 
+# Triton compiles a kernel for every class of lengths, dtype and kind of argument: on a GPU it gets these.
+FEW_LENGTHS = ((3, 8), (600, 1000))
+FEW_DTYPES = (torch.float32, torch.bfloat16)
+
+
 @dataclass
 class Case:
     seed: int
-    slow: bool  # for an interpreter: few and short rows
+    slow: bool = False  # for an interpreter: few and short rows
+    few_kernels: bool = False  # for a compiler that is slow
     form: str = field(init=False)
     x: Tensor = field(init=False)  # (rows, n)
     k: float | Tensor = field(init=False)  # (rows,) float64 where a tensor
@@ -50,6 +56,9 @@ class Case:
             n = r.randint(4000, 70_000)
         rows = r.randint(1, 3) if self.slow else max(1, min(32, 16_000 // n))
         dtype = r.choice((torch.float32,) * 3 + (torch.float64, *HALVES))
+        if self.few_kernels:
+            n, dtype = 2 * (r.randint(*r.choice(FEW_LENGTHS)) // 2) + 1, r.choice(FEW_DTYPES)
+            rows = 32
         self.form = r.choice(("p", "p", "log", "log_complement", "hard"))
         self.largest, self.layout = r.random() < 0.7, r.choice(tuple(LAYOUTS))
         x = make(r.choice(tuple(FAMILIES)), rows, n, self.seed)
@@ -62,7 +71,7 @@ class Case:
         self.v = torch.randn(x.shape, generator=self.generator(2)).to(dtype)
         budgets = [self.budget(r, n) for _ in range(rows)]
         scales = [10 ** r.uniform(-5, 1) for _ in range(rows)]
-        one_k, one_alpha = r.random() < 0.3, r.random() < 0.3
+        one_k, one_alpha = (r.random() < 0.3 and not self.few_kernels for _ in range(2))
         self.k = budgets[0] if one_k else torch.tensor(budgets, dtype=torch.float64)
         self.alpha = scales[0] if one_alpha else torch.tensor(scales, dtype=torch.float32)
 

@@ -198,5 +198,5 @@ for family in BAR_FAMILIES:
             for got, want in zip(cpu.hard_topk_indices(x, k, 9), reference.hard_topk_indices(x, k, 9)):
                 assert torch.equal(got, want)
 """
-    environment = {**os.environ, "SOFTTOPK_CPU_ISA": isa}
+    environment = {**os.environ, "SOFTTOPK_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=300)

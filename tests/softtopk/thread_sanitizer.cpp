@@ -24,6 +24,7 @@ struct Case {
   Type type;
   int64_t rows, n;
   bool largest;
+  Form form;
   Bytes x, v;  // rows are n + 3 elements apart
   std::vector<double> k;
   std::vector<float> alpha;
@@ -44,10 +45,10 @@ void put(Type type, double value, unsigned char* to) {
 }
 
 // Rows of normal numbers; with special ones, the first eight rows are each unusual in their way.
-Case make(Type type, int64_t rows, int64_t n, bool largest, bool special) {
+Case make(Type type, int64_t rows, int64_t n, bool largest, bool special, Form form) {
   std::mt19937 random(static_cast<unsigned>(rows * n));
   std::normal_distribution<double> normal;
-  Case c{type, rows, n, largest, {}, {}, {}, {}};
+  Case c{type, rows, n, largest, form, {}, {}, {}, {}};
   const int64_t size = size_of(type), elements = (rows - 1) * (n + 3) + n;
   c.x.resize(elements * size), c.v.resize(elements * size);
   for (int64_t i = 0; i < elements; ++i) {
@@ -76,8 +77,9 @@ std::vector<Bytes> everything(const Case& c, int threads) {
   const size_t all = c.rows * c.n * size_of(c.type), one = c.rows * computed;
   Bytes p(all), solution(5 * one), grad_x(all), grad_k(one), grad_alpha(one), mask(all);
   std::vector<int64_t> indices(c.rows * max_k), counts(c.rows);
-  cpu::soft_topk_forward(x, k, alpha, p.data(), solution.data(), threads);
-  cpu::soft_topk_backward(x, solution.data(), alpha, c.v.data(), c.n + 3, grad_x.data(),
+  cpu::soft_topk_forward(x, k, alpha, Form::none, nullptr, solution.data(), threads);
+  cpu::soft_topk_forward(x, k, alpha, c.form, p.data(), solution.data(), threads);
+  cpu::soft_topk_backward(x, solution.data(), alpha, c.form, c.v.data(), c.n + 3, grad_x.data(),
                           grad_k.data(), grad_alpha.data(), threads);
   cpu::hard_topk_mask(x, k, mask.data(), threads);
   cpu::hard_topk_indices(x, k, max_k, indices.data(), counts.data(), threads);
@@ -93,10 +95,12 @@ std::vector<Bytes> everything(const Case& c, int threads) {
 int main() {
   std::vector<Case> cases;
   for (const Type type : {Type::float32, Type::float64, Type::float16, Type::bfloat16}) {
-    cases.push_back(make(type, 40, 2500, true, false));
-    cases.push_back(make(type, 8, 12011, false, true));  // a row per chunk
-    cases.push_back(make(type, 9000, 11, true, true));   // many rows per chunk
-    cases.push_back(make(type, 12, 100, false, false));  // too small for threads
+    cases.push_back(make(type, 40, 2500, true, false, Form::p));
+    cases.push_back(make(type, 40, 2500, true, false, Form::log));
+    cases.push_back(make(type, 8, 12011, false, true, Form::log));  // a row per chunk
+    cases.push_back(make(type, 9000, 11, true, true, Form::p));     // many rows per chunk
+    cases.push_back(make(type, 9000, 11, true, true, Form::log_complement));
+    cases.push_back(make(type, 12, 100, false, false, Form::p));  // too small for threads
   }
   constexpr int callers = 3;
   // First, so that the first calls of the process come from several threads too.
