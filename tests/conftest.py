@@ -36,7 +36,8 @@ def device(backend) -> str:
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory(request):
     """torch.empty and its relatives return NaN: an element that a kernel does not write is seen."""
-    if "softsae" in request.path.parts:  # whole models: the same kernels, only slower
+    # softsae: whole models, the same kernels, only slower.
+    if "softsae" in request.path.parts or request.config.getoption("--no-poison"):
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
@@ -48,6 +49,9 @@ def poison_uninitialised_memory(request):
 def pytest_addoption(parser):
     parser.addoption(
         "--fuzz", type=int, default=0, metavar="N", help="random rows per backend in test_fuzz.py"
+    )
+    parser.addoption(
+        "--no-poison", action="store_true", help="for initcheck, which filled memory would blind"
     )
     parser.addoption("--fuzz-seed", type=int, default=0, metavar="S", help="the seed of the first batch")
 

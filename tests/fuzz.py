@@ -32,7 +32,7 @@ LAYOUTS = {
 
 
 # Triton compiles a kernel for every class of lengths, dtype and kind of argument: on a GPU it gets these.
-FEW_LENGTHS = ((3, 8), (600, 1000))
+FEW_LENGTHS = ((5, 6), (600, 1000))
 FEW_DTYPES = (torch.float32, torch.bfloat16)
 
 

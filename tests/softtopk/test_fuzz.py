@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 
 import pytest
-import torch
 
 from benchmarks.environment import RESULTS, device_label, write
 from softtopk import dispatch
