@@ -50,9 +50,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--fuzz", type=int, default=0, metavar="N", help="random rows per backend in test_fuzz.py"
     )
-    parser.addoption(
-        "--no-poison", action="store_true", help="for initcheck, which filled memory would blind"
-    )
+    parser.addoption("--no-poison", action="store_true", help="for initcheck, which filling blinds")
     parser.addoption("--fuzz-seed", type=int, default=0, metavar="S", help="the seed of the first batch")
 
 
