@@ -96,12 +96,14 @@ CountBracket<T> bracket_by_counts(const Sweeps<T>& sweeps, const Row& row, const
   constexpr T inf = std::numeric_limits<T>::infinity();
   const int64_t most = row.n - range.minus;
   CountBracket<T> b{range.min, inf, most, range.plus, false};
+  T top = inf;  // at most hi, with no element between them: an outlier's hi would stay where it is
   const auto wide = [&] { return !b.adjacent && b.from_lo - b.from_hi > kCandidates; };
   const auto split = [&](T c) {
     const Split<T> split = sweeps.split(row, c);
     if (split.count >= K) {
       b.lo = split.r_A, b.from_lo = split.count;
     } else {
+      top = split.r_A < b.hi ? split.r_A : split.r_B;
       b.hi = split.r_A, b.from_hi = split.count;
       b.adjacent = split.r_B == b.lo;
     }
@@ -109,7 +111,7 @@ CountBracket<T> bracket_by_counts(const Sweeps<T>& sweeps, const Row& row, const
   for (const T c : {guesses.low, guesses.high})
     if (wide() && c > b.lo && c < b.hi) split(c);
   for (int step = 0; wide(); ++step) {
-    const T high = std::min(b.hi, range.max);
+    const T high = std::min(top, range.max);
     const Bracket bracket{b.lo,
                           high,
                           static_cast<double>(b.from_lo),
@@ -121,7 +123,7 @@ CountBracket<T> bracket_by_counts(const Sweeps<T>& sweeps, const Row& row, const
       c = (static_cast<double>(b.lo) + high) / 2;
     else if (step % 4 != 3)
       c = bracket.interpolate(static_cast<double>(K), kCandidates / 4);
-    split(std::min(std::max(static_cast<T>(c), std::nextafter(b.lo, inf)), b.hi));
+    split(std::min(std::max(static_cast<T>(c), std::nextafter(b.lo, inf)), top));
   }
   return b;
 }

@@ -169,6 +169,18 @@ def test_extreme_scales(family, alpha):
     assert (p - want).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("k", [1, 32, 2000])
+def test_long_rows_with_outliers(k):
+    """Far from the rest an element bounds the search from above, and trial after trial leaves it there."""
+    x = make("outlier", 3, 65536, seed=65536)
+    x[2, :20] = 10.0 ** torch.arange(10, 30)
+    for alpha in (1.0, 1e-2, 1e-4):
+        p, _ = cpu.soft_topk_forward(x, float(k), alpha)
+        want, _ = reference.soft_topk_forward(x.double(), float(k), alpha)
+        assert (p - want).abs().max() <= 1e-6
+    assert torch.equal(cpu.hard_topk_mask(x, float(k)), reference.hard_topk_mask(x, float(k)))
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 has three sets of sweeps")
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
