@@ -28,6 +28,7 @@ class Result:
     grad_x: Tensor
     grad_k: Tensor
     grad_alpha: Tensor
+    h: Tensor | None = None  # min(p, 1 - p), the oracle's alone: from p the one above is lost
 
 
 def run(backend: ModuleType, x: Tensor, k, alpha, v: Tensor, largest: bool = True, form: str = "p") -> Result:
@@ -40,7 +41,14 @@ def run(backend: ModuleType, x: Tensor, k, alpha, v: Tensor, largest: bool = Tru
 def oracle(x: Tensor, k, alpha, v: Tensor, largest: bool = True, form: str = "p") -> Result:
     """The same in float64 by the reference."""
     k, alpha = (t.double().cpu() if isinstance(t, Tensor) else t for t in (k, alpha))
-    return run(reference, x.double().cpu(), k, alpha, v.double().cpu(), largest, form)
+    x = x.double().cpu()
+    want = run(reference, x, k, alpha, v.double().cpu(), largest, form)
+    row, scale = reference.Solution(*want.solution.split(1, 1)), reference.column(alpha, x, torch.float64)
+    values = reference.signed(x, largest)
+    factors = reference.densities(row, scale)
+    want.h = torch.where(values >= row.r_A, factors.h_A, factors.h_B)
+    want.h *= reference.tails(values, row.r_A, row.r_B, scale)
+    return want
 
 
 def ratios(got: Result, want: Result, k, alpha, v: Tensor, form: str = "p") -> dict[str, float]:
@@ -88,10 +96,9 @@ def relative_error(got: Tensor, want: Tensor) -> Tensor:
 
 
 def alpha_weight(want: Result, alpha: Tensor, v: Tensor) -> Tensor:
-    """sum_i s_i (1 + |t_i|) |v_i|, the scale of grad_alpha; s and |t| = -log(2 h) follow from p's tails."""
-    h = torch.minimum(want.p, 1 - want.p).clamp(min=0)
-    t = torch.where(h > 0, -(2 * h.clamp(min=1e-300)).log(), 0).clamp(min=0)
-    return (h / alpha.unsqueeze(1) * (1 + t) * v.abs()).sum(1)
+    """sum_i s_i (1 + |t_i|) |v_i|, the scale of grad_alpha; s = h / alpha and |t| = -log(2 h)."""
+    t = torch.where(want.h > 0, -(2 * want.h.clamp(min=1e-300)).log(), 0).clamp(min=0)
+    return (want.h / alpha.unsqueeze(1) * (1 + t) * v.abs()).sum(1)
 
 
 def log_weights(want: Result, alpha: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

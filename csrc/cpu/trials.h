@@ -96,7 +96,7 @@ CountBracket<T> bracket_by_counts(const Sweeps<T>& sweeps, const Row& row, const
   constexpr T inf = std::numeric_limits<T>::infinity();
   const int64_t most = row.n - range.minus;
   CountBracket<T> b{range.min, inf, most, range.plus, false};
-  T top = inf;  // at most hi, with no element between them: an outlier's hi would stay where it is
+  T top = inf;  // hi or the last element below it: with hi alone an outlier would stop the search
   const auto wide = [&] { return !b.adjacent && b.from_lo - b.from_hi > kCandidates; };
   const auto split = [&](T c) {
     const Split<T> split = sweeps.split(row, c);
@@ -105,8 +105,8 @@ CountBracket<T> bracket_by_counts(const Sweeps<T>& sweeps, const Row& row, const
     } else {
       top = split.r_A < b.hi ? split.r_A : split.r_B;
       b.hi = split.r_A, b.from_hi = split.count;
-      b.adjacent = split.r_B == b.lo;
     }
+    b.adjacent = b.lo == top || (split.count < K && split.r_B == b.lo);
   };
   for (const T c : {guesses.low, guesses.high})
     if (wide() && c > b.lo && c < b.hi) split(c);
