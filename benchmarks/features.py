@@ -9,6 +9,7 @@ result is not right, or "raises ..." with the first line of what was raised.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks.environment import ROOT
 from benchmarks.implementations import Absent, Implementation, load
-from benchmarks.probes import FEATURES, Wrong
+from benchmarks.probes import FEATURES, Wrong, status_bytes
 
 
 def outcome(probe: Callable, implementation: Implementation, device: str) -> str:
@@ -82,8 +83,9 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.device == "cpu":  # a peer that needs n^2 memory is to fail, not to stop the machine
-        limit = int(os.environ.get("SOFTTOPK_FEATURES_BYTES", 8 << 30))
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        with contextlib.suppress(Absent):  # a system where it cannot be measured
+            limit = status_bytes("VmSize") + int(os.environ.get("SOFTTOPK_FEATURES_BYTES", 8 << 30))
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     implementation = load(args.name, args.device)
     for feature, probe in list(FEATURES.items())[args.skip :]:
         line = {"feature": feature, "outcome": outcome(probe, implementation, args.device)}

@@ -1,0 +1,85 @@
+"""Run the kernels' tests under compute-sanitizer and write down what it found.
+
+    python -m benchmarks.sanitizers                 # writes results/sanitizers-GPU.json
+
+memcheck and initcheck run without torch's caching allocator, whose blocks would hide an access
+beyond a tensor or memory that was never written, and so without the tests that capture a CUDA graph;
+initcheck also without the filling of uninitialised memory. Left out are tests of what is not a
+kernel (fakes, streams that sleep, forks, compilers) and the largest shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import RESULTS, ROOT, device_label, write
+
+FILES = ("cuda_backend", "triton_backend", "log", "edges", "hard_topk")
+LEFT_OUT = (
+    *("many_rows", "long_rows", "two_billion", "stream", "compile_without", "without_a_gpu"),
+    *("cpu", "reference"),
+)
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+# Tool -> environment, tests left out besides, options of pytest.
+TOOLS = {
+    "memcheck": (UNCACHED, ("graph",), ()),
+    "racecheck": ({}, (), ()),
+    "initcheck": (UNCACHED, ("graph",), ("--no-poison",)),
+}
+
+
+def run(tool: str, processes: int, seconds: float, gpu: int) -> dict:
+    """One tool over all tests: how many passed, and the errors that every process of it reported."""
+    environment, also_out, options = TOOLS[tool]
+    chosen = " and ".join(["(cuda or triton)", *(f"not {name}" for name in (*LEFT_OUT, *also_out))])
+    files = [f"tests/softtopk/test_{name}.py" for name in FILES]
+    command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(processes)]
+    command += [*options, *files, "-k", chosen]
+    environment = os.environ | environment | {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+        )
+        code, printed = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as expired:
+        code, printed = None, ((expired.stdout or b"") + (expired.stderr or b"")).decode()
+    last = re.findall(r"^.* in [\d.]+s.*$", printed, re.M)[-1:] or [""]
+    counts = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", last[0])}
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)", printed)
+    found = {"tool": tool, "exit_code": code, "tests": counts, "errors": sum(map(int, summaries))}
+    if code != 0:
+        print(f"--- {tool}\n{printed[-4000:]}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=4, help="of each tool, side by side")
+    parser.add_argument("--seconds", type=float, default=3600, help="limit of each tool")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/sanitizers-GPU.json")
+    args = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    with ThreadPoolExecutor() as pool:
+        runs = [
+            pool.submit(run, tool, args.processes, args.seconds, i % gpus) for i, tool in enumerate(TOOLS)
+        ]
+        rows = [r.result() for r in runs]
+    for row in rows:
+        print(row)
+    write(args.out or RESULTS / f"sanitizers-{device_label('cuda')}.json", rows)
+    sys.exit(any(row["exit_code"] != 0 or row["errors"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
