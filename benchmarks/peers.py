@@ -35,7 +35,7 @@ from torch import Tensor
 from benchmarks.environment import RESULTS, device_label, write
 from benchmarks.features import in_a_process, one_line
 from benchmarks.implementations import Implementation, load, names
-from tests.accuracy import Result, alpha_weight, oracle
+from tests.accuracy import Oracle, alpha_weight, oracle
 from tests.cases import ALPHAS, BAR_FAMILIES, budgets, make
 
 LENGTHS = (1, 2, 31, 512, 4096, 16384)
@@ -66,7 +66,7 @@ def compute(
 
 
 def errors(
-    got: dict[str, Tensor | None], want: Result, row: int, k: float, alpha: float, v: Tensor
+    got: dict[str, Tensor | None], want: Oracle, row: int, k: float, alpha: float, v: Tensor
 ) -> dict[str, float | None]:
     """The errors of one row against one row of the oracle, as the module's head defines them."""
     v_max = v.abs().max().item()
@@ -85,7 +85,7 @@ def errors(
 
 
 def cell(
-    implementation: Implementation, x: Tensor, k: list[float], alpha: float, v: Tensor, want: Result, device
+    implementation: Implementation, x: Tensor, k: list[float], alpha: float, v: Tensor, want: Oracle, device
 ) -> dict:
     """One row of the result file without its keys: x, v (rows, n), one budget for each row."""
     worst: dict[str, float] = {}

@@ -28,7 +28,13 @@ class Result:
     grad_x: Tensor
     grad_k: Tensor
     grad_alpha: Tensor
-    h: Tensor | None = None  # min(p, 1 - p), the oracle's alone: from p the one above is lost
+
+
+@dataclass
+class Oracle(Result):
+    """The float64 result, and h = min(p, 1 - p), of which p does not hold what lies above the threshold."""
+
+    h: Tensor
 
 
 def run(backend: ModuleType, x: Tensor, k, alpha, v: Tensor, largest: bool = True, form: str = "p") -> Result:
@@ -38,7 +44,7 @@ def run(backend: ModuleType, x: Tensor, k, alpha, v: Tensor, largest: bool = Tru
     return Result(*(t.detach().cpu().double() for t in (p, solution, *gradients)))
 
 
-def oracle(x: Tensor, k, alpha, v: Tensor, largest: bool = True, form: str = "p") -> Result:
+def oracle(x: Tensor, k, alpha, v: Tensor, largest: bool = True, form: str = "p") -> Oracle:
     """The same in float64 by the reference."""
     k, alpha = (t.double().cpu() if isinstance(t, Tensor) else t for t in (k, alpha))
     x = x.double().cpu()
@@ -46,12 +52,11 @@ def oracle(x: Tensor, k, alpha, v: Tensor, largest: bool = True, form: str = "p"
     row, scale = reference.Solution(*want.solution.split(1, 1)), reference.column(alpha, x, torch.float64)
     values = reference.signed(x, largest)
     factors = reference.densities(row, scale)
-    want.h = torch.where(values >= row.r_A, factors.h_A, factors.h_B)
-    want.h *= reference.tails(values, row.r_A, row.r_B, scale)
-    return want
+    h = torch.where(values >= row.r_A, factors.h_A, factors.h_B)
+    return Oracle(**vars(want), h=h * reference.tails(values, row.r_A, row.r_B, scale))
 
 
-def ratios(got: Result, want: Result, k, alpha, v: Tensor, form: str = "p") -> dict[str, float]:
+def ratios(got: Result, want: Oracle, k, alpha, v: Tensor, form: str = "p") -> dict[str, float]:
     """Worst ratio of each error to its bar for float32 input; NaN counts as infinite.
 
     k and alpha are numbers or (rows,) tensors.
@@ -95,7 +100,7 @@ def relative_error(got: Tensor, want: Tensor) -> Tensor:
     return error / torch.where(small, 1, want.abs())
 
 
-def alpha_weight(want: Result, alpha: Tensor, v: Tensor) -> Tensor:
+def alpha_weight(want: Oracle, alpha: Tensor, v: Tensor) -> Tensor:
     """sum_i s_i (1 + |t_i|) |v_i|, the scale of grad_alpha; s = h / alpha and |t| = -log(2 h)."""
     t = torch.where(want.h > 0, -(2 * want.h.clamp(min=1e-300)).log(), 0).clamp(min=0)
     return (want.h / alpha.unsqueeze(1) * (1 + t) * v.abs()).sum(1)

@@ -16,7 +16,7 @@ from torch import Tensor, inf, nan
 
 from softtopk import hard_topk, log_soft_topk, soft_topk
 from softtopk.backends import reference
-from tests.accuracy import Result, oracle, ratios, units_in_last_place
+from tests.accuracy import Oracle, Result, oracle, ratios, units_in_last_place
 from tests.cases import FAMILIES, make
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -150,7 +150,7 @@ class Case:
         if not bad.all():
             self.compare(part(got, ~bad), part(want, ~bad), ~bad)
 
-    def compare(self, got: Result, want: Result, rows: Tensor) -> None:
+    def compare(self, got: Result, want: Oracle, rows: Tensor) -> None:
         x = self.x[rows].double() * (1 if self.largest else -1)
         alpha, k = (t[rows] if isinstance(t, Tensor) else t for t in (self.alpha, self.k))
         plus, minus = (x == inf).sum(1), (x == -inf).sum(1)
@@ -188,4 +188,4 @@ class Case:
 
 
 def part(result: Result, rows: Tensor) -> Result:
-    return Result(**{name: None if t is None else t[rows] for name, t in vars(result).items()})
+    return type(result)(**{name: t[rows] for name, t in vars(result).items()})
