@@ -64,17 +64,26 @@ def timing(file: str) -> str:
 
 def accuracy() -> str:
     """Worst ratio of every error to its bar over all cells, per backend, form and machine."""
-    files = {path: json.loads(path.read_text())["rows"] for path in sorted(RESULTS.glob("accuracy-*.json"))}
-    forms = any("form" in r for rows in files.values() for r in rows)  # files of form p alone have no column
-    names = ("p", "sum", *(["log"] if forms else []), "grad_x", "grad_k", "grad_alpha")
+    names = ("p", "sum", "log", "grad_x", "grad_k", "grad_alpha")
     body = []
-    for path, rows in files.items():
-        for backend, form in dict.fromkeys((r["backend"], r.get("form", "p")) for r in rows):
-            cells = [r for r in rows if (r["backend"], r.get("form", "p")) == (backend, form)]
+    for path in sorted(RESULTS.glob("accuracy-*.json")):
+        rows = json.loads(path.read_text())["rows"]
+        for backend, form in dict.fromkeys((r["backend"], r["form"]) for r in rows):
+            cells = [r for r in rows if (r["backend"], r["form"]) == (backend, form)]
             worst = [f"{max(r[name] for r in cells):.2f}" if name in cells[0] else "" for name in names]
-            where = [backend, *([form] if forms else []), path.stem.removeprefix("accuracy-")]
-            body.append([*where, str(len(cells)), *worst])
-    return markdown(["backend", *(["form"] if forms else []), "on", "cells", *names], body)
+            body.append([backend, form, path.stem.removeprefix("accuracy-"), str(len(cells)), *worst])
+    return markdown(["backend", "form", "on", "cells", *names], body)
+
+
+def fuzz() -> str:
+    """The long runs of random calls."""
+    body = []
+    for path in sorted(RESULTS.glob("fuzz-*.json")):
+        data = json.loads(path.read_text())
+        for r in data["rows"]:
+            machine = caption(data["environment"])
+            body.append([r["backend"], f"{r['rows']:,}", str(r["first_seed"]), machine])
+    return markdown(["backend", "rows, all within the bars", "first seed", "on"], body)
 
 
 def demo() -> str:
@@ -166,6 +175,7 @@ TABLES = {
     "estimators": estimators,
     "demo": demo,
     "accuracy": accuracy,
+    "fuzz": fuzz,
     "timing-h200": lambda: timing("soft_topk-h200.json"),
     "timing-cpu": lambda: timing("soft_topk-cpu.json"),
 }

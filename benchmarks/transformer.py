@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/transformer-DEVICE.json")
     args = parser.parse_args()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # attention's backward adds in any order
     rows = run(args.device, args.steps, args.batch)
     for row in rows:
         losses = row.pop("losses")
