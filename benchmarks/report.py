@@ -86,6 +86,18 @@ def fuzz() -> str:
     return markdown(["backend", "rows, all within the bars", "first seed", "on"], body)
 
 
+def transformer() -> str:
+    """The pruning transformer, trained in several ways."""
+    data = load("transformer-h200.json")
+    body = [
+        [r["way"], f"{r['first_loss']:.3f}", f"{r['every_50th_loss'][2]:.3f}", f"{r['last_loss']:.4f}"]
+        + [f"{r['tokens_kept']:.1f}"]
+        for r in data["rows"]
+    ]
+    header = ["", "first loss", "at step 100", "last 20 of 1000", "tokens kept of 64"]
+    return markdown(header, body) + f"\n\n{caption(data['environment'])}"
+
+
 def demo() -> str:
     """SoftSAE, TopK and the untrained control of the demo, one column group per machine."""
     body: list[list[str]] = []
@@ -176,6 +188,7 @@ TABLES = {
     "demo": demo,
     "accuracy": accuracy,
     "fuzz": fuzz,
+    "transformer": transformer,
     "timing-h200": lambda: timing("soft_topk-h200.json"),
     "timing-cpu": lambda: timing("soft_topk-cpu.json"),
 }
