@@ -78,7 +78,7 @@ def runs_on(name: str, device_type: str) -> bool:
 
 def module(name: str) -> ModuleType:
     """The loaded module of an available backend."""
-    return importlib.import_module(BACKENDS[name][0])
+    return load(name)[0]
 
 
 def kernels(backend: str | None, device: torch.device) -> ModuleType:
