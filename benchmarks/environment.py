@@ -45,7 +45,8 @@ def commit() -> str:
     found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if found.returncode:
         return "unknown"
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout
+    code = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"]  # a run may have written others
+    changed = subprocess.run(code, capture_output=True, text=True).stdout
     return found.stdout.strip() + ("+changes" if changed.strip() else "")
 
 
