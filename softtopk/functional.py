@@ -65,7 +65,7 @@ def soft_topk(
         softtopk.BackendUnavailable: the backend cannot run here; the message says why.
 
     >>> soft_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
-    tensor([1.0000e+00, 3.3689e-03, 9.9663e-01, 1.5295e-07])
+    tensor([1.0000e+00, 3.3690e-03, 9.9663e-01, 1.5295e-07])
     """
     rows = Rows(x, dim, backend, largest=largest, hard=hard, return_threshold=return_threshold)
     k, alpha = rows.budget(k), rows.scale(alpha)
@@ -107,7 +107,7 @@ def log_soft_topk(
         As `soft_topk`.
 
     >>> log_soft_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
-    tensor([-1.5295e-07, -5.6933e+00, -3.3746e-03, -1.5693e+01])
+    tensor([-1.5295e-07, -5.6931e+00, -3.3747e-03, -1.5693e+01])
     """
     rows = Rows(x, dim, backend, largest=largest, complement=complement)
     k, alpha = rows.budget(k), rows.scale(alpha)

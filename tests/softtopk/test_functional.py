@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 
 import softtopk
-from softtopk import soft_topk
+from softtopk import dispatch, functional, modules, soft_topk
 
 
 def double(*shape, seed=0):
@@ -148,3 +150,9 @@ def test_arguments_are_not_modified(backend, device):
     leaves = [t.requires_grad_() for t in (x, k, alpha)]
     soft_topk(*leaves, backend=backend).pow(2).sum().backward()
     assert all(torch.equal(t.detach(), c) for t, c in zip(leaves, copies, strict=True))
+
+
+@pytest.mark.parametrize("module", [functional, modules, dispatch], ids=lambda m: m.__name__)
+def test_examples_of_the_docstrings(module):
+    failed, tried = doctest.testmod(module, extraglobs={"torch": torch})
+    assert tried > 0 and failed == 0
