@@ -52,10 +52,12 @@ void backward_row(const Rows& x, int64_t i, const T* solution, T alpha, const Ro
   const Solution<double> s{solution[0], solution[1], solution[2], solution[3], solution[4]};
   const double scale = alpha;
   const Densities<double> d = densities(s, scale);
+  const Steps<T> step = steps(alpha);
   Pivot<T> pivot{static_cast<T>(d.q_A),
                  static_cast<T>(d.q_B),
-                 static_cast<T>(d.h_A / scale),
-                 static_cast<T>(d.h_B / scale),
+                 static_cast<T>(d.h_A * step.rate),
+                 static_cast<T>(d.h_B * step.rate),
+                 step.after,
                  d.q_A >= d.q_B ? solution[0] : solution[1],
                  T(0)};
   pivot.v = row_sweeps.element(v, row_sweeps.find(row, pivot.x));

@@ -190,7 +190,7 @@ double gradient(const Row& row, const Row& v, const Scale<T>& scale, const Pivot
                 const Means& means, void* grad_x) {
   using V = Vector<T>;
   const T mean_v = static_cast<T>(means.v), mean_t = static_cast<T>(means.t);
-  const T sign = row.negate ? -1 : 1;
+  const T unit = row.negate ? -pivot.s : pivot.s;
   Sum<T> covariance;
   int blocks = 0;
   for_blocks<T, In>(row, [&](const Block<T>& x, int64_t first, int64_t count) LAMBDA_INLINE {
@@ -210,7 +210,7 @@ double gradient(const Row& row, const Row& v, const Scale<T>& scale, const Pivot
         const V dv = (q == T(0) ? V{} : g.v[j] - pivot.v) - mean_v;
         const V dt = ((x.v[j] - pivot.x) * scale.s1) * scale.s2 - mean_t;
         covariance.lanes[j] += q == T(0) ? V{} : q * dt * dv;
-        out.v[j] = (e == T(0)) | (s == T(0)) ? V{} : s * dv * sign;
+        out.v[j] = (e == T(0)) | (s == T(0)) ? V{} : s * dv * unit;
       }
       if (++blocks % kBlocksPerSum == 0) covariance.flush();
     }

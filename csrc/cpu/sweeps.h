@@ -50,8 +50,9 @@ struct Tails {
 template <typename T>
 struct Pivot {
   T q_A, q_B;  // q = q_A e above, q_B e below
-  T s_A, s_B;  // h / alpha likewise
-  T x, v;      // the element of the largest q, and its incoming gradient
+  T s_A, s_B;  // h / alpha likewise, in units of s; as one number it may overflow
+  T s;
+  T x, v;  // the element of the largest q, and its incoming gradient
 };
 
 struct Means {

@@ -84,8 +84,9 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
   });
   const Means<T> mean = group.reduce(Means<T>{sum_v.value(), sum_t.value()});
 
-  const T s_A = factors.h_A / alpha, s_B = factors.h_B / alpha;
-  const T sign = args.x.largest ? T(1) : T(-1);
+  const Steps<T> step = steps(alpha);  // 1 / alpha as one number may overflow
+  const T s_A = factors.h_A * step.rate, s_B = factors.h_B * step.rate;
+  const T scale = args.x.largest ? step.after : -step.after;
   const Sink<S> sink(args.grad_x, r * n, n, args.wide_grad);
   CompensatedSum<T> covariance;
   x_row.for_each([&](int32_t item) {
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
       const Terms at = terms(x[i], v[i]);
       qtv[i] = at.q * (at.t - mean.t) * (at.v - mean.v);
       const T slope = at.e == 0 && s_A == s_A ? T(0) : (at.above ? s_A : s_B) * at.e;
-      x[i] = slope == 0 ? T(0) : sign * slope * (at.v - mean.v);
+      x[i] = slope == 0 ? T(0) : slope * (at.v - mean.v) * scale;
     }
     covariance.add(tree_sum(qtv));
     sink.store(chunk_index<Group>(item), Chunk<S>::of(x));
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
   if (Group::rank() == 0) {
     const bool bound = s.P == 0 && s.Q == 0;  // k outside its range, or no finite element
     static_cast<T*>(args.grad_k)[r] = bound ? T(0) : v_pivot + mean.v;
-    static_cast<T*>(args.grad_alpha)[r] = factors.R == 0 ? T(0) : -(factors.R / alpha) * total;
+    static_cast<T*>(args.grad_alpha)[r] = factors.R == 0 ? T(0) : -(factors.R * total / alpha);
   }
 }
 

@@ -264,7 +264,7 @@ def p_backward(x: Tensor, row: Solution, alpha: Tensor, v: Tensor) -> tuple[Tens
     above = x >= row.r_A
     e = tails(x, row.r_A, row.r_B, alpha)
     q = torch.where(above, factors.q_A, factors.q_B) * e
-    s = torch.where(above, factors.h_A, factors.h_B) * e / alpha
+    h = torch.where(above, factors.h_A, factors.h_B) * e
 
     pivot = q.argmax(1, keepdim=True)
     v_pivot = v.gather(1, pivot)
@@ -273,11 +273,11 @@ def p_backward(x: Tensor, row: Solution, alpha: Tensor, v: Tensor) -> tuple[Tens
     mean_v = (q * dv).sum(1, keepdim=True)
     mean_t = (q * dt).sum(1, keepdim=True)
 
-    grad_x = torch.where(s == 0, 0, s * (dv - mean_v))
+    grad_x = torch.where(h == 0, 0, h * (dv - mean_v) / alpha)  # h / alpha itself may overflow
     bound = (row.P == 0) & (row.Q == 0)  # k outside its range, or no finite element
     grad_k = torch.where(bound, 0, v_pivot + mean_v)
     covariance = (q * (dt - mean_t) * (dv - mean_v)).sum(1, keepdim=True)
-    return grad_x, grad_k, torch.where(factors.R == 0, 0, -factors.R / alpha * covariance)
+    return grad_x, grad_k, torch.where(factors.R == 0, 0, -factors.R * covariance / alpha)
 
 
 def log_backward(

@@ -92,10 +92,9 @@ def test_extreme_alpha(backend, device, family, alpha):
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     want = oracle(x, k, alpha, v)
     got = run(dispatch.module(backend), x.to(device), k.to(device), alpha.to(device), v.to(device))
-    over = {
-        n: r for n, r in ratios(got, want, k, alpha, v).items() if n in ("p", "sum", "grad_k") and not r <= 1
-    }
+    over = {n: r for n, r in ratios(got, want, k, alpha, v).items() if not r <= 1}
     assert not over, f"times the bar: {over}"
+    assert not got.grad_x.isnan().any() and not got.grad_alpha.isnan().any()
 
 
 def test_alpha_over_six_decades_in_one_batch(backend, device):
