@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,14 +37,20 @@ TOOLS = {
 }
 
 
-def run(tool: str, processes: int, seconds: float, gpu: int) -> dict:
-    """One tool over all tests: how many passed, and the errors that every process of it reported."""
-    environment, also_out, options = TOOLS[tool]
-    chosen = " and ".join(["(cuda or triton)", *(f"not {name}" for name in (*LEFT_OUT, *also_out))])
+def collect(tool: str) -> list[str]:
+    """The names of the tests that a tool runs."""
+    chosen = " and ".join(["(cuda or triton)", *(f"not {name}" for name in (*LEFT_OUT, *TOOLS[tool][1]))])
     files = [f"tests/softtopk/test_{name}.py" for name in FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    listed = subprocess.run([*command, *files, "-k", chosen], cwd=ROOT, capture_output=True, text=True)
+    return [line for line in listed.stdout.splitlines() if "::" in line]
+
+
+def run(tool: str, tests: list[str], seconds: float, gpu: int) -> dict:
+    """One tool over some tests, in a process of its own: a sanitizer serves many processes slowly."""
+    environment, _, options = TOOLS[tool]
     command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(processes)]
-    command += [*options, *files, "-k", chosen]
+    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *tests]
     environment = os.environ | environment | {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
@@ -55,10 +62,16 @@ def run(tool: str, processes: int, seconds: float, gpu: int) -> dict:
     last = re.findall(r"^.* in [\d.]+s.*$", printed, re.M)[-1:] or [""]
     counts = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", last[0])}
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)", printed)
-    found = {"tool": tool, "exit_code": code, "tests": counts, "errors": sum(map(int, summaries))}
     if code != 0:
         print(f"--- {tool}\n{printed[-4000:]}", flush=True)
-    return found
+    return {"exit_code": code, "tests": counts, "errors": sum(map(int, summaries))}
+
+
+def together(tool: str, parts: list[dict]) -> dict:
+    tests = sum((Counter(part["tests"]) for part in parts), Counter())
+    codes = sorted({part["exit_code"] for part in parts}, key=str)
+    errors = sum(part["errors"] for part in parts)
+    return {"tool": tool, "exit_codes": codes, "tests": dict(tests), "errors": errors}
 
 
 def main() -> None:
@@ -66,19 +79,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=int, default=4, help="of each tool, side by side")
-    parser.add_argument("--seconds", type=float, default=3600, help="limit of each tool")
+    parser.add_argument("--seconds", type=float, default=3600, help="limit of each process")
+    parser.add_argument("--gpus", type=int, nargs="+", help="which GPUs; default: all")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/sanitizers-GPU.json")
     args = parser.parse_args()
-    gpus = torch.cuda.device_count()
-    with ThreadPoolExecutor() as pool:
-        runs = [
-            pool.submit(run, tool, args.processes, args.seconds, i % gpus) for i, tool in enumerate(TOOLS)
-        ]
-        rows = [r.result() for r in runs]
+    gpus = args.gpus or range(torch.cuda.device_count())
+    with ThreadPoolExecutor(len(TOOLS) * args.processes) as pool:
+        tests = dict(zip(TOOLS, pool.map(collect, TOOLS), strict=True))
+        running = {
+            tool: [
+                pool.submit(run, tool, names[i :: args.processes], args.seconds, gpus[i % len(gpus)])
+                for i in range(min(args.processes, len(names)))
+            ]
+            for tool, names in tests.items()
+        }
+        rows = [together(tool, [part.result() for part in parts]) for tool, parts in running.items()]
     for row in rows:
         print(row)
     write(args.out or RESULTS / f"sanitizers-{device_label('cuda')}.json", rows)
-    sys.exit(any(row["exit_code"] != 0 or row["errors"] for row in rows))
+    sys.exit(any(row["exit_codes"] != [0] or row["errors"] for row in rows))
 
 
 if __name__ == "__main__":
