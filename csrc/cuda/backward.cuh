@@ -23,6 +23,7 @@ struct BackwardArgs {
   void* grad_k;
   void* grad_alpha;
   bool wide_x, wide_v, wide_grad;
+  bool fed;  // of backward_resident: by the copy engine
   int64_t first_row;
 };
 
@@ -55,9 +56,10 @@ __device__ __forceinline__ int32_t first_place(const Row& row, Group& group, int
   return first.index < n ? first.index : 0;
 }
 
-// Launches kernel_of(Tag<S>(), layout) over all rows; the flags of args are set here.
-template <class F>
-void launch_backward(BackwardArgs args, int device, void* stream, F kernel_of) {
+// Launches kernel_of(Tag<S>(), layout) over all rows, unless other(args, Tag<S>()) has done it; the flags
+// of args are set here. RESIDENT: rows that fit on chip are the other's.
+template <bool RESIDENT, class Other, class F>
+void launch_backward(BackwardArgs args, int device, void* stream, Other other, F kernel_of) {
   const Rows& x = args.x;
   check_length(x.n);
   const DeviceGuard guard(device);
@@ -66,9 +68,11 @@ void launch_backward(BackwardArgs args, int device, void* stream, F kernel_of) {
     args.wide_x = is_wide(x.data, x.rows, x.stride, size);
     args.wide_v = is_wide(args.v, x.rows, args.v_stride, size);
     args.wide_grad = is_wide(args.grad_x, x.rows, x.n, size);
-    with_layout<2>(x.n, size, shared_memory_limit(device), [&](auto layout, int64_t shared) {
-      launch<decltype(layout)>(kernel_of(tag, layout), args, x.rows, shared, stream);
-    });
+    if (other(args, tag)) return;
+    with_layout<2, !RESIDENT || size == 8>(
+        x.n, size, device_at(device).shared_limit, [&](auto layout, int64_t shared) {
+          launch<decltype(layout)>(kernel_of(tag, layout), args, x.rows, shared, stream);
+        });
   });
 }
 

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
                         if (selected[i]) indices[place++] = int64_t(index) * kSize + i;
                       }
                     });
-  for (int64_t i = cut.count + Group::rank(); i < args.max_k; i += Group::threads) indices[i] = -1;
+  for (int64_t i = cut.count + Group::rank(); i < args.max_k; i += Group::size()) indices[i] = -1;
   if (Group::rank() == 0) args.counts[r] = cut.count;
 }
 
@@ -133,7 +133,7 @@ void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int device, void
   const DeviceGuard guard(device);
   with_type(x.type, [&](auto tag) {
     using S = typename decltype(tag)::type;
-    with_layout<1>(x.n, sizeof(S), shared_memory_limit(device), [&](auto layout, int64_t shared) {
+    with_layout<1, true>(x.n, sizeof(S), device_at(device).shared_limit, [&](auto layout, int64_t shared) {
       using L = decltype(layout);
       const MaskArgs args = {x,
                              k,
@@ -152,7 +152,7 @@ void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* i
   const DeviceGuard guard(device);
   with_type(x.type, [&](auto tag) {
     using S = typename decltype(tag)::type;
-    with_layout<1>(x.n, sizeof(S), shared_memory_limit(device), [&](auto layout, int64_t shared) {
+    with_layout<1, true>(x.n, sizeof(S), device_at(device).shared_limit, [&](auto layout, int64_t shared) {
       using L = decltype(layout);
       const IndicesArgs args = {
           x, k, max_k, indices, counts, is_wide(x.data, x.rows, x.stride, sizeof(S)), 0};

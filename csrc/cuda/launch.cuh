@@ -6,6 +6,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -42,7 +45,8 @@ struct Layout {
 // Calls f(layout, bytes of dynamic shared memory) with the layout for rows of n elements of `size`
 // bytes, ARRAYS of which a kernel keeps. The choice depends on n and size, and on the device only
 // in where a long row is kept, not in who computes what.
-template <int ARRAYS, class F>
+// Without SHARED it is for rows that fit on chip only as far as warps hold them.
+template <int ARRAYS, bool SHARED, class F>
 void with_layout(int64_t n, int64_t size, int64_t shared_limit, F f) {
   constexpr int kItems = 8 / ARRAYS;
   const int64_t chunks = (n * size + 15) / 16;
@@ -53,13 +57,14 @@ void with_layout(int64_t n, int64_t size, int64_t shared_limit, F f) {
     f(Layout<Warp, RegisterRow, 2>(), 0);
   } else if (chunks <= 32 * kItems) {
     f(Layout<Warp, RegisterRow, kItems>(), 0);
-  } else if (chunks <= 128 * kItems) {
-    f(Layout<Block<128>, SharedRow, 0>(), bytes(128));
-  } else if (chunks <= 256 * kItems) {
-    f(Layout<Block<256>, SharedRow, 0>(), bytes(256));
-  } else if (bytes(512) + int64_t(sizeof(Block<512>::Storage)) <= shared_limit) {
-    f(Layout<Block<512>, SharedRow, 0>(), bytes(512));
   } else {
+    if constexpr (SHARED) {
+      if (chunks <= 128 * kItems) return f(Layout<Block<128>, SharedRow, 0>(), bytes(128));
+      if (chunks <= 256 * kItems) return f(Layout<Block<256>, SharedRow, 0>(), bytes(256));
+      if (bytes(512) + int64_t(sizeof(Block<512>::Storage)) <= shared_limit) {
+        return f(Layout<Block<512>, SharedRow, 0>(), bytes(512));
+      }
+    }
     f(Layout<Block<512>, GlobalRow, 0>(), 0);
   }
 }
@@ -118,11 +123,32 @@ inline void check_length(int64_t n) {
   }
 }
 
-inline int64_t shared_memory_limit(int device) {
-  int bytes = 0;
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute");
-  return bytes;
+// What the launchers have to know of a device.
+struct Device {
+  int index;
+  int multiprocessors;
+  int64_t shared_limit;  // bytes of shared memory that a block can have
+  bool clusters;         // and the bulk copies that came with them, sm_90
+};
+
+// Asked of the driver once. SOFTTOPK_CUDA_PATH=generic, for tests, does without clusters.
+inline const Device& device_at(int index) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, index), "cudaDeviceGetAttribute");
+    return value;
+  };
+  const char* path = std::getenv("SOFTTOPK_CUDA_PATH");
+  const bool generic = path != nullptr && std::string(path) == "generic";
+  const Device device = {index, attribute(cudaDevAttrMultiProcessorCount),
+                         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                         attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && !generic};
+  return known[index] = device;
 }
 
 // Whether every row starts on 16 bytes.

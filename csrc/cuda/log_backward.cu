@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
     T x[kSize];
 #pragma unroll
     for (T& each : x) each = value;
-    for (int32_t i = Group::rank(); i < x_source.chunks(); i += Group::threads) {
+    for (int32_t i = Group::rank(); i < x_source.chunks(); i += Group::size()) {
       sink.store(i, Chunk<S>::of(x));
     }
     if (Group::rank() == 0) *grad_k = *grad_alpha = value;
@@ -153,9 +153,11 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
 }  // namespace
 
 void log_backward(const BackwardArgs& args, int device, void* stream) {
-  launch_backward(args, device, stream, [](auto tag, auto layout) {
-    return log_backward_kernel<typename decltype(tag)::type, decltype(layout)>;
-  });
+  launch_backward<false>(
+      args, device, stream, [](const BackwardArgs&, auto) { return false; },
+      [](auto tag, auto layout) {
+        return log_backward_kernel<typename decltype(tag)::type, decltype(layout)>;
+      });
 }
 
 }  // namespace softtopk::cuda

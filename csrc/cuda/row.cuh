@@ -205,6 +205,7 @@ class Warp {
   static constexpr int threads = 32;
   struct Storage {};
 
+  __device__ static int size() { return threads; }
   __device__ explicit Warp(Storage&) {}
   __device__ static int rank() { return int(threadIdx.x) % 32; }
   template <class A>
@@ -226,6 +227,7 @@ class Block {
 
  public:
   static constexpr int threads = THREADS;
+  __device__ static int size() { return threads; }
   // Two sets, used in turns: between two uses of one set every thread passes the other's barrier.
   struct Storage {
     alignas(16) unsigned char slots[2][kWarps][kSlot];
@@ -270,10 +272,53 @@ class Block {
   int set_ = 0;
 };
 
+// A block of up to 256 threads whose size is known at its launch.
+class WholeBlock {
+  static constexpr int kSlot = 32, kWarps = 8;
+
+ public:
+  struct Storage {
+    alignas(16) unsigned char slots[2][kWarps][kSlot];
+  };
+
+  __device__ explicit WholeBlock(Storage& storage) : storage_(storage) {}
+  __device__ static int size() { return int(blockDim.x); }
+  __device__ static int rank() { return int(threadIdx.x); }
+  template <class A>
+  __device__ A reduce(const A& a) {
+    static_assert(sizeof(A) <= kSlot);
+    const A mine = reduce_lanes<32>(a);
+    set_ ^= 1;
+    if (rank() % 32 == 0) *reinterpret_cast<A*>(storage_.slots[set_][rank() / 32]) = mine;
+    __syncthreads();
+    return of_warps(*reinterpret_cast<const A*>(storage_.slots[set_][rank() % kWarps]));
+  }
+  // The combination of what every eighth lane holds of as many warps as there are, in all lanes.
+  template <class A>
+  __device__ static A of_warps(A a) {
+    const int warps = size() / 32, lane = rank() % kWarps;
+#pragma unroll
+    for (int mask = 1; mask < kWarps; mask *= 2) {
+      const A other = from_lane_xor(a, mask);
+      const bool has = (lane & ~(mask - 1)) < warps, other_has = ((lane ^ mask) & ~(mask - 1)) < warps;
+      if (has && other_has) {
+        a.combine(other);
+      } else if (other_has) {
+        a = other;
+      }
+    }
+    return a;
+  }
+
+ private:
+  Storage& storage_;
+  int set_ = 0;
+};
+
 // The place in its row of a thread's chunk number `item`.
 template <class Group>
 __device__ int32_t chunk_index(int32_t item) {
-  return item * Group::threads + Group::rank();
+  return item * Group::size() + Group::rank();
 }
 
 // A row's chunks in registers, in shared memory, or left in global memory. for_each(f) calls
@@ -288,7 +333,7 @@ class RegisterRow {
   __device__ __forceinline__ void for_each(F f) const {
 #pragma unroll
     for (int32_t item = 0; item < ITEMS; ++item) {
-      if (item * Group::threads < chunks_) f(item);
+      if (item * Group::size() < chunks_) f(item);
     }
   }
   __device__ Chunk<S> chunk(int32_t item) const { return row_[item]; }
@@ -306,7 +351,7 @@ class LongRow {
 
  public:
   __device__ explicit LongRow(int32_t chunks)
-      : items_((chunks + Group::threads - 1) / Group::threads) {}
+      : items_((chunks + Group::size() - 1) / Group::size()) {}
   template <class F>
   __device__ __forceinline__ void for_each(F f) const {
 #pragma unroll kUnroll

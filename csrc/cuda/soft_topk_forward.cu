@@ -4,27 +4,16 @@
 //   p_i =     (H_B / Q) exp( (x_i - r_B) / alpha)   below
 //
 // In the place of p, log p or log(1 - p) (log_domain.cuh), or nothing.
-// Bytes: x is read once and p written once where a row fits in registers or shared memory; a row
-// longer than that is read again on each of the search's sweeps (about 8).
-// Layout: a warp or a block to a row (row.cuh). All of its threads run the search (threshold.cuh)
-// in step on the same numbers, then each writes the p of the elements it holds.
-#include "launch.cuh"
+// Bytes: x is read once and p written once where a row fits on chip; a longer one is read again on
+// each of the search's sweeps (about 8), and the log domain reads x twice.
+// Layout: rows of up to 256 chunks are a warp's, in registers; those that fit on chip a block's or a
+// cluster's (resident_forward.cuh); the rest, and float64, a block's.
 #include "log_domain.cuh"
-#include "row.cuh"
-#include "threshold.cuh"
+#include "resident_forward.cuh"
+#include "resident_launch.cuh"
 
 namespace softtopk::cuda {
 namespace {
-
-struct ForwardArgs {
-  Rows x;
-  PerRow k, alpha;
-  Form form;
-  void* out;
-  void* solution;
-  bool wide_x, wide_out;
-  int64_t first_row;
-};
 
 template <class S, class L>
 __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
@@ -44,35 +33,58 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
   const T alpha = scale_in<T>(per_row(args.alpha, r));
   Sweeper<S, Row, Group> sweeper(row, group);
   const Solution<T> s = solve(sweeper, per_row(args.k, r), alpha);
-
-  if (Group::rank() == 0) {
-    T* out = static_cast<T*>(args.solution) + 5 * r;
-    out[0] = s.r_A, out[1] = s.r_B, out[2] = s.P, out[3] = s.Q, out[4] = s.D;
-  }
+  if (Group::rank() == 0) write_solution(args, r, s);
   if (args.form == Form::none) return;
   const Sink<S> sink(args.out, r * n, n, args.wide_out);
-  if (args.form != Form::p) {
-    const LogOutput<T> output(s, alpha, args.form == Form::log_complement);
-    row.for_each([&](int32_t item) {
-      T x[Chunk<S>::size];
-      row.chunk(item).read(x);
-#pragma unroll
-      for (T& value : x) value = output(value);
-      sink.store(chunk_index<Group>(item), Chunk<S>::of(x));
-    });
-    return;
-  }
   const Densities<T> factors = densities(s, alpha);
   const Tails<T> tails(s.r_A, s.r_B, alpha);
   row.for_each([&](int32_t item) {
     T x[Chunk<S>::size];
     row.chunk(item).read(x);
-#pragma unroll
-    for (T& value : x) {
-      const T e = tails(value);
-      value = tails.above(value) ? 1 - factors.h_A * e : factors.h_B * e;
-    }
+    to_probabilities(x, tails, factors.h_A, factors.h_B);
     sink.store(chunk_index<Group>(item), Chunk<S>::of(x));
+  });
+}
+
+// log p or log(1 - p) from x and the solution.
+template <class S, class L>
+__global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
+    log_kernel(const ForwardArgs args) {
+  using T = Compute<S>;
+  using Group = typename L::Group;
+  const int64_t r = L::row(args.first_row);
+  const int32_t n = int32_t(args.x.n);
+  if (r >= args.x.rows) return;
+  const Source<S> source(args.x.data, r * args.x.stride, n, args.wide_x, !args.x.largest);
+  const Sink<S> sink(args.out, r * n, n, args.wide_out);
+  const T* solution = static_cast<const T*>(args.solution) + 5 * r;
+  const Solution<T> s = {solution[0], solution[1], solution[2], solution[3], solution[4]};
+  const LogOutput<T> output(s, scale_in<T>(per_row(args.alpha, r)), args.form == Form::log_complement);
+  for (int32_t i = Group::rank(); i < source.chunks(); i += Group::size()) {
+    T x[Chunk<S>::size];
+    source.load(i).read(x);
+#pragma unroll
+    for (T& value : x) value = output(value);
+    sink.store(i, Chunk<S>::of(x));
+  }
+}
+
+template <class S>
+void forward(ForwardArgs args, const Device& device, void* stream) {
+  const Rows& x = args.x;
+  if constexpr (sizeof(S) <= 4) {
+    const Plan plan = plan_resident(x.n, sizeof(S), 1, true, device);
+    if (x.n * sizeof(S) > 256 * 16 && plan.blocks > 0) {
+      args.fed = device.clusters;
+      args.room = plan.room;
+      return with_sharing<S>(plan, x.n, [&](auto sharing) {
+        launch_resident(forward_resident<decltype(sharing)>, args, x.rows, plan, device, stream);
+      });
+    }
+  }
+  with_layout<1, sizeof(S) == 8>(x.n, sizeof(S), device.shared_limit, [&](auto layout, int64_t shared) {
+    using L = decltype(layout);
+    launch<L>(forward_kernel<S, L>, args, x.rows, shared, stream);
   });
 }
 
@@ -84,19 +96,22 @@ void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, Form
   const DeviceGuard guard(device);
   with_type(x.type, [&](auto tag) {
     using S = typename decltype(tag)::type;
-    with_layout<1>(x.n, sizeof(S), shared_memory_limit(device), [&](auto layout, int64_t shared) {
-      using L = decltype(layout);
-      const ForwardArgs args = {x,
-                                k,
-                                alpha,
-                                form,
-                                out,
-                                solution,
-                                is_wide(x.data, x.rows, x.stride, sizeof(S)),
-                                is_wide(out, x.rows, x.n, sizeof(S)),
-                                0};
-      launch<L>(forward_kernel<S, L>, args, x.rows, shared, stream);
-    });
+    ForwardArgs args = {x,
+                        k,
+                        alpha,
+                        form == Form::p ? Form::p : Form::none,
+                        out,
+                        solution,
+                        is_wide(x.data, x.rows, x.stride, sizeof(S)),
+                        is_wide(out, x.rows, x.n, sizeof(S)),
+                        false,
+                        0,
+                        0};
+    forward<S>(args, device_at(device), stream);
+    if (form == Form::p || form == Form::none) return;
+    args.form = form;
+    using L = Layout<Block<256>, GlobalRow, 0>;
+    launch<L>(log_kernel<S, L>, args, x.rows, 0, stream);
   });
 }
 

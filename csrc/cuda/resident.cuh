@@ -1,0 +1,255 @@
+// A row in the shared memory of one block, or shared out over those of a cluster.
+//
+// A row is cut into pieces of as many 16-byte chunks as a block has threads; block b of a cluster of
+// B holds pieces b, b + B, ..., so that a sorted row is spread evenly. Within a piece thread t owns
+// chunk t where n is a whole number of chunks; otherwise ("ragged", where rows start anywhere)
+// elements t, t + threads, ..., so that neighbours in a warp are neighbours in memory. All that
+// depends on n and the dtype alone, and so does the order of every sum. Places beyond the end read
+// as -inf, or 0 in rows that are only weighted.
+#pragma once
+
+#include "cluster.cuh"
+#include "row.cuh"
+
+namespace softtopk::cuda {
+
+inline constexpr int kMostThreads = 256;  // of a block that holds a row
+
+// How rows are shared out. C: Cluster or NoCluster.
+template <class STORED, class CLUSTER, int THREADS, bool RAGGED>
+struct Sharing {
+  using S = STORED;
+  using C = CLUSTER;
+  static constexpr int threads = THREADS;
+  static constexpr bool ragged = RAGGED;
+  // Bytes from one piece to the next in shared memory. The pieces of a cluster's row lie apart: each
+  // comes in whole 16-byte granules, one more than its own at most.
+  static constexpr int stride = THREADS * 16 + (C::many ? 16 : 0);
+};
+
+// Where a block's part of a row is in the row.
+template <class H>
+struct Mapping {
+  using C = typename H::C;
+  static constexpr int kSize = Chunk<typename H::S>::size;
+  int32_t n;
+
+  __device__ static constexpr int32_t piece_elements() { return H::threads * kSize; }
+  __device__ static int32_t piece(int item) { return (item * C::size() + C::rank()) * piece_elements(); }
+  // Pieces that every block has, some of them beyond the end.
+  __device__ int items() const {
+    const int32_t all = piece_elements() * C::size();
+    return (n + all - 1) / all;
+  }
+  // The index of element i of the calling thread's chunk `item`; it may lie beyond the end.
+  __device__ int32_t index(int item, int i) const {
+    const int32_t t = int32_t(threadIdx.x);
+    return piece(item) + (H::ragged ? i * H::threads + t : t * kSize + i);
+  }
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return uint32_t(__cvta_generic_to_shared(pointer));
+}
+
+template <class H>
+class ResidentRow {
+  using S = typename H::S;
+  using C = typename H::C;
+  using Raw = typename Element<S>::Raw;
+  static constexpr int kSize = Chunk<S>::size;
+
+ public:
+  // `slot` is aligned to 16 bytes and of slot_bytes(), `barrier` no other's.
+  __device__ ResidentRow(unsigned char* slot, uint64_t* barrier, const Mapping<H>& map, bool weighted = false)
+      : padding_(weighted ? Raw(0) : Element<S>::minus_infinity),
+        map_(map),
+        slot_(slot),
+        barrier_(shared_address(barrier)),
+        items_(map.items()) {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0) {
+      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier_) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+#endif
+    if (!H::ragged) {  // what lies beyond the end is never written again
+      Chunk<S> padding{};
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) padding.set_raw(i, padding_);
+      for_each([&](int item) {
+        if (map_.index(item, 0) >= map_.n) *chunk_at(item) = padding.words;
+      });
+    }
+    __syncthreads();
+  }
+
+  // Asks the copy engine for the row at `data`; nothing in shared memory is being read any more.
+  // Whole 16-byte granules are copied: those of its ends belong to the neighbours.
+  __device__ void ask(const void* data) {
+#if __CUDA_ARCH__ >= 900
+    skip_ = int32_t(reinterpret_cast<uintptr_t>(data) % 16);
+    if (threadIdx.x != 0) return;
+    const uint64_t first = reinterpret_cast<uint64_t>(data), end = first + uint64_t(map_.n) * sizeof(S);
+    const int pieces = C::many ? items_ : 1;
+    uint32_t total = 0;
+#pragma unroll 1
+    for (int item = 0; item < pieces; ++item) total += granules(first, end, item).size;
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier_), "r"(total)
+                 : "memory");
+#pragma unroll 1
+    for (int item = 0; item < pieces; ++item) {
+      const Granules part = granules(first, end, item);
+      if (part.size == 0) break;
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+              "r"(shared_address(slot_) + item * H::stride),
+          "l"(part.from), "r"(part.size), "r"(barrier_)
+          : "memory");
+    }
+#endif
+  }
+  // Waits for what was asked for.
+  __device__ void wait() {
+#if __CUDA_ARCH__ >= 900
+    uint32_t done = 0;
+    while (!done) {
+      asm volatile(
+          "{\n"
+          ".reg .pred p;\n"
+          "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n"
+          "}"
+          : "=r"(done)
+          : "r"(barrier_), "r"(phase_)
+          : "memory");
+    }
+    phase_ ^= 1;
+#endif
+  }
+  // The same without the copy engine, by all threads.
+  __device__ void copy(const void* data, bool aligned) {
+    const Raw* row = static_cast<const Raw*>(data);
+    skip_ = 0;
+    for_each([&](int item) {
+      const int32_t first = map_.index(item, 0);
+      if (!H::ragged && aligned) {
+        if (first < map_.n) *chunk_at(item) = __ldg(reinterpret_cast<const uint4*>(row + first));
+        return;
+      }
+      Raw* to = reinterpret_cast<Raw*>(slot_ + item * H::stride);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const int32_t index = map_.index(item, i);
+        if (index < map_.n) to[index - map_.piece(item)] = row[index];
+      }
+    });
+    release();
+    __syncthreads();
+  }
+
+  // Every element negated; each thread reads none but its own.
+  __device__ void negate() {
+    for_each([&](int item) {
+      Raw* from = reinterpret_cast<Raw*>(slot_ + item * H::stride + (H::ragged ? skip_ : 0));
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const int32_t index = map_.index(item, i);
+        if (index < map_.n) from[index - map_.piece(item)] ^= Element<S>::sign;
+      }
+    });
+    release();
+  }
+
+  // f(item), item = 0, 1, ..., equally often in all threads.
+  template <int UNROLL = 2, class F>
+  __device__ __forceinline__ void for_each(F f) const {
+#pragma unroll UNROLL
+    for (int item = 0; item < items_; ++item) f(item);
+  }
+  __device__ int items() const { return items_; }
+  // The calling thread's chunk.
+  __device__ __forceinline__ void read(int item, Compute<S> (&x)[kSize]) const {
+    if (!H::ragged) {
+      Chunk<S>{*chunk_at(item)}.read(x);
+      return;
+    }
+    const Raw* from = reinterpret_cast<const Raw*>(slot_ + item * H::stride + skip_);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const int32_t index = map_.index(item, i);
+      x[i] = Element<S>::value(index < map_.n ? from[index - map_.piece(item)] : padding_);
+    }
+  }
+  __device__ const Mapping<H>& map() const { return map_; }
+  __device__ int32_t slot_bytes() const { return items_ * H::stride + 16; }
+
+ private:
+  struct Granules {
+    uint64_t from;
+    uint32_t size;
+  };
+  __device__ Granules granules(uint64_t first, uint64_t end, int item) const {
+    uint64_t from = first, to = end;
+    if (C::many) {
+      from = first + uint64_t(map_.piece(item)) * sizeof(S);
+      if (from >= end) return {0, 0};
+      to = from + uint64_t(H::threads) * 16 < end ? from + uint64_t(H::threads) * 16 : end;
+    }
+    from &= ~uint64_t(15);
+    return {from, uint32_t(((to + 15) & ~uint64_t(15)) - from)};
+  }
+  // What was written here is the copy engine's to overwrite.
+  __device__ static void release() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+  }
+  __device__ uint4* chunk_at(int item) const {
+    return reinterpret_cast<uint4*>(slot_ + item * H::stride) + threadIdx.x;
+  }
+
+  Raw padding_;
+  Mapping<H> map_;
+  unsigned char* slot_;
+  uint32_t barrier_, phase_ = 0;
+  int32_t skip_ = 0;  // bytes before the first element in a piece
+  int items_;
+};
+
+__device__ __forceinline__ void store_global(void* to, const uint4& words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
+}
+
+// Writes chunks to the places of a row that a ResidentRow has them from.
+template <class H>
+class ResidentSink {
+  using S = typename H::S;
+  using Raw = typename Element<S>::Raw;
+  static constexpr int kSize = Chunk<S>::size;
+
+ public:
+  __device__ ResidentSink(void* row, const Mapping<H>& map, bool aligned)
+      : row_(static_cast<Raw*>(row)), map_(map), aligned_(aligned) {}
+  __device__ __forceinline__ void store(int item, const Chunk<S>& chunk) const {
+    if (!H::ragged && aligned_) {
+      const int32_t index = map_.index(item, 0);
+      if (index < map_.n) store_global(row_ + index, chunk.words);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const int32_t index = map_.index(item, i);
+      if (index < map_.n) row_[index] = chunk.raw(i);
+    }
+  }
+
+ private:
+  Raw* row_;
+  Mapping<H> map_;
+  bool aligned_;
+};
+
+}  // namespace softtopk::cuda

@@ -1,0 +1,101 @@
+// From the host to the kernels of resident rows: how many blocks share a row, and the launch.
+#pragma once
+
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <type_traits>
+
+#include "launch.cuh"
+#include "resident.cuh"
+
+namespace softtopk::cuda {
+
+// How rows are laid out on chip.
+struct Plan {
+  int blocks = 0;      // that share a row; 0: it does not fit
+  int threads = 0;     // of a block
+  int room = 0;        // candidates of a block
+  int64_t shared = 0;  // bytes of dynamic shared memory
+};
+
+// For `arrays` rows of n elements of `size` bytes at a time. A row is spread over more blocks, where
+// there are clusters, until three blocks fit on a multiprocessor: one waits while another works.
+inline Plan plan_resident(int64_t n, int64_t size, int arrays, bool searches, const Device& device) {
+  const int64_t chunks = (n * size + 15) / 16;
+  Plan plan;
+  for (int blocks = 1; blocks <= (device.clusters ? kMostBlocks : 1); blocks *= 2) {
+    const int64_t each = (chunks + blocks - 1) / blocks;
+    const int threads = blocks == 1 && each <= 1024 ? 128 : 256;
+    const int64_t items = (each + threads - 1) / threads;
+    const int64_t slot = items * (threads * 16 + (blocks > 1 ? 16 : 0)) + 16;
+    const int64_t elements = each * 16 / size;
+    const int room = !searches ? 0 : elements <= 4096 ? 1024 : 2304;
+    const int64_t shared = arrays * slot + 4 * room;
+    if (shared + 4096 > device.shared_limit || items > 64) continue;
+    plan = {blocks, threads, room, shared};
+    if (searches ? elements <= 16384 : arrays * each * 16 <= 65536) break;
+  }
+  return plan;
+}
+
+// The grid that fills the device, at most `rows` clusters. Asked of the driver once for each kernel
+// and plan.
+inline int64_t resident_blocks(const void* kernel, const Plan& plan, const cudaLaunchConfig_t& config,
+                               const Device& device) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int64_t, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& clusters = known[{kernel, plan.threads * 16 + plan.blocks, plan.shared, device.index}];
+  if (clusters == 0) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)),
+          "cudaFuncSetAttribute");
+    if (plan.blocks > 1) {
+      check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");
+    } else {
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, kernel, plan.threads,
+                                                          size_t(plan.shared)),
+            "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+      clusters *= device.multiprocessors;
+    }
+    if (clusters == 0) throw std::runtime_error("softtopk: a kernel does not fit on this GPU");
+  }
+  return clusters;
+}
+
+// Runs kernel(args) with as many clusters as fit, which share out the rows.
+template <class Args>
+void launch_resident(void (*kernel)(Args), Args args, int64_t rows, const Plan& plan,
+                     const Device& device, void* stream) {
+  if (rows == 0) return;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(plan.blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(plan.blocks));
+  config.blockDim = dim3(unsigned(plan.threads));
+  config.dynamicSmemBytes = size_t(plan.shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = plan.blocks > 1 ? 1 : 0;
+  const int64_t clusters = std::min(rows, resident_blocks(function, plan, config, device));
+  config.gridDim = dim3(unsigned(clusters * plan.blocks));
+  void* pointers[] = {&args};
+  check(cudaLaunchKernelExC(&config, function, pointers), "kernel launch");
+}
+
+// Calls f(H) for the Sharing of a plan.
+template <class S, class F>
+void with_sharing(const Plan& plan, int64_t n, F f) {
+  const auto with_ragged = [&](auto ragged) {
+    constexpr bool kRagged = decltype(ragged)::value;
+    if (plan.blocks > 1) return f(Sharing<S, Cluster, 256, kRagged>());
+    if (plan.threads == 128) return f(Sharing<S, NoCluster, 128, kRagged>());
+    return f(Sharing<S, NoCluster, 256, kRagged>());
+  };
+  n % Chunk<S>::size != 0 ? with_ragged(std::true_type()) : with_ragged(std::false_type());
+}
+
+}  // namespace softtopk::cuda
