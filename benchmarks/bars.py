@@ -23,6 +23,7 @@ ADVERSARIAL = (
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 LARGE = 1 << 30  # bytes of x: less is dominated by filling and draining the chip
 TOPK = "torch.topk(64)"
+PEER_ALPHA = 1e-2  # at which peers of soft_topk are timed on a GPU; on a CPU at every alpha
 
 HEADLINE = {  # (pass, dtype) -> fraction at each of LENGTHS, at every alpha
     ("forward", "float32"): (0.90, 0.90, 0.85, 0.75, 0.75),
@@ -30,8 +31,9 @@ HEADLINE = {  # (pass, dtype) -> fraction at each of LENGTHS, at every alpha
     ("backward", "float32"): (0.93, 0.93, 0.90, 0.85, 0.80),
     ("backward", "bfloat16"): (0.90, 0.90, 0.85, 0.80, 0.80),
 }
-# What a row calls max_error; hard_topk's is the number of wrong values and indices. Errors above these are wrong whatever the time: max|p - oracle|, and max|grad_x - oracle| over its row's
-# largest. A half dtype adds half a unit in the last place of its result.
+# What max_error of a row may be; above it the result is wrong, whatever the time. It is max|p - oracle|, or
+# max|grad_x - oracle| over its row's largest; a half dtype adds half a unit in the last place. hard_topk
+# may have no wrong value or index at all.
 ERRORS = {
     ("forward", "float32"): 1e-6,
     ("forward", "bfloat16"): 1e-6 + 2**-9,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import softtopk
-from benchmarks.bars import Cell
+from benchmarks.bars import PEER_ALPHA, Cell
 from benchmarks.features import one_line
 from benchmarks.implementations import Absent
 from benchmarks.speed_peers import Peer, Problem, wrong
@@ -22,7 +22,6 @@ from tests.cases import make
 
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DISTINCT = 16  # rows of the distributions that are drawn on the CPU; they are repeated
-PEER_ALPHA = 1e-2  # at which peers are timed on a GPU; on a CPU at every alpha
 FLOORS = {"forward": 1.0, "backward": 1.5, "forward+backward": 2.5}  # in copies of x
 WRONG = 1e30  # an error that JSON can hold, for a result with a NaN
 

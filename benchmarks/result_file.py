@@ -58,5 +58,6 @@ def update(path: Path, device: str, new: list[dict], whole: set[str], peers: dic
     rows = merge(old["rows"], new, whole, commit())
     rows = annotate(device, rows, json.loads(NOTES.read_text()))
     known = {name: text for name, text in old.get("peers", {}).items() if name not in peers}
-    write(path, rows, peers=known | peers)
+    kept = {} if new else {"environment": old["environment"]}  # only the notes are new
+    write(path, rows, **kept, peers=known | peers)
     return rows

@@ -21,10 +21,10 @@ SWEEP_LENGTHS = tuple(4**i for i in range(3, 11))  # 64 ... 1,048,576
 SWEEP_N, SWEEP_ROWS = 16384, {"cuda": tuple(4**i for i in range(9)), "cpu": tuple(4**i for i in range(5))}
 
 
-def small(cell: Cell) -> dict:
+def small(cell: Cell, device: str) -> dict:
     """Calls of the public functions on rows that stay in the cache, as those of torch.topk do."""
-    x = draw(cell.distribution, cell.rows, cell.n, cell.dtype, "cuda")
-    k = torch.full((cell.rows,), float(K), device="cuda")
+    x = draw(cell.distribution, cell.rows, cell.n, cell.dtype, device)
+    k = torch.full((cell.rows,), float(K), device=device)
     try:
         error = soft_errors(dispatch.module(cell.backend), Problem(x, k, cell.alpha, x))[0]["forward"]
         ours = partial(softtopk.soft_topk, x, K, cell.alpha, backend=cell.backend)
@@ -36,12 +36,12 @@ def small(cell: Cell) -> dict:
     return measured(cell, ms, floor, error, {TOPK: round(topk, 4)})
 
 
-def overhead(cell: Cell) -> dict:
+def overhead(cell: Cell, device: str) -> dict:
     """How long one call of soft_topk holds the host up, with numbers, or with gradients to x and k."""
-    x = draw(cell.distribution, cell.rows, cell.n, cell.dtype, "cuda")
+    x = draw(cell.distribution, cell.rows, cell.n, cell.dtype, device)
     k = K
     if cell.run == "forward, gradients":
-        x, k = x.requires_grad_(), torch.full((cell.rows,), float(K), device="cuda", requires_grad=True)
+        x, k = x.requires_grad_(), torch.full((cell.rows,), float(K), device=device, requires_grad=True)
     try:
         ms = host_ms(partial(softtopk.soft_topk, x, k, cell.alpha, backend=cell.backend))
         topk = host_ms(partial(torch.topk, x, K))

@@ -7,11 +7,10 @@
 
 Sections on a GPU: headline, large_k, adversarial, odd, hard, small, overhead, triton, sweep; on a CPU: cpu,
 sweep. Every result is compared with the float64 reference on two of its rows before it is timed. A line is
-printed for each cell, and benchmarks/results/soft_topk-DEVICE.json is updated on the
-way. A row: section, op, pass, backend, dtype, rows, n, k, alpha, distribution; ms, floor_ms,
-fraction (floor / ms), max_error (of p, or of grad_x over its row's largest; wrong values and indices of
-hard_topk), peers (name -> ms), commit; error where it could not be measured; note where it misses its bar
-and notes.json explains it.
+printed for each cell, and benchmarks/results/soft_topk-DEVICE.json is updated on the way. A row: section,
+op, pass, backend, dtype, rows, n, k, alpha, distribution; ms, floor_ms, fraction (floor / ms), max_error (of
+p, or of grad_x over its row's largest; wrong values and indices of hard_topk), peers (name -> ms), commit;
+error where it could not be measured; note where it misses its bar and notes.json explains it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,12 @@ SECTIONS = {
     "cuda": (*("headline", "large_k", "adversarial", "odd", "hard", "small", "overhead", "triton", "sweep"),),
     "cpu": ("cpu", "sweep"),
 }
-LAUNCH_BOUND = ("small", "overhead", "sweep_n", "sweep_rows")
+LAUNCH_BOUND = {
+    "small": small.small,
+    "overhead": small.overhead,
+    "sweep_n": small.sweep,
+    "sweep_rows": small.sweep,
+}
 SAVE_S = 20  # at least so much between two writings of the file
 
 
@@ -59,12 +63,7 @@ def rows_of(group: list[Cell], peers: list[speed_peers.Peer], device: str) -> It
             yield from measure.of_one_x(list(part), peers, device)
             continue
         for cell in part:
-            if section == "small":
-                yield small.small(cell)
-            elif section == "overhead":
-                yield small.overhead(cell)
-            else:
-                yield small.sweep(cell, device)
+            yield LAUNCH_BOUND[section](cell, device)
 
 
 def line(cell: Cell, row: dict, reason: str | None) -> str:
