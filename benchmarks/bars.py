@@ -163,6 +163,9 @@ def cells(device: str) -> list[Cell]:
     return cpu_cells() if device == "cpu" else gpu_cells()
 
 
+Verdict = tuple[Cell, dict | None, str | None]
+
+
 def allowed_error(cell: Cell) -> float:
     if cell.op == "hard_topk":
         return 0.0
@@ -202,12 +205,13 @@ def unmet(cell: Cell, row: dict | None, measured: dict[tuple, dict]) -> str | No
     return None
 
 
-def verdicts(device: str, rows: list[dict]) -> list[tuple[Cell, dict | None, str | None]]:
-    """Every cell that has a bar, with its row and what it misses."""
+def verdicts(device: str, rows: list[dict], record: bool = False) -> list[Verdict]:
+    """Every cell that has a bar, with its row and what it misses; with `record` also what was measured
+    without one, which can miss nothing but being right."""
     measured = {key(row): row for row in rows}
     found = []
     for cell in cells(device):
-        if cell.bar:
-            row = measured.get(key(cell.keys()))
+        row = measured.get(key(cell.keys()))
+        if cell.bar or (record and row):
             found.append((cell, row, unmet(cell, row, measured)))
     return found

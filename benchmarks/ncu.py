@@ -15,10 +15,12 @@ import argparse
 import csv
 import io
 import itertools
+import math
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -58,8 +60,8 @@ def parse(printed: str) -> list[dict]:
         kernel = found.setdefault(row["ID"], {"kernel": row["Kernel Name"], "label": None})
         if label := LABEL.search(" ".join(str(value) for value in row.values())):
             kernel["label"] = label[1]
-        pairs = [(row["Metric Name"], row["Metric Value"])] if "Metric Name" in row else row.items()
-        for name, value in pairs:
+        one = {row["Metric Name"]: row["Metric Value"]} if "Metric Name" in row else row
+        for name, value in one.items():
             try:
                 kernel[name] = float(value.replace(",", ""))
             except (AttributeError, ValueError):  # a name, a shape, "n/a"
@@ -78,6 +80,7 @@ def stalls(kernel: dict) -> list[tuple[str, float]]:
 
 def describe(kernel: dict) -> str:
     """One kernel in a few lines."""
+    kernel = defaultdict(lambda: math.nan, kernel)  # what was not collected
     ms = kernel[DURATION] / 1e6
     read, written = kernel[READ], kernel[WRITTEN]
     waits = ", ".join(f"{name} {share:.0%}" for name, share in stalls(kernel)[:4])

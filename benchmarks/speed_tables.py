@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import bars, plots
-from benchmarks.bars import ALPHAS, HEADLINE, LENGTHS, PEER_ALPHA, TOPK, Cell
+from benchmarks.bars import ALPHAS, HEADLINE, LENGTHS, PEER_ALPHA, TOPK, Cell, Verdict
 from benchmarks.environment import RESULTS
 from benchmarks.tables import caption, load, markdown
 
-Verdict = tuple[Cell, dict | None, str | None]
 TITLES = {
     "headline": "The headline: ReLU of a normal sample, k random in 20…120",
     "large_k": "Large budgets: k = n/64, n/8, n/2",
@@ -111,7 +110,7 @@ def count(file: str) -> str:
     verdicts = bars.verdicts(device(Path(file)), load(file)["rows"])
     met = sum(reason is None for _, _, reason in verdicts)
     absent = sum(row is None for _, row, _ in verdicts)
-    return f"{met} of the {len(verdicts)} bars are met, {absent} cells are not measured yet."
+    return f"{met} of the {len(verdicts)} bars are met, {absent} cells not measured yet."
 
 
 def peers(file: str, section: str, run: str, dtype: str, op: str = "soft_topk") -> str:
@@ -178,7 +177,7 @@ def everything() -> str:
         parts += [f"## {machine}", f"{caption(data['environment'])}.", summary(path.name)]
         if versions := peer_versions(data):
             parts.append(f"Peers: {versions}.")
-        verdicts = bars.verdicts(device(path), data["rows"])
+        verdicts = bars.verdicts(device(path), data["rows"], record=True)
         for section, title in TITLES.items():
             of_section = [v for v in verdicts if v[0].section == section]
             if not any(row for _, row, _ in of_section):

@@ -20,6 +20,6 @@ def caption(environment: dict) -> str:
     parts = [environment.get("gpu") or environment["processor"], f"torch {environment['torch']}"]
     if "triton" in environment:
         parts.append(f"Triton {environment['triton']}")
-    if "gpu" not in environment:
+    if "gpu" not in environment and "threads" in environment:
         parts.append(f"{environment['threads']} threads")
     return ", ".join(parts) + f", commit {environment['commit']}"
