@@ -91,17 +91,18 @@ def soft_calls(backend: str, problem: Problem, solution: Tensor) -> dict[str, pa
     }
 
 
-def peer_times(peers: list[Peer], problem: Problem, device: str, soft: bool) -> dict[str, dict[str, float]]:
-    """Milliseconds by what a peer does and its name; `soft` adds those that do soft_topk."""
+def peer_times(
+    peers: list[Peer], problem: Problem, device: str, wanted: set[str]
+) -> dict[str, dict[str, float]]:
+    """Milliseconds by what a peer does, of that which is wanted, and its name."""
     times: dict[str, dict[str, float]] = {}
     for peer in peers:
         try:
-            calls = peer.calls(problem)
-            wanted = {w: call for w, call in calls.items() if soft or w == "top-k"}
-            if wanted and (reason := wrong(peer, problem)):
+            calls = {what: call for what, call in peer.calls(problem).items() if what in wanted}
+            if calls and (reason := wrong(peer, problem)):
                 print(f"  {reason}")
                 continue
-            for what, call in wanted.items():
+            for what, call in calls.items():
                 ms = median_ms(call, device, least=1, most=10)
                 times.setdefault(what, {})[peer.name] = round(ms, 4)
         except Absent:
@@ -137,7 +138,8 @@ def of_one_x(cells: list[Cell], peers: list[Peer], device: str) -> Iterator[dict
     hard = {}
     if any(c.section in ("headline", "hard", "cpu") for c in cells):
         k = budgets("20..120", first.rows, first.n, device)
-        hard = peer_times(peers, Problem(x, k, PEER_ALPHA, v), device, soft=False).get("top-k", {})
+        hard = peer_times(peers, Problem(x, k, PEER_ALPHA, v), device, {"top-k"}).get("top-k", {})
+    passes = {c.run for c in cells}  # a GPU has no cell for both together
     beside: dict[float, dict[str, dict[str, float]]] = {}  # soft peers by alpha
 
     def peers_of(cell: Cell, problem: Problem) -> dict[str, float]:
@@ -145,8 +147,7 @@ def of_one_x(cells: list[Cell], peers: list[Peer], device: str) -> Iterator[dict
             return {}
         alpha = PEER_ALPHA if device != "cpu" else cell.alpha
         if alpha not in beside:
-            soft = [p for p in peers if p.name not in hard]
-            beside[alpha] = peer_times(soft, Problem(x, problem.k, alpha, v), device, soft=True)
+            beside[alpha] = peer_times(peers, Problem(x, problem.k, alpha, v), device, passes)
         return (hard if cell.run == "forward" else {}) | beside[alpha].get(cell.run, {})
 
     for label, backend, alpha in dict.fromkeys((c.k, c.backend, c.alpha) for c in cells):

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from benchmarks import bars
-from benchmarks.environment import ROOT, commit, write
+from benchmarks.environment import ROOT, commit, environment, write
 
 NOTES = ROOT / "benchmarks" / "notes.json"
 
@@ -52,12 +52,21 @@ def annotate(device: str, rows: list[dict], notes: list[dict]) -> list[dict]:
     return annotated
 
 
-def update(path: Path, device: str, new: list[dict], whole: set[str], peers: dict[str, str]) -> list[dict]:
-    """Merge what was measured into a file, and return all of its rows."""
+def update(
+    path: Path,
+    device: str,
+    new: list[dict],
+    whole: set[str],
+    peers: dict[str, str],
+    remark: str | None = None,
+) -> list[dict]:
+    """Merge what was measured into a file, and return all of its rows. `remark` goes to the environment."""
     old = load(path)
     rows = merge(old["rows"], new, whole, commit())
     rows = annotate(device, rows, json.loads(NOTES.read_text()))
     known = {name: text for name, text in old.get("peers", {}).items() if name not in peers}
-    kept = {} if new else {"environment": old["environment"]}  # only the notes are new
-    write(path, rows, **kept, peers=known | peers)
+    machine = environment() if new else old["environment"]  # only the notes are new
+    if remark:
+        machine = {**machine, "remark": remark}
+    write(path, rows, environment=machine, peers=known | peers)
     return rows

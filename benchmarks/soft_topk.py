@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="*", choices=speed_peers.PEERS, help="default: all that are there; none for none"
     )
+    parser.add_argument("--remark", help="what the machine was doing besides, for the file's environment")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/soft_topk-DEVICE.json")
     args = parser.parse_args()
     known = SECTIONS[args.device]
@@ -133,9 +134,9 @@ def main() -> None:
         if args.device != "cpu":
             torch.cuda.empty_cache()
         if time.perf_counter() - saved > SAVE_S:
-            result_file.update(path, args.device, rows, set(), versions)
+            result_file.update(path, args.device, rows, set(), versions, args.remark)
             saved = time.perf_counter()
-    result_file.update(path, args.device, rows, whole, versions)
+    result_file.update(path, args.device, rows, whole, versions, args.remark)
     print(f"{met} of {total} cells met, {time.perf_counter() - started:.0f} s")
 
 

@@ -73,18 +73,27 @@ def torch_sort(device: str) -> Peer:
 
 
 def soft(function: Callable, problem: Problem) -> dict[str, Callable[[], object]]:
-    """The three calls of a differentiable p = function(x, k, alpha), with gradients to x and k."""
-    x, k = (t.detach().requires_grad_() for t in (problem.x, problem.k))
+    """The three calls of a differentiable p = function(x, k, alpha), with gradients to x and k.
+
+    On copies: LapSum's PyTorch writes to its arguments. So the p that is derived is made only when the
+    backward is called first, after all timing of the forward.
+    """
+    x, k, v = (t.detach().clone() for t in (problem.x, problem.k, problem.v))
+    leaves = (x.requires_grad_(), k.requires_grad_())
+    made: list[Tensor] = []
 
     def forward():
         with torch.no_grad():
             return function(x, k, problem.alpha)
 
-    def both():
-        return torch.autograd.grad(function(x, k, problem.alpha), (x, k), problem.v)
+    def backward():
+        if not made:
+            made.append(function(x, k, problem.alpha))
+        return torch.autograd.grad(made[0], leaves, v, retain_graph=True)
 
-    p = function(x, k, problem.alpha)
-    backward = partial(torch.autograd.grad, p, (x, k), problem.v, retain_graph=True)
+    def both():
+        return torch.autograd.grad(function(x, k, problem.alpha), leaves, v)
+
     return {"forward": forward, "backward": backward, "forward+backward": both}
 
 

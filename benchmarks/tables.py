@@ -22,4 +22,6 @@ def caption(environment: dict) -> str:
         parts.append(f"Triton {environment['triton']}")
     if "gpu" not in environment and "threads" in environment:
         parts.append(f"{environment['threads']} threads")
+    if "remark" in environment:
+        parts.append(environment["remark"])
     return ", ".join(parts) + f", commit {environment['commit']}"

@@ -13,7 +13,7 @@ Call = Callable[[], object]
 
 
 def median_ms(
-    calls: Call | list[Call], device: str, budget_s: float = 0.1, least: int = 10, most: int = 30
+    calls: Call | list[Call], device: str, budget_s: float = 0.2, least: int = 10, most: int = 30
 ) -> float:
     """Median milliseconds of a call, after two warm-up calls, over about `budget_s` seconds.
 
