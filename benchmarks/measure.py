@@ -96,19 +96,24 @@ def peer_times(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds by what a peer does, of that which is wanted, and its name."""
     times: dict[str, dict[str, float]] = {}
+    where = f"at {tuple(problem.x.shape)}, {problem.x.dtype}"
     for peer in peers:
         try:
             calls = {what: call for what, call in peer.calls(problem).items() if what in wanted}
             if calls and (reason := wrong(peer, problem)):
-                print(f"  {reason}")
+                print(f"  {reason} {where}")
                 continue
-            for what, call in calls.items():
+        except Absent:
+            continue
+        except Exception as error:  # it cannot do this dtype or length
+            print(f"  {peer.name} {where}: {one_line(error)}")
+            continue
+        for what, call in calls.items():
+            try:
                 ms = median_ms(call, device, least=1, most=10)
                 times.setdefault(what, {})[peer.name] = round(ms, 4)
-        except Absent:
-            pass
-        except Exception as error:  # it cannot do this dtype or length, or not in this memory
-            print(f"  {peer.name} at {tuple(problem.x.shape)}, {problem.x.dtype}: {one_line(error)}")
+            except Exception as error:  # or only a part, or not in this memory
+                print(f"  {peer.name}, {what} {where}: {one_line(error)}")
     return times
 
 

@@ -84,7 +84,7 @@ def describe(kernel: dict) -> str:
     ms = kernel[DURATION] / 1e6
     read, written = kernel[READ], kernel[WRITTEN]
     waits = ", ".join(f"{name} {share:.0%}" for name, share in stalls(kernel)[:4])
-    shared = sum(v for name, v in kernel.items() if name.startswith("launch__shared_mem_per_block_"))
+    shared = sum(kernel[f"launch__shared_mem_per_block_{kind}"] for kind in ("static", "dynamic"))
     return "\n".join(
         [
             f"{kernel['label'] or 'unnamed'}: {re.split('[<(]', kernel['kernel'])[0]}",

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import importlib
 import importlib.metadata
 import shutil
@@ -75,21 +76,22 @@ def torch_sort(device: str) -> Peer:
 def soft(function: Callable, problem: Problem) -> dict[str, Callable[[], object]]:
     """The three calls of a differentiable p = function(x, k, alpha), with gradients to x and k.
 
-    On copies: LapSum's PyTorch writes to its arguments. So the p that is derived is made only when the
-    backward is called first, after all timing of the forward.
+    On copies, since LapSum's PyTorch writes to x when it is derived, so that it can be derived only once:
+    of its backward alone there is no time.
     """
     x, k, v = (t.detach().clone() for t in (problem.x, problem.k, problem.v))
     leaves = (x.requires_grad_(), k.requires_grad_())
-    made: list[Tensor] = []
 
     def forward():
         with torch.no_grad():
             return function(x, k, problem.alpha)
 
+    @functools.cache
+    def p() -> Tensor:
+        return function(x, k, problem.alpha)
+
     def backward():
-        if not made:
-            made.append(function(x, k, problem.alpha))
-        return torch.autograd.grad(made[0], leaves, v, retain_graph=True)
+        return torch.autograd.grad(p(), leaves, v, retain_graph=True)
 
     def both():
         return torch.autograd.grad(function(x, k, problem.alpha), leaves, v)
