@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 STYLE = 1  # to be raised when the drawing changes
@@ -78,12 +80,16 @@ def draw_one(path: Path, section: str, shown: list[dict]) -> None:
         for p in of_run:
             floor[p[axis]] = min(floor.get(p[axis], p["floor_ms"]), p["floor_ms"])
         where = sorted(floor)
-        panel.plot(where, [floor[at] for at in where], "--", color="0.4", lw=1.2, label="floor: a copy")
-        panel.set(xscale="log", yscale="log", xlabel=label, title=run)
+        panel.plot(where, [floor[at] for at in where], "--", color="0.4", lw=1.2, label="floor")
+        panel.set(yscale="log", xlabel=label, title=run)
         panel.set_xscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("ms")
-    panels[0].legend(frameon=False, fontsize=8)
+    times = [ms for p in shown for ms in (p["ms"], p["floor_ms"])]
+    decades = math.floor(math.log10(min(times))), math.ceil(math.log10(max(times)))
+    panels[0].set(ylabel="ms", ylim=[10**decade for decade in decades])
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130, metadata={"Digest": digest(shown)})
     plt.close(figure)
