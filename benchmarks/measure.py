@@ -111,7 +111,7 @@ def peer_times(
         for what, call in calls.items():
             try:
                 ms = median_ms(call, device, least=1, most=10)
-                times.setdefault(what, {})[peer.name] = round(ms, 4)
+                times.setdefault(what, {})[peer.name] = round(ms, 5)
             except Exception as error:  # or only a part, or not in this memory
                 print(f"  {peer.name}, {what} {where}: {one_line(error)}")
     return times
@@ -120,7 +120,7 @@ def peer_times(
 def measured(cell: Cell, ms: float, floor: float, error: float, peers: dict[str, float]) -> dict:
     return {
         **cell.keys(),
-        **{"ms": round(ms, 4), "floor_ms": round(floor, 4), "fraction": round(floor / ms, 4)},
+        **{"ms": round(ms, 5), "floor_ms": round(floor, 5), "fraction": round(floor / ms, 4)},
         **{"max_error": error, "peers": peers},
     }
 

@@ -33,7 +33,7 @@ def small(cell: Cell, device: str) -> dict:
         floor = time([partial(torch.empty_like(x).copy_, x)] * CALLS)
     except Exception as error:
         return failed(cell, error)
-    return measured(cell, ms, floor, error, {TOPK: round(topk, 4)})
+    return measured(cell, ms, floor, error, {TOPK: round(topk, 5)})
 
 
 def overhead(cell: Cell, device: str) -> dict:

@@ -19,6 +19,7 @@ from benchmarks import (
     speed_peers,
     speed_tables,
     tables,
+    timing,
 )
 from benchmarks.bars import ALPHAS, DTYPES, LENGTHS, TOPK, Cell
 from benchmarks.environment import write
@@ -228,6 +229,13 @@ def test_a_cell_that_fails_says_so():
     assert bars.unmet(cell, row, {}) == row["error"]
 
 
+def test_calls_take_turns():
+    made = []
+    calls = [lambda name=name: made.append(name) for name in "abc"]
+    assert 0 < timing.median_ms(calls, "cpu", budget_s=0, least=3) < 100
+    assert made == [*"abcab"]  # two to warm up, three that count
+
+
 def test_small_problems_and_sweeps(monkeypatch):
     calls = []
     for name in ("graph_ms", "row_of_calls_ms"):
@@ -236,6 +244,10 @@ def test_small_problems_and_sweeps(monkeypatch):
         row = small.small(on_cpu(of("small", run=run, rows=2)[0]), "cpu")
         assert row["ms"] == 0.5 and row["peers"] == {TOPK: 0.5} and row["max_error"] <= 1e-6
     assert set(calls) == {small.CALLS}
+    monkeypatch.setattr(small, "host_ms", lambda call: (call(), 0.01)[-1])
+    for cell in of("overhead"):
+        row = small.overhead(replace(cell, backend="cpu"), "cpu")
+        assert row["ms"] == 0.01 and bars.unmet(cell, row, {}) is None
     cells = small.sweep_cells("cpu", ["cpu"])
     assert {c.n for c in cells if c.section == "sweep_n"} == {4**i for i in range(3, 11)}
     for cell in cells:
