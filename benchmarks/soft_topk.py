@@ -42,7 +42,7 @@ SAVE_S = 20  # at least so much between two writings of the file
 
 
 def chosen(args: argparse.Namespace, backends: list[str]) -> list[Cell]:
-    """The cells asked for, those on the same data beside each other."""
+    """The cells asked for, those on the same data beside each other, after those they are held against."""
     cells = bars.cells(args.device) + small.sweep_cells(args.device, backends)
     limits = {"n": args.lengths, "dtype": args.dtypes, "alpha": args.alphas}
     picked = []
@@ -53,7 +53,9 @@ def chosen(args: argparse.Namespace, backends: list[str]) -> list[Cell]:
             continue
         if all(v is None or getattr(cell, name) in (*v, None) for name, v in limits.items()):
             picked.append(cell)
-    return sorted(picked, key=lambda c: (c.section in LAUNCH_BOUND, *measure.same_data(c)))
+    return sorted(
+        picked, key=lambda c: (c.section in LAUNCH_BOUND, c.section == "odd", *measure.same_data(c))
+    )
 
 
 def rows_of(group: list[Cell], peers: list[speed_peers.Peer], device: str) -> Iterator[dict]:
