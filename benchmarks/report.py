@@ -1,9 +1,11 @@
-"""Write the tables of README.md from benchmarks/results; no figure there is typed by hand.
+"""Write the tables of README.md and benchmarks/README.md, and the plots of the latter, from
+benchmarks/results; no figure there is typed by hand.
 
-    python -m benchmarks.report            # rewrite the tables between their markers
-    python -m benchmarks.report --check    # exit 1 when a table is stale
+    python -m benchmarks.report            # rewrite the tables between their markers, draw stale plots
+    python -m benchmarks.report --check    # exit 1 when a table or a plot is stale
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`, NAME being a function of TABLES.
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, NAME being a function of TABLES. A plot
+holds a digest of what it shows.
 """
 
 from __future__ import annotations
@@ -14,52 +16,12 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import plots, speed_tables
 from benchmarks.environment import RESULTS, ROOT
+from benchmarks.tables import caption, load, markdown
 
 README = ROOT / "README.md"
-
-
-def load(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text())
-
-
-def markdown(header: list[str], body: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *body)]
-    return "\n".join(lines)
-
-
-def caption(environment: dict) -> str:
-    parts = [environment.get("gpu") or environment["processor"], f"torch {environment['torch']}"]
-    if "triton" in environment:
-        parts.append(f"Triton {environment['triton']}")
-    return ", ".join(parts) + f", commit {environment['commit']}"
-
-
-def timing(file: str) -> str:
-    """Milliseconds and fraction of the floor per shape: forward and backward of each backend, and peers."""
-    data = load(file)
-    rows = data["rows"]
-    shapes = list(dict.fromkeys((r["rows"], r["n"]) for r in rows))
-    out = []
-    for dtype in dict.fromkeys(r["dtype"] for r in rows):
-        of_dtype = [r for r in rows if r["dtype"] == dtype]
-        body = []
-        for name in ("forward", "backward"):
-            cells = {(r["rows"], r["n"]): r["floor_ms"] for r in of_dtype if r["pass"] == name}
-            body.append([f"floor of the {name}", "", *(f"{cells[s]:.3g}" for s in shapes)])
-            for backend in dict.fromkeys(r["backend"] for r in of_dtype):
-                for alpha in dict.fromkeys(r["alpha"] for r in of_dtype):
-                    match = [
-                        r for r in of_dtype if (r["backend"], r["alpha"], r["pass"]) == (backend, alpha, name)
-                    ]
-                    at = {(r["rows"], r["n"]): f"{r['ms']:.3g} ({r['fraction']:.0%})" for r in match}
-                    body.append([f"{backend} {name}", f"{alpha:g}", *(at.get(s, "") for s in shapes)])
-        for peer in dict.fromkeys(p for r in of_dtype for p in r["peers"]):
-            at = {(r["rows"], r["n"]): f"{r['peers'][peer]:.3g}" for r in of_dtype if peer in r["peers"]}
-            body.append([peer, "", *(at.get(s, "") for s in shapes)])
-        header = [f"{dtype}, ms", "alpha", *(f"{a}×{n}" for a, n in shapes)]
-        out.append(markdown(header, body))
-    return "\n\n".join(out) + f"\n\n{caption(data['environment'])}"
+DOCUMENTS = (README, ROOT / "benchmarks" / "README.md")
 
 
 def accuracy() -> str:
@@ -189,8 +151,7 @@ TABLES = {
     "accuracy": accuracy,
     "fuzz": fuzz,
     "transformer": transformer,
-    "timing-h200": lambda: timing("soft_topk-h200.json"),
-    "timing-cpu": lambda: timing("soft_topk-cpu.json"),
+    **speed_tables.TABLES,
 }
 
 
@@ -200,18 +161,27 @@ def render(text: str) -> str:
     return pattern.sub(lambda m: m[1] + TABLES[m[2]]() + "\n" + m[3], text)
 
 
+def stale() -> list[Path]:
+    """The documents and pictures that do not show what the result files hold."""
+    found = [path for path in DOCUMENTS if render(path.read_text()) != path.read_text()]
+    for path in speed_tables.files():
+        found += plots.stale(path, json.loads(path.read_text())["rows"])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 when stale")
-    parser.add_argument("--readme", type=Path, default=README)
     args = parser.parse_args()
-    text = args.readme.read_text()
-    fresh = render(text)
     if args.check:
-        sys.exit(0 if fresh == text else f"{args.readme} is stale: run python -m benchmarks.report")
-    args.readme.write_text(fresh)
+        old = ", ".join(str(path.relative_to(ROOT)) for path in stale())
+        sys.exit(f"stale: {old}; run python -m benchmarks.report" if old else 0)
+    for path in speed_tables.files():
+        plots.draw(path, json.loads(path.read_text())["rows"])
+    for path in DOCUMENTS:
+        path.write_text(render(path.read_text()))
 
 
 if __name__ == "__main__":

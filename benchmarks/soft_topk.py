@@ -1,103 +1,84 @@
-"""Time soft_topk forward and backward beside the memory floor, torch.topk and torch.sort.
+"""The speed table of soft_topk and hard_topk: every cell of bars.py, checked, timed and held to its bar.
 
-    python -m benchmarks.soft_topk                 # on the GPU if there is one: 1 GiB of float32 per shape
-    python -m benchmarks.soft_topk --device cpu    # smaller shapes
+    python -m benchmarks.soft_topk                            # all sections, on the GPU if there is one
+    python -m benchmarks.soft_topk --sections headline hard --peers torch.topk\\(64\\) CUB
+    python -m benchmarks.soft_topk --device cpu
+    python -m benchmarks.soft_topk --sections                 # measures nothing: notes.json anew
 
-The floor of the forward is a copy of x (read x, write p), of the backward one and a half copies
-(read x and v, write grad_x), measured in the same run. Every result is compared with the float64
-oracle on some of its rows before it is timed. Rows of the result file: op, pass, backend, dtype,
-rows, n, k, alpha, distribution, ms, floor_ms, fraction (floor / ms), max_error (of p on the checked
-rows; of grad_x relative to its row's largest), peers (name -> ms).
+Sections on a GPU: headline, large_k, adversarial, odd, hard, small, overhead, triton, sweep; on a CPU: cpu,
+sweep. Every result is compared with the float64 reference on two of its rows before it is timed. A line is
+printed for each cell, and benchmarks/results/soft_topk-DEVICE.json is updated on the way. A row: section,
+op, pass, backend, dtype, rows, n, k, alpha, distribution; ms, floor_ms, fraction (floor / ms), max_error (of
+p, or of grad_x over its row's largest; wrong values and indices of hard_topk), peers (name -> ms), commit;
+error where it could not be measured; note where it misses its bar and notes.json explains it.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
+import itertools
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import softtopk
-from benchmarks.environment import RESULTS, device_label, write
-from benchmarks.timing import median_ms
-from softtopk import dispatch
-from tests.accuracy import oracle
-from tests.cases import FAMILIES, make
+from benchmarks import bars, measure, result_file, small, speed_peers
+from benchmarks.bars import Cell
+from benchmarks.environment import RESULTS, device_label
 
-GPU_SHAPES = ((65536, 4096), (16384, 16384), (8192, 32768), (4096, 65536), (2048, 131072))
-CPU_SHAPES = ((256, 4096), (64, 16384), (16, 65536))
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def large(distribution: str, rows: int, n: int, device: str) -> torch.Tensor:
-    """Rows of a family of tests/cases.py; the large random ones are drawn on the device."""
-    if distribution == "relu":
-        return torch.randn(rows, n, device=device, generator=torch.Generator(device).manual_seed(0)).relu_()
-    return make(distribution, 64, n).repeat(-(-rows // 64), 1)[:rows].to(device)
-
-
-def errors(kernels, x, k, alpha, v) -> tuple[float, float]:
-    """max|p - oracle| and max|grad_x - oracle| / max|grad_x| on the first and last rows."""
-    pick = torch.tensor([0, 1, x.shape[0] - 2, x.shape[0] - 1], device=x.device)
-    p, solution = kernels.soft_topk_forward(x, k, alpha, True)
-    grad_x, *_ = kernels.soft_topk_backward(x, solution, alpha, v, True)
-    want = oracle(x[pick], k[pick], alpha, v[pick])
-    error_p = (p[pick].double().cpu() - want.p).abs().max().item()
-    scale = want.grad_x.abs().amax(1, keepdim=True).clamp(min=1e-30 / alpha)
-    return error_p, ((grad_x[pick].double().cpu() - want.grad_x).abs() / scale).max().item()
+SECTIONS = {
+    "cuda": (*("headline", "large_k", "adversarial", "odd", "hard", "small", "overhead", "triton", "sweep"),),
+    "cpu": ("cpu", "sweep"),
+}
+LAUNCH_BOUND = {
+    "small": small.small,
+    "overhead": small.overhead,
+    "sweep_n": small.sweep,
+    "sweep_rows": small.sweep,
+}
+SAVE_S = 20  # at least so much between two writings of the file
 
 
-def measure(rows: int, n: int, dtype: str, alphas, distribution: str, backends, device: str) -> list[dict]:
-    x = large(distribution, rows, n, device).to(DTYPES[dtype])
-    v = torch.randn(rows, n, device=device).to(DTYPES[dtype])
-    k = torch.randint(
-        20, 121, (rows,), device=device, generator=torch.Generator(device).manual_seed(1)
-    ).float()
-    copy = median_ms(partial(torch.empty_like(x).copy_, x), device)
-    peers = {"torch.topk(64)": median_ms(partial(torch.topk, x, 64), device, most=10)}
-    try:
-        peers["torch.sort"] = median_ms(partial(torch.sort, x), device, most=5)
-    except torch.OutOfMemoryError:
-        pass
-    found = []
-    for backend in backends:
-        kernels = dispatch.module(backend)
-        for alpha in alphas:
-            error_p, error_x = errors(kernels, x, k, alpha, v)
-            _, solution = kernels.soft_topk_forward(x, k, alpha, True)
-            forward = median_ms(partial(kernels.soft_topk_forward, x, k, alpha, True), device)
-            backward = median_ms(partial(kernels.soft_topk_backward, x, solution, alpha, v, True), device)
-            shared = dict(
-                backend=backend,
-                dtype=dtype,
-                rows=rows,
-                n=n,
-                k="20..120",
-                alpha=alpha,
-                distribution=distribution,
-            )
-            for name, ms, floor, error in (
-                ("forward", forward, copy, error_p),
-                ("backward", backward, 1.5 * copy, error_x),
-            ):
-                row = {
-                    "op": "soft_topk",
-                    "pass": name,
-                    **shared,
-                    "ms": round(ms, 4),
-                    "floor_ms": round(floor, 4),
-                }
-                row |= {"fraction": round(floor / ms, 4), "max_error": error, "peers": {}}
-                if name == "forward":
-                    row["peers"] = {peer: round(t, 4) for peer, t in peers.items()}
-                found.append(row)
-                print(
-                    f"{backend:10} {dtype:9} {rows:6}x{n:<7} alpha={alpha:<7g} {name:8} {ms:9.3f} ms"
-                    f"  floor {floor:7.3f}  {floor / ms:6.1%}  error {error:.1e}  {row['peers']}",
-                    flush=True,
-                )
-    return found
+def chosen(args: argparse.Namespace, backends: list[str]) -> list[Cell]:
+    """The cells asked for, those on the same data beside each other, after those they are held against."""
+    cells = bars.cells(args.device) + small.sweep_cells(args.device, backends)
+    limits = {"n": args.lengths, "dtype": args.dtypes, "alpha": args.alphas}
+    picked = []
+    for cell in cells:
+        if cell.section.removesuffix("_n").removesuffix("_rows") not in args.sections:
+            continue
+        if cell.backend not in (*backends, "torch"):
+            continue
+        if all(v is None or getattr(cell, name) in (*v, None) for name, v in limits.items()):
+            picked.append(cell)
+    return sorted(
+        picked, key=lambda c: (c.section in LAUNCH_BOUND, c.section == "odd", *measure.same_data(c))
+    )
+
+
+def rows_of(group: list[Cell], peers: list[speed_peers.Peer], device: str) -> Iterator[dict]:
+    """Measures cells on the same data."""
+    for section, part in itertools.groupby(group, key=lambda c: c.section in LAUNCH_BOUND and c.section):
+        if not section:
+            yield from measure.of_one_x(list(part), peers, device)
+            continue
+        for cell in part:
+            yield LAUNCH_BOUND[section](cell, device)
+
+
+def line(cell: Cell, row: dict, reason: str | None) -> str:
+    """One cell as it is printed."""
+    alpha = "" if row["alpha"] is None else f"alpha={row['alpha']:g}"
+    words = [f"{cell.section:11} {cell.op:10} {cell.run:16} {cell.backend:7} {cell.dtype:8}"]
+    words.append(f"{cell.rows:6}x{cell.n:<7} k={cell.k:7} {alpha:12} {cell.distribution:12}")
+    if row["ms"] is not None:
+        words.append(f"{row['ms']:9.4f} ms")
+    if row["fraction"] is not None:
+        words.append(f"{row['fraction']:6.1%}")
+    words.append(("met" if reason is None else f"UNMET: {reason}") if cell.bar else reason or "")
+    return " ".join([*words, *(f"[{name} {ms:g}]" for name, ms in row["peers"].items())])
 
 
 def main() -> None:
@@ -105,22 +86,60 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sections", nargs="*", help="default: all of the device")
     parser.add_argument("--backends", nargs="+", help="default: all that run on the device")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
-    parser.add_argument("--alphas", nargs="+", type=float, default=[1.0, 1e-2, 1e-4])
-    parser.add_argument("--distribution", default="relu", choices=FAMILIES)
+    parser.add_argument("--dtypes", nargs="+", choices=bars.DTYPES)
+    parser.add_argument("--alphas", nargs="+", type=float)
+    parser.add_argument("--lengths", nargs="+", type=int)
+    parser.add_argument(
+        "--peers", nargs="*", choices=speed_peers.PEERS, help="default: all that are there; none for none"
+    )
+    parser.add_argument("--remark", help="what the machine was doing besides, for the file's environment")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/soft_topk-DEVICE.json")
     args = parser.parse_args()
-    reasons = softtopk.available_backends()
-    wanted = args.backends or (["cpu", "reference"] if args.device == "cpu" else ["cuda", "triton"])
-    backends = [b for b in wanted if reasons[b] is None]
-    rows = []
-    for shape in CPU_SHAPES if args.device == "cpu" else GPU_SHAPES:
-        for dtype in args.dtypes:
-            rows += measure(*shape, dtype, args.alphas, args.distribution, backends, args.device)
-            if args.device != "cpu":
-                torch.cuda.empty_cache()
-    write(args.out or RESULTS / f"soft_topk-{device_label(args.device)}.json", rows)
+    known = SECTIONS[args.device]
+    args.sections = known if args.sections is None else args.sections
+    if unknown := set(args.sections) - set(known):
+        parser.error(f"{args.device} has no section {', '.join(unknown)}; it has {', '.join(known)}")
+    path = args.out or RESULTS / f"soft_topk-{device_label(args.device)}.json"
+
+    there = softtopk.available_backends()
+    ours = ("cpu",) if args.device == "cpu" else ("cuda", "triton")
+    backends = [b for b in args.backends or ours if there[b] is None]
+    for name in set(args.backends or ours) - set(backends):
+        print(f"{name}: {there[name]}")
+    timed = args.peers
+    if timed is None and not {"headline", "hard", "cpu"} & set(args.sections):
+        timed = []
+    if timed is None and args.device != "cpu":
+        timed = [name for name in speed_peers.PEERS if name != "reference"]  # compiled there
+    peers, versions = speed_peers.load(args.device, timed)
+    print("\n".join(f"{name}: {version}" for name, version in versions.items()))
+
+    cells = chosen(args, backends)
+    filtered = any((args.dtypes, args.alphas, args.lengths, args.backends))
+    whole = set() if filtered else {c.section for c in cells}
+    rows: list[dict] = []
+    by_key = {bars.key(cell.keys()): cell for cell in cells}
+    all_rows = {bars.key(row): row for row in result_file.load(path)["rows"]}
+    met = total = 0
+    started = saved = time.perf_counter()
+    for _, part in itertools.groupby(cells, key=measure.same_data):
+        group = list(part)
+        for row in rows_of(group, peers, args.device):
+            rows.append(row)
+            all_rows[bars.key(row)] = row
+            cell = by_key[bars.key(row)]
+            reason = bars.unmet(cell, row, all_rows)
+            met, total = met + (cell.bar and reason is None), total + cell.bar
+            print(line(cell, row, reason), flush=True)
+        if args.device != "cpu":
+            torch.cuda.empty_cache()
+        if time.perf_counter() - saved > SAVE_S:
+            result_file.update(path, args.device, rows, set(), versions, args.remark)
+            saved = time.perf_counter()
+    result_file.update(path, args.device, rows, whole, versions, args.remark)
+    print(f"{met} of {total} cells met, {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

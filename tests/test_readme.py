@@ -1,20 +1,23 @@
-"""The README: its tables are those of the result files, its first example runs."""
+"""The README and that of the benchmarks: tables and plots are those of the result files, the first example
+runs."""
 
 from __future__ import annotations
 
 import re
 
-from benchmarks.report import README, render
+import pytest
+
+from benchmarks.report import DOCUMENTS, README, stale
 
 
-def test_tables_are_fresh():
-    text = README.read_text()
-    assert render(text) == text, "run python -m benchmarks.report"
+def test_tables_and_plots_are_fresh():
+    assert stale() == [], "run python -m benchmarks.report"
 
 
-def test_pictures_exist():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README.read_text()):
-        assert (README.parent / target).is_file(), target
+@pytest.mark.parametrize("document", DOCUMENTS, ids=["README", "benchmarks"])
+def test_what_is_linked_exists(document):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", document.read_text()):
+        assert (document.parent / target).exists(), target
 
 
 def test_the_first_example_runs(capsys):
