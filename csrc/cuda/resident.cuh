@@ -14,6 +14,7 @@
 namespace softtopk::cuda {
 
 inline constexpr int kMostThreads = 256;  // of a block that holds a row
+inline constexpr int kMostItems = 32;     // of its chunks that a thread owns
 
 // How rows are shared out. C: Cluster or NoCluster.
 template <class STORED, class CLUSTER, int THREADS, bool RAGGED>
@@ -162,7 +163,7 @@ class ResidentRow {
   }
 
   // f(item), item = 0, 1, ..., equally often in all threads.
-  template <int UNROLL = 2, class F>
+  template <int UNROLL = 16 / kSize, class F>
   __device__ __forceinline__ void for_each(F f) const {
 #pragma unroll UNROLL
     for (int item = 0; item < items_; ++item) f(item);
@@ -180,6 +181,12 @@ class ResidentRow {
       const int32_t index = map_.index(item, i);
       x[i] = Element<S>::value(index < map_.n ? from[index - map_.piece(item)] : padding_);
     }
+  }
+  // Any element of this block's part.
+  __device__ Compute<S> element(int32_t index) const {
+    const int32_t piece = index / Mapping<H>::piece_elements();
+    const Raw* from = reinterpret_cast<const Raw*>(slot_ + piece / C::size() * H::stride + skip_);
+    return Element<S>::value(from[index - piece * Mapping<H>::piece_elements()]);
   }
   __device__ const Mapping<H>& map() const { return map_; }
   __device__ int32_t slot_bytes() const { return items_ * H::stride + 16; }

@@ -1,14 +1,14 @@
 // The backward of p for rows that one block, or a cluster of blocks, holds in shared memory.
 //
 // One pass over memory: the copy engine brings x and v, grad_x is written. In between three sweeps
-// over shared memory: the pivot; the sums; the output. With y = -|x - r| / (alpha ln 2), e = 2^y and
-// u = v - v_pivot, the sums over each side, A and B, are those of e y, e u and e y u. In units of
-// alpha ln 2, t = y + o on B, o the distance between the sides, and t = -y on A, so that
+// over shared memory: the pivot; the sums; the output. With u = v - v_pivot, and t relative to r_A on
+// side A and to r_B on side B in units of alpha ln 2, the sums are <q, t>, <q, u>, <q, t u> and the part
+// of <q, u> that is A's. Relative to one origin t on B is less by o, the distance between the sides, so
 //
-//   <q, (t - <q, t>)(u - <q, u>)> = <q, y' u> - <q, y'> <q, u> + o (w_A <q, u>_B - w_B <q, u>_A)
+//   <q, (t - <q, t>)(u - <q, u>)> = <q, t u> - <q, t> <q, u> - o (w_A <q, u>_B - w_B <q, u>_A)
 //
-// with y' = y on B and -y on A, and w the share of q on a side. Nothing is looked at where e = 0
-// unless a sum is not finite: then the row is done again by the careful way (backward_row.cuh).
+// with w the share of q on a side. A v where q = 0 counts unless it makes a sum infinite or NaN: then
+// the row is done again by the careful way (backward_row.cuh).
 #pragma once
 
 #include "backward_row.cuh"
@@ -16,15 +16,13 @@
 
 namespace softtopk::cuda {
 
-// Of one side: sums of e y', e u, e y' u.
-struct SideSums {
-  float y, u, yu;
-};
 struct Moments {
-  SideSums A, B;
+  float t, u, tu, u_A;
   __device__ void combine(const Moments& other) {
-    A.y += other.A.y, A.u += other.A.u, A.yu += other.A.yu;
-    B.y += other.B.y, B.u += other.B.u, B.yu += other.B.yu;
+    t += other.t;
+    u += other.u;
+    tu += other.tu;
+    u_A += other.u_A;
   }
 };
 
@@ -105,55 +103,35 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
       if (t % 32 == 0) shared.first_of_warps[t / 32] = first;
       __syncthreads();
       for (int warp = 0; warp < H::threads / 32; ++warp) first = min(first, shared.first_of_warps[warp]);
-      if (t < C::size()) {
-        const float v = first < n ? Element<S>::value(v_at(r)[first]) : 0;
-        *C::at(&shared.pivots[C::rank()], t) = make_int2(first, __float_as_int(v));
+      float v_pivot = first < n ? v_row.element(first) : 0;
+      if constexpr (C::many) {
+        if (t < C::size()) *C::at(&shared.pivots[C::rank()], t) = make_int2(first, __float_as_int(v_pivot));
+        C::sync();
+        int2 pivot = shared.pivots[0];
+        for (int block = 1; block < C::size(); ++block) {
+          if (shared.pivots[block].x < pivot.x) pivot = shared.pivots[block];
+        }
+        v_pivot = __int_as_float(pivot.y);
       }
-      C::sync();
-      int2 pivot = shared.pivots[0];
-      for (int block = 1; block < C::size(); ++block) {
-        if (shared.pivots[block].x < pivot.x) pivot = shared.pivots[block];
-      }
-      const float v_pivot = __int_as_float(pivot.y);
 
-      Moments sums = {{0, 0, 0}, {0, 0, 0}};
+      Moments sums = {0, 0, 0, 0};
       x_row.for_each([&](int item) {
-        float x[kSize], v[kSize];
+        float x[kSize], v[kSize], qt[kSize], qu[kSize], qtu[kSize];
         x_row.read(item, x);
         v_row.read(item, v);
-        bool any_above = false;
 #pragma unroll
-        for (float value : x) any_above |= value >= s.r_A;
-        SideSums B = {0, 0, 0};
-        if (!any_above) {
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            const float y = fmaxf((x[i] - r_B) * rate, -200.0f), e = faster_exp2(y);
-            const float eu = e * (v[i] - v_pivot);
-            B.y += e * y;
-            B.u += eu;
-            B.yu += eu * y;
-          }
-        } else {
-          SideSums A = {0, 0, 0};
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            const bool above = x[i] >= s.r_A;
-            const float y = fmaxf((above ? r_A - x[i] : x[i] - r_B) * rate, -200.0f), e = faster_exp2(y);
-            const float eu = e * (v[i] - v_pivot);
-            if (above) {
-              A.y -= e * y;
-              A.u += eu;
-              A.yu -= eu * y;
-            } else {
-              B.y += e * y;
-              B.u += eu;
-              B.yu += eu * y;
-            }
-          }
-          sums.A.y += A.y, sums.A.u += A.u, sums.A.yu += A.yu;
+        for (int i = 0; i < kSize; ++i) {
+          const bool above = x[i] >= s.r_A;
+          const float t = fmaxf(-fabsf(x[i] - (above ? r_A : r_B)) * rate, -200.0f);
+          const float q = (above ? d.q_A : d.q_B) * faster_exp2(t);
+          qu[i] = q * (v[i] - v_pivot);
+          qt[i] = q * (above ? -t : t);
+          qtu[i] = (above ? -t : t) * qu[i];
+          if (above) sums.u_A += qu[i];
         }
-        sums.B.y += B.y, sums.B.u += B.u, sums.B.yu += B.yu;
+        sums.t += tree_sum(qt);
+        sums.u += tree_sum(qu);
+        sums.tu += tree_sum(qtu);
       });
       WholeBlock block(shared.block);
       sums = block.reduce(sums);
@@ -163,13 +141,11 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
         sums = shared.moments[0];
         for (int i = 1; i < C::size(); ++i) sums.combine(shared.moments[i]);
       }
-      const float u_A = d.q_A * sums.A.u, u_B = d.q_B * sums.B.u, mean_u = u_A + u_B;
-      const float mean_y = d.q_A * sums.A.y + d.q_B * sums.B.y;
-      const float yu = d.q_A * sums.A.yu + d.q_B * sums.B.yu;
-      const float cross = d.q_A * s.P * u_B - d.q_B * s.Q * u_A;
-      float covariance = yu - mean_y * mean_u;
-      if (cross != 0 && s.P > 0 && s.Q > 0) covariance += (r_B - r_A) * rate * cross;
-      done = fabsf(mean_u) + fabsf(mean_y) + fabsf(covariance) < infinity<float>;
+      const float mean_u = sums.u, mean_t = sums.t;
+      const float cross = d.q_A * s.P * (sums.u - sums.u_A) - d.q_B * s.Q * sums.u_A;
+      float covariance = sums.tu - mean_t * mean_u;
+      if (cross != 0 && s.P > 0 && s.Q > 0) covariance -= (r_A - r_B) * rate * cross;
+      done = fabsf(mean_u) + fabsf(mean_t) + fabsf(covariance) < infinity<float>;
       if (done) {
         if (t == 0 && C::rank() == 0) {
           static_cast<float*>(args.grad_k)[r] = v_pivot + mean_u;
@@ -183,21 +159,12 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
           float x[kSize], v[kSize];
           x_row.read(item, x);
           v_row.read(item, v);
-          bool any_above = false;
-          float g[kSize];
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
-            g[i] = s_B * faster_exp2((x[i] - r_B) * rate);
-            any_above |= x[i] >= s.r_A;
+            const bool above = x[i] >= s.r_A;
+            const float e = faster_exp2(-fabsf(x[i] - (above ? r_A : r_B)) * rate);
+            x[i] = (above ? s_A : s_B) * e * (v[i] - v_pivot - mean_u);
           }
-          if (any_above) {
-#pragma unroll
-            for (int i = 0; i < kSize; ++i) {
-              if (x[i] >= s.r_A) g[i] = s_A * faster_exp2((r_A - x[i]) * rate);
-            }
-          }
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) x[i] = g[i] * (v[i] - v_pivot - mean_u);
           sink.store(item, Chunk<S>::of(x));
         });
       }

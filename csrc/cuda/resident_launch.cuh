@@ -32,7 +32,7 @@ inline Plan plan_resident(int64_t n, int64_t size, int arrays, bool searches, co
     const int64_t elements = each * 16 / size;
     const int room = !searches ? 0 : elements <= 4096 ? 1024 : 2304;
     const int64_t shared = arrays * slot + 4 * room;
-    if (shared + 4096 > device.shared_limit || items > 64) continue;
+    if (shared + 4096 > device.shared_limit || items > kMostItems) continue;
     plan = {blocks, threads, room, shared};
     if (searches ? elements <= 16384 : arrays * each * 16 <= 65536) break;
   }

@@ -9,7 +9,7 @@
 // Layout: rows of up to 256 chunks are a warp's, in registers; those that fit on chip a block's or a
 // cluster's (resident_forward.cuh); the rest, and float64, a block's.
 #include "log_domain.cuh"
-#include "resident_forward.cuh"
+#include "quick_forward.cuh"
 #include "resident_launch.cuh"
 
 namespace softtopk::cuda {
@@ -78,7 +78,8 @@ void forward(ForwardArgs args, const Device& device, void* stream) {
       args.fed = device.clusters;
       args.room = plan.room;
       return with_sharing<S>(plan, x.n, [&](auto sharing) {
-        launch_resident(forward_resident<decltype(sharing)>, args, x.rows, plan, device, stream);
+        launch_resident(forward_quick<decltype(sharing)>, args, x.rows, plan, device, stream);
+        launch_resident(forward_careful<decltype(sharing)>, args, (x.rows + 31) / 32, plan, device, stream);
       });
     }
   }

@@ -64,30 +64,28 @@ struct Collapsed {
   }
 };
 
-// By one warp: the smallest of COUNT keys that at least `need` of them, and not many more, reach.
-template <int COUNT>
-__device__ __noinline__ Window bound_of_maxima(const uint32_t* keys, int need) {
-  constexpr int kEach = COUNT / 32;
-  const int lane = int(threadIdx.x) % 32;
-  uint32_t key[kEach];
-  uint32_t least = ~0u, most = 0;
+// The lesser bound and the greater maximum of two.
+__device__ __forceinline__ float2 widest(const float2& a, const float2& b) {
+  return make_float2(fminf(a.x, b.x), max_with_nan(a.y, b.y));
+}
+
+// The smallest of a warp's keys, N a lane, that at least `need` of them, and not many more, reach.
+template <int N>
+__device__ __forceinline__ uint32_t bound_of_keys(const uint32_t (&key)[N], int need) {
+  uint32_t least = key[0], most = key[0];
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    key[i] = keys[i * 32 + lane];
+  for (int i = 1; i < N; ++i) {
     least = min(least, key[i]);
     most = max(most, key[i]);
   }
+  // `low` is reached by at least `need`, `high + 1` by none.
   uint32_t low = __reduce_min_sync(~0u, least), high = __reduce_max_sync(~0u, most);
-  const float max = value_of(high);
-  const int enough = need + need / 4 + 8;
-  // `low` is reached by at least `need`; `high + 1` by none.
+  const int enough = need + need / 4 + 1;
   while (low < high) {
-    const uint32_t middle = low + (high - low + 1) / 2;
+    const uint32_t middle = low + (high - low) / 2 + 1;
     int reached = 0;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      reached += key[i] >= middle;
-    }
+    for (int i = 0; i < N; ++i) reached += key[i] >= middle;
     reached = __reduce_add_sync(~0u, reached);
     if (reached >= need) {
       low = middle;
@@ -98,10 +96,10 @@ __device__ __noinline__ Window bound_of_maxima(const uint32_t* keys, int need) {
   }
   least = ~0u;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
+  for (int i = 0; i < N; ++i) {
     if (key[i] >= low) least = min(least, key[i]);
   }
-  return {value_of(__reduce_min_sync(~0u, least)), infinity<float>, max};
+  return __reduce_min_sync(~0u, least);
 }
 
 struct TwoSums {

@@ -17,7 +17,7 @@ struct ForwardArgs {
   void* out;
   void* solution;
   bool wide_x, wide_out;  // every row starts on 16 bytes
-  bool fed;               // of forward_resident: by the copy engine
+  bool fed;               // of rows on chip: by the copy engine
   int32_t room;           // and the candidates that a block has room for
   int64_t first_row;
 };
@@ -26,6 +26,15 @@ template <class T>
 __device__ __forceinline__ void write_solution(const ForwardArgs& args, int64_t r, const Solution<T>& s) {
   T* out = static_cast<T*>(args.solution) + 5 * r;
   out[0] = s.r_A, out[1] = s.r_B, out[2] = s.P, out[3] = s.Q, out[4] = s.D;
+}
+
+// The mark of a row that is left to forward_careful, in the place of D: a NaN of no computation.
+inline constexpr uint32_t kLeft = 0x7fc0d1e5;
+__device__ __forceinline__ void leave(const ForwardArgs& args, int64_t r) {
+  static_cast<uint32_t*>(args.solution)[5 * r + 4] = kLeft;
+}
+__device__ __forceinline__ bool is_left(const ForwardArgs& args, int64_t r) {
+  return r < args.x.rows && static_cast<const uint32_t*>(args.solution)[5 * r + 4] == kLeft;
 }
 
 // p in the place of x.
@@ -67,10 +76,17 @@ struct ForwardShared {
   uint64_t barrier;
   Window windows[kMostBlocks];
   Collapsed totals[kMostBlocks];
+  Window windows_of_warps[kMostThreads / 32];
   Collapsed of_warps[kMostThreads / 32];
   Outcome outcome;
   WholeBlock::Storage block;
 };
+
+// Whether a row comes by the copy engine. Whole granules of the last ragged row would reach beyond its end.
+template <class H>
+__device__ __forceinline__ bool is_fed(const ForwardArgs& args, int64_t r) {
+  return args.fed && (H::ragged ? r + 1 < args.x.rows && args.x.stride >= args.x.n : args.wide_x);
+}
 
 // The row's window, the same in all threads of all blocks. Of attempt 0 by maxima, of 1 by a sample.
 template <class H>
@@ -78,7 +94,7 @@ __device__ __forceinline__ Window find_window(const ResidentRow<H>& row, int att
                                               uint32_t* keys, ForwardShared& shared) {
   using S = typename H::S;
   using C = typename H::C;
-  constexpr int kGroups = 8, threads = H::threads;
+  constexpr int kGroups = 8, kKeys = kGroups / 2, threads = H::threads;
   const int t = int(threadIdx.x);
   float maxima[kGroups];
 #pragma unroll
@@ -104,23 +120,18 @@ __device__ __forceinline__ Window find_window(const ResidentRow<H>& row, int att
   }
   Window mine;
   if (attempt == 0) {
-    // 512 groups where they are twice the maxima needed, else 1024.
-    const int need = int(2 * k / C::size()) + 1;
-    const bool few = need <= kMostKeys / 4;
+    // Every warp bounds its share of the maxima; the least bound serves all of them.
+    const int need = int(2 * k / (C::size() * (threads / 32))) + 1;
+    uint32_t key[kKeys];
 #pragma unroll
-    for (int half = kGroups / 2; half > 0; half /= 2) {
-      if (2 * half * threads > kMostKeys || (few && 2 * half * threads > kMostKeys / 2)) {
+    for (int i = 0; i < kKeys; ++i) key[i] = key_of(max_with_nan(maxima[i], maxima[i + kKeys]));
+    uint32_t most = key[0];
 #pragma unroll
-        for (int i = 0; i < half; ++i) maxima[i] = max_with_nan(maxima[i], maxima[i + half]);
-      }
-    }
-    constexpr int kEach = kMostKeys / threads;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (i < kEach / 2 || !few) keys[i * threads + t] = key_of(maxima[i]);
-    }
+    for (int i = 1; i < kKeys; ++i) most = max(most, key[i]);
+    const float bound = value_of(bound_of_keys(key, need)), max = value_of(__reduce_max_sync(~0u, most));
+    if (t % 32 == 0) shared.windows_of_warps[t / 32] = {bound, infinity<float>, max};
     __syncthreads();
-    if (t < 32) mine = few ? bound_of_maxima<kMostKeys / 2>(keys, need) : bound_of_maxima<kMostKeys>(keys, need);
+    mine = WholeBlock::of_warps(shared.windows_of_warps[t % 8]);
   } else {
     // One element of each of several pieces, other pieces for other threads.
     const int each = min(items, kMostKeys / threads);
@@ -137,11 +148,13 @@ __device__ __forceinline__ Window find_window(const ResidentRow<H>& row, int att
     mine = window_of_sample(keys, each * threads, float(k) / places, rate, block);
     mine.max = block.reduce(Window{0, 0, maxima[0]}).max;
   }
-  if (t < C::size()) *C::at(&shared.windows[C::rank()], t) = mine;
-  C::sync();
-  Window window = shared.windows[0];
-  for (int i = 1; i < C::size(); ++i) window.combine(shared.windows[i]);
-  return window;
+  if constexpr (C::many) {
+    if (t < C::size()) *C::at(&shared.windows[C::rank()], t) = mine;
+    C::sync();
+    mine = shared.windows[0];
+    for (int i = 1; i < C::size(); ++i) mine.combine(shared.windows[i]);
+  }
+  return mine;
 }
 
 // Adds up what lies outside of the window and collects the candidates, as far as there is room: of few,
@@ -152,40 +165,56 @@ __device__ __forceinline__ Collapsed collapse(const ResidentRow<H>& row, const W
   using C = typename H::C;
   constexpr int kSize = Chunk<typename H::S>::size;
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
-  uint64_t found = 0;  // items with candidates
+  uint32_t found = 0;  // items with candidates
   Collapsed mine = {0, 0, 0, 0};
-  row.for_each([&](int item) {
-    float x[kSize], e[kSize];
-    row.read(item, x);
-    bool any_inside = false;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      e[i] = faster_exp2((x[i] - window.L) * rate);
-      any_inside |= x[i] > window.L;
-    }
-    if (any_inside) {
-      int inside = 0;
+  if (window.U == infinity<float>) {
+    row.for_each([&](int item) {
+      float x[kSize], e[kSize];
+      row.read(item, x);
+      const int32_t before = mine.candidates;
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        if (x[i] > window.L) {
-          e[i] = 0;
-          if (x[i] < window.U) {
-            ++inside;
-          } else {
-            ++mine.above;
-            mine.P += faster_exp2((window.U - x[i]) * rate);
-          }
-        }
+        const bool inside = x[i] > window.L;
+        e[i] = faster_exp2((x[i] - window.L) * rate);
+        e[i] = inside ? 0.0f : e[i];
+        mine.candidates += inside;
       }
+      mine.T += tree_sum(e);
+      if (mine.candidates > before) found |= 1u << item;
+    });
+  } else {
+    row.for_each([&](int item) {
+      float x[kSize], below[kSize], above[kSize];
+      row.read(item, x);
+      int32_t inside = 0;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const bool is_below = x[i] <= window.L, is_above = x[i] >= window.U;
+        const float e = faster_exp2((is_below ? x[i] - window.L : window.U - x[i]) * rate);
+        below[i] = is_below ? e : 0.0f;
+        above[i] = is_above ? e : 0.0f;
+        mine.above += is_above;
+        inside += !is_below && !is_above;
+      }
+      mine.T += tree_sum(below);
+      mine.P += tree_sum(above);
       mine.candidates += inside;
-      if (inside > 0) found |= uint64_t(1) << item;
-    }
-    mine.T += tree_sum(e);
-  });
+      if (inside > 0) found |= 1u << item;
+    });
+  }
 
   const int32_t upto = int32_t(inclusive_scan<32>(unsigned(mine.candidates), lane));
   int32_t place = upto - mine.candidates;
-  const Collapsed of_warp = reduce_lanes<32>(mine);
+  Collapsed of_warp;
+  of_warp.candidates = __shfl_sync(~0u, upto, 31);
+  of_warp.above = 0, of_warp.P = 0, of_warp.T = mine.T;
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) of_warp.T += __shfl_xor_sync(~0u, of_warp.T, mask);
+  if (window.U < infinity<float>) {
+    of_warp.above = __reduce_add_sync(~0u, mine.above), of_warp.P = mine.P;
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) of_warp.P += __shfl_xor_sync(~0u, of_warp.P, mask);
+  }
   if (lane == 0) shared.of_warps[warp] = of_warp;
   __syncthreads();
   place += __reduce_add_sync(~0u, lane < warp ? shared.of_warps[lane].candidates : 0);
@@ -214,7 +243,7 @@ __device__ __forceinline__ Collapsed collapse(const ResidentRow<H>& row, const W
   }
   for (; found != 0; found &= found - 1) {
     float x[kSize];
-    row.read(__ffsll(int64_t(found)) - 1, x);
+    row.read(__ffs(int(found)) - 1, x);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       if (x[i] > window.L && x[i] < window.U) to[place++] = x[i];
@@ -286,9 +315,9 @@ __device__ __forceinline__ void solve_window(const ForwardArgs& args, int64_t r,
   C::sync();
 }
 
-// The rows are shared out among the clusters.
+// The rows that forward_quick has left, shared out among the clusters.
 template <class H>
-__global__ void __launch_bounds__(H::threads, 1152 / H::threads) forward_resident(const ForwardArgs args) {
+__global__ void __launch_bounds__(H::threads, 4 * 256 / H::threads) forward_careful(const ForwardArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ ForwardShared shared;
   using S = typename H::S;
@@ -299,21 +328,22 @@ __global__ void __launch_bounds__(H::threads, 1152 / H::threads) forward_residen
   const Mapping<H> map{n};
   const int64_t step = int64_t(gridDim.x) / C::size();
   const auto row_at = [&](int64_t r) { return static_cast<const Raw*>(args.x.data) + r * args.x.stride; };
-  // Whole granules of the last ragged row would reach beyond its end.
-  const auto fed = [&](int64_t r) {
-    return args.fed && (H::ragged ? r + 1 < args.x.rows && args.x.stride >= n : args.wide_x);
-  };
 
   ResidentRow<H> row(memory, &shared.barrier, map);
   float* candidates = reinterpret_cast<float*>(memory + row.slot_bytes());
   C::sync();
 
-  for (int64_t r = int64_t(blockIdx.x) / C::size(); r < args.x.rows; r += step) {
-    if (fed(r)) row.ask(row_at(r));
+  // Of 32 rows at a time those that are left to be done; none is before all threads have looked.
+  for (int64_t first = int64_t(blockIdx.x) / C::size() * 32; first < args.x.rows; first += step * 32) {
+   uint32_t left = __ballot_sync(~0u, is_left(args, first + int(threadIdx.x) % 32));
+   if (left != 0) C::sync();
+   for (; left != 0; left &= left - 1) {
+    const int64_t r = first + __ffs(int(left)) - 1;
+    if (is_fed<H>(args, r)) row.ask(row_at(r));
     const double k = per_row(args.k, r);
     const float alpha = scale_in<float>(per_row(args.alpha, r));
     const float rate = 1.4426950408889634f / alpha;
-    if (fed(r)) {
+    if (is_fed<H>(args, r)) {
       row.wait();
     } else {
       row.copy(row_at(r), args.wide_x);
@@ -323,7 +353,7 @@ __global__ void __launch_bounds__(H::threads, 1152 / H::threads) forward_residen
     bool solved = false;
     if (k > 0 && k < n && rate > 1e-36f && rate < 1e36f) {
       // The window of the maxima serves where there are enough of them; else, or if it fails, a sample's.
-      for (int attempt = 2 * k / C::size() < 0.75 * kMostKeys ? 0 : 1; attempt < 2 && !solved; ++attempt) {
+      for (int attempt = 2 * k / (C::size() * (H::threads / 32)) < 96 ? 0 : 1; attempt < 2 && !solved; ++attempt) {
         const Window window =
             find_window<H>(row, attempt, k, rate, reinterpret_cast<uint32_t*>(candidates), shared);
         if (!(window.max < infinity<float>) || !(window.L > -infinity<float>)) break;
@@ -345,22 +375,17 @@ __global__ void __launch_bounds__(H::threads, 1152 / H::threads) forward_residen
       row.for_each([&](int item) {
         float x[kSize], p[kSize];
         row.read(item, x);
-        bool any_above = false;
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          p[i] = found.h_B * faster_exp2((x[i] - at_B) * rate);
-          any_above |= x[i] >= s.r_A;
-        }
-        if (any_above) {
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            if (x[i] >= s.r_A) p[i] = 1 - found.h_A * faster_exp2((at_A - x[i]) * rate);
-          }
+          const bool above = x[i] >= s.r_A;
+          const float e = faster_exp2(-fabsf(x[i] - (above ? at_A : at_B)) * rate);
+          p[i] = (above ? 1.0f : 0.0f) + (above ? -found.h_A : found.h_B) * e;
         }
         sink.store(item, Chunk<S>::of(p));
       });
     }
     __syncthreads();  // the row has been read
+   }
   }
   C::sync();  // a block that has left can no longer be written to
 }

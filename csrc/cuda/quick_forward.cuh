@@ -1,0 +1,187 @@
+// The forward of rows on chip, for what is usual: k of up to some hundreds, finite rows.
+//
+// One pass over memory: the copy engine brings a row, p is written. In between three sweeps over shared
+// memory: the maxima of groups, whence a bound below the threshold; one that collapses what lies below
+// and collects the candidates; the output. The search among the candidates is one warp's (few.cuh).
+// Several blocks to a multiprocessor hide each other's waiting. A row that does not fit the pattern is
+// marked, and left to careful_forward.cuh.
+#pragma once
+
+#include "careful_forward.cuh"
+#include "few.cuh"
+
+namespace softtopk::cuda {
+
+struct Part {  // of a row, a warp's or a block's
+  float T;
+  int32_t candidates;
+};
+
+struct QuickShared {
+  uint64_t barrier;
+  Found found;
+  float2 bounds[kMostThreads / 32];        // bound and maximum, of each warp
+  float2 bounds_of_blocks[kMostBlocks];
+  Part parts[kMostThreads / 32];
+  Part parts_of_blocks[kMostBlocks];
+};
+
+template <class H>
+__global__ void __launch_bounds__(H::threads, 1152 / H::threads) forward_quick(const ForwardArgs args) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  __shared__ QuickShared shared;
+  using S = typename H::S;
+  using C = typename H::C;
+  using Raw = typename Element<S>::Raw;
+  constexpr int kSize = Chunk<S>::size, kWarps = H::threads / 32, kGroups = 8, kKeys = 4;
+  const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
+  const int warp = t / 32, lane = t % 32;
+  const Mapping<H> map{n};
+  ResidentRow<H> row(memory, &shared.barrier, map);
+  float* candidates = reinterpret_cast<float*>(memory + row.slot_bytes());
+  C::sync();
+
+  const int64_t step = int64_t(gridDim.x) / C::size();
+  for (int64_t r = int64_t(blockIdx.x) / C::size(); r < args.x.rows; r += step) {
+    const double exact_k = per_row(args.k, r);
+    const float alpha = float(per_row(args.alpha, r)), rate = 1.4426950408889634f / alpha;
+    // Of each warp's 128 maxima the bound takes at most three quarters.
+    if (!(exact_k > 0 && exact_k < 48 * kWarps * C::size() && exact_k < n && rate > 1e-36f && rate < 1e36f)) {
+      if (t == 0 && C::rank() == 0) leave(args, r);
+      continue;
+    }
+    const Raw* data = static_cast<const Raw*>(args.x.data) + r * args.x.stride;
+    if (is_fed<H>(args, r)) {
+      row.ask(data);
+      row.wait();
+    } else {
+      row.copy(data, args.wide_x);
+    }
+    if (!args.x.largest) row.negate();
+    const Budget k = {int32_t(exact_k), float(exact_k - int32_t(exact_k))};
+
+    // The bound: an element that more than 2 k of the maxima of groups reach, each warp finding its share.
+    float maxima[kGroups];
+#pragma unroll
+    for (float& max : maxima) max = -infinity<float>;
+    const int items = row.items();
+#pragma unroll 1
+    for (int first = 0; first < items; first += kGroups) {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        if (first + i < items) {
+          float x[kSize];
+          row.read(first + i, x);
+          maxima[i] = max_with_nan(maxima[i], max_of(x));
+        }
+      }
+    }
+    uint32_t key[kKeys];
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) key[i] = key_of(max_with_nan(maxima[i], maxima[i + kKeys]));
+    const uint32_t most = __reduce_max_sync(~0u, max(max(key[0], key[1]), max(key[2], key[3])));
+    const int need = (2 * k.whole + 2) / (C::size() * kWarps) + 1;
+    const uint32_t bound = bound_of_keys(key, need);
+    if (lane == 0) shared.bounds[warp] = make_float2(value_of(bound), value_of(most));
+    __syncthreads();
+    float2 limits = shared.bounds[0];
+#pragma unroll
+    for (int i = 1; i < kWarps; ++i) limits = widest(limits, shared.bounds[i]);
+    if constexpr (C::many) {
+      if (t < C::size()) *C::at(&shared.bounds_of_blocks[C::rank()], t) = limits;
+      C::sync();
+      limits = shared.bounds_of_blocks[0];
+      for (int i = 1; i < C::size(); ++i) limits = widest(limits, shared.bounds_of_blocks[i]);
+    }
+    const Window window = {limits.x, infinity<float>, limits.y};
+
+    // Collapse and collect.
+    uint32_t found_in = 0;  // items with candidates
+    Part mine = {0, 0};
+    row.for_each([&](int item) {
+      float x[kSize], e[kSize];
+      row.read(item, x);
+      bool any = false;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const bool inside = x[i] > window.L;
+        e[i] = faster_exp2((x[i] - window.L) * rate);
+        e[i] = inside ? 0.0f : e[i];
+        mine.candidates += inside;
+        any |= inside;
+      }
+      mine.T += tree_sum(e);
+      found_in |= uint32_t(any) << item;
+    });
+    const int32_t upto = int32_t(inclusive_scan<32>(unsigned(mine.candidates), lane));
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) mine.T += __shfl_xor_sync(~0u, mine.T, mask);
+    if (lane == 31) shared.parts[warp] = {mine.T, upto};
+    __syncthreads();
+    Part total = {0, 0};
+    int32_t place = upto - mine.candidates;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+      if (i < warp) place += shared.parts[i].candidates;
+      total.T += shared.parts[i].T;
+      total.candidates += shared.parts[i].candidates;
+    }
+    if constexpr (C::many) {
+      if (t < C::size()) *C::at(&shared.parts_of_blocks[C::rank()], t) = total;
+      C::sync();
+      total = {0, 0};
+      for (int i = 0; i < C::size(); ++i) {
+        if (i < C::rank()) place += shared.parts_of_blocks[i].candidates;
+        total.T += shared.parts_of_blocks[i].T;
+        total.candidates += shared.parts_of_blocks[i].candidates;
+      }
+    }
+    const bool usual = window.L > -infinity<float> && window.max < infinity<float> && total.candidates <= kFew;
+    if (usual) {
+      float* to = C::at(candidates, 0);
+      for (; found_in != 0; found_in &= found_in - 1) {
+        float x[kSize];
+        row.read(__ffs(int(found_in)) - 1, x);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          if (x[i] > window.L) to[place++] = x[i];
+        }
+      }
+    }
+    C::sync();
+
+    if (warp == 0 && C::rank() == 0) {
+      Found found = {0, 0, 0, 0, 0};
+      if (usual) {
+        const Solution<float> s =
+            FewSearch(candidates, window, total.candidates, total.T, k, alpha, rate).solve(found.right);
+        found.r_A = s.r_A, found.r_B = s.r_B;
+        quick_densities(s, rate, found.h_A, found.h_B);
+        if (lane == 0 && found.right) write_solution(args, r, s);
+      }
+      if (lane == 0 && !found.right) leave(args, r);
+      if (lane < C::size()) *C::at(&shared.found, lane) = found;
+    }
+    C::sync();
+    const Found found = shared.found;
+    if (found.right && args.form != Form::none) {
+      const float at_A = found.r_A < infinity<float> ? found.r_A : 0, at_B = found.r_B;
+      const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);
+      row.for_each([&](int item) {
+        float x[kSize], p[kSize];
+        row.read(item, x);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          const bool above = x[i] >= found.r_A;
+          const float e = faster_exp2(-fabsf(x[i] - (above ? at_A : at_B)) * rate);
+          p[i] = (above ? 1.0f : 0.0f) + (above ? -found.h_A : found.h_B) * e;
+        }
+        sink.store(item, Chunk<S>::of(p));
+      });
+    }
+    __syncthreads();  // the row has been read
+  }
+  C::sync();  // a block that has left can no longer be written to
+}
+
+}  // namespace softtopk::cuda
