@@ -42,41 +42,33 @@ class FewSearch {
   // The solution is right if `right` is not 0.
   __device__ __forceinline__ Solution<float> solve(int32_t& right) {
     Solution<float> s;
+    float lo = L_, hi = infinity<float>;  // elements: lo is in B, hi in A
+    float c = (top_ - lo) * rate_ < 8 ? next_up(lo) : by_count();
     right = 0;
-    float lo = L_, hi = infinity<float>;  // S(lo) > k; S(hi) <= k as far as is known
-    float c = (top_ - lo) * rate_ < 8 ? lo : by_count();
 #pragma unroll 1
-    for (int round = 0; round < 16; ++round) {
-      s.r_A = s.r_B = c;
-      const int32_t count = sums(s);
-      s.D = k_.excess(count);
-      (s.D - s.P / 2 + s.Q / 2 > 0 ? lo : hi) = c;
-      // The root if no element lies between it and c; the number there tells.
-      const float R = quick_hypot(fabsf(s.D), quick_sqrt(s.P) * quick_sqrt(s.Q));
-      float root = s.D >= 0 ? c + alpha_ * __logf(__fdividef(R + s.D, s.P))
-                            : c - alpha_ * __logf(__fdividef(R - s.D, s.Q));
-      if (!(root > lo && root < hi)) root = lo + ((hi < infinity<float> ? hi : top_) - lo) / 2;
-      if (split(s.D == 0 ? c : root, s) == count) {
-        sums(s);
-        const float g = faster_exp2((s.r_B - s.r_A) * rate_);
-        const float at_A = s.D - s.P / 2 + s.Q * g / 2, at_B = s.D - s.P * g / 2 + s.Q / 2;
-        constexpr float tolerance = 2 * epsilon<float>;
-        if (at_A <= tolerance * (s.P + s.Q * g) && at_B >= -tolerance * (s.P * g + s.Q)) {
-          right = 1;
-          return s;
-        }
-        // Past the root, or short of it: on to the next element on that side.
-        if (at_A > 0) {
-          lo = fmaxf(lo, s.r_A);
-          Solution<float> next;
-          split(value_of(key_of(s.r_A) + 1), next);
-          root = fminf(next.r_A, top_);
-        } else {
-          hi = fminf(hi, s.r_A);
-          root = s.r_B;
-        }
+    for (int round = 0; round < 24; ++round) {
+      s.D = k_.excess(split(c, s));
+      sums(s);
+      const float gap = faster_exp2((s.r_B - s.r_A) * rate_);
+      const float at_A = s.D - s.P / 2 + s.Q * gap / 2, at_B = s.D - s.P * gap / 2 + s.Q / 2;
+      constexpr float tolerance = 2 * epsilon<float>;
+      const bool raise = s.r_A < hi && at_A > tolerance * (s.P + s.Q * gap);
+      const bool lower = s.r_B > lo && at_B < -tolerance * (s.P * gap + s.Q);
+      if (!raise && !lower) {
+        right = at_A <= tolerance * (s.P + s.Q * gap) && at_B >= -tolerance * (s.P * gap + s.Q);
+        break;
       }
-      c = root;
+      // The root if no other element lay between; it is never passed.
+      const float R = quick_hypot(fabsf(s.D), quick_sqrt(s.P) * quick_sqrt(s.Q) * quick_sqrt(gap));
+      if (raise) {
+        lo = s.r_A;
+        c = fmaxf(lo + alpha_ * __logf(__fdividef(R + s.D, s.P)), next_up(lo));
+      } else {
+        hi = s.r_B;
+        c = fminf(hi - alpha_ * __logf(__fdividef(R - s.D, s.Q)), hi);
+      }
+      if (round % 4 == 3 || !(c > lo && c <= hi)) c = lo + ((hi < infinity<float> ? hi : top_) - lo) / 2;
+      if (!(c > lo)) c = next_up(lo);
     }
     return s;
   }
@@ -87,33 +79,43 @@ class FewSearch {
 #pragma unroll 4
     for (int32_t i = int32_t(threadIdx.x) % 32; i < count_; i += 32) f(values_[i]);
   }
-  // An element with about k at or above it.
+  __device__ static float next_up(float x) { return value_of(key_of(x + 0.0f) + 1); }
+
+  // A value with about k elements at or above it, above L.
   __device__ __forceinline__ float by_count() {
     float lo = L_, hi = top_, at_lo = count_ + 1, at_hi = 0.5f;
     const float wanted = fmaxf(k_.whole + k_.rest, 0.5f);
 #pragma unroll 1
-    for (int round = 0; round < 40 && lo < hi && at_lo >= wanted + 1; ++round) {
-      // The number above falls about exponentially; where it does not, halve the bit patterns.
-      const float share = __fdividef(__logf(__fdividef(at_lo, wanted)), __logf(__fdividef(at_lo, at_hi)));
-      float c = lo + (hi - lo) * share;
-      if (round % 3 == 2 || !(c > lo) || !(c <= hi)) {
-        const uint32_t low = key_of(lo), high = key_of(hi);
-        c = value_of(low + (high - low) / 2 + 1);
+    for (int round = 0; round < 16 && at_lo >= wanted + 1; ++round) {
+      // The number above falls about exponentially: three trials near where it should be k. Where it does
+      // not, three that quarter the bit patterns.
+      const float span = __logf(__fdividef(at_lo, at_hi)), share = __fdividef(__logf(__fdividef(at_lo, wanted)), span);
+      const float aside = fminf(__fdividef(0.15f, span), 0.25f) + 1e-3f;
+      const uint32_t low = key_of(lo), quarter = (key_of(hi) - low) / 4;
+      float trial[3];
+      int32_t reached[3] = {0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        const float near = lo + (hi - lo) * (share + float(i - 1) * aside);
+        trial[i] = round % 3 == 2 ? value_of(low + (i + 1) * quarter + 1) : fminf(fmaxf(near, next_up(lo)), hi);
       }
-      int32_t reached = 0;
-      for_each([&](float x) { reached += x >= c; });
-      const float count = __reduce_add_sync(~0u, reached);
-      if (count >= wanted) {
-        lo = c;
-        at_lo = count;
-      } else if (hi == c) {
-        break;
-      } else {
-        hi = c;
-        at_hi = fmaxf(count, 0.5f);
+      for_each([&](float x) {
+#pragma unroll
+        for (int i = 0; i < 3; ++i) reached[i] += x >= trial[i];
+      });
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        const float count = __reduce_add_sync(~0u, reached[i]);
+        if (count >= wanted) {
+          if (trial[i] > lo) lo = trial[i], at_lo = count;
+        } else if (trial[i] < hi) {
+          hi = trial[i];
+          at_hi = fmaxf(count, 0.5f);
+        }
       }
+      if (next_up(lo) >= hi) break;
     }
-    return lo;
+    return fmaxf(lo, next_up(L_));
   }
   // P relative to r_A and Q to r_B; returns how many elements are >= r_A.
   __device__ __forceinline__ int32_t sums(Solution<float>& s) const {
@@ -158,17 +160,22 @@ class FewSearch {
   float alpha_, rate_;
 };
 
-// densities() of csrc/laplace.h in fewer instructions, for a solution that is right.
-__device__ __forceinline__ void quick_densities(const Solution<float>& s, float rate, float& h_A, float& h_B) {
+// densities() of csrc/laplace.h in fewer instructions, for rows that are not NaN.
+__device__ __forceinline__ Densities<float> quick_densities(const Solution<float>& s, float rate) {
   const bool both = s.P > 0 && s.Q > 0;
   const float c =
       both ? quick_sqrt(s.P) * quick_sqrt(s.Q) * faster_exp2((s.r_B - s.r_A) * (rate / 2)) : 0.0f;
-  const float magnitude = fabsf(s.D), R = quick_hypot(magnitude, c);
-  float larger = (1 + __fdividef(magnitude, R)) / 2;
-  float smaller = __fdividef(c, R) * __fdividef(c, R + magnitude) / 2;
-  if (R == 0) larger = smaller = both ? 0.5f : 1.0f;
-  h_A = s.P > 0 ? (s.D >= 0 ? larger : smaller) * __fdividef(R, s.P) : 0.0f;
-  h_B = s.Q > 0 ? (s.D >= 0 ? smaller : larger) * __fdividef(R, s.Q) : 0.0f;
+  const float magnitude = fabsf(s.D);
+  Densities<float> d;
+  d.R = quick_hypot(magnitude, c);
+  float larger = (1 + __fdividef(magnitude, d.R)) / 2;
+  float smaller = __fdividef(c, d.R) * __fdividef(c, d.R + magnitude) / 2;
+  if (d.R == 0) larger = smaller = both ? 0.5f : 1.0f;
+  d.q_A = s.P > 0 ? __fdividef(s.D >= 0 ? larger : smaller, s.P) : 0.0f;
+  d.q_B = s.Q > 0 ? __fdividef(s.D >= 0 ? smaller : larger, s.Q) : 0.0f;
+  d.h_A = d.q_A * d.R;
+  d.h_B = d.q_B * d.R;
+  return d;
 }
 
 }  // namespace softtopk::cuda

@@ -98,21 +98,23 @@ __global__ void __launch_bounds__(H::threads, 1152 / H::threads) forward_quick(c
     // Collapse and collect.
     uint32_t found_in = 0;  // items with candidates
     Part mine = {0, 0};
+    float T[4] = {0, 0, 0, 0};
     row.for_each([&](int item) {
-      float x[kSize], e[kSize];
+      float x[kSize];
       row.read(item, x);
-      bool any = false;
+      const int32_t before = mine.candidates;
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const bool inside = x[i] > window.L;
-        e[i] = faster_exp2((x[i] - window.L) * rate);
-        e[i] = inside ? 0.0f : e[i];
-        mine.candidates += inside;
-        any |= inside;
+        const float above = x[i] - window.L, e = faster_exp2(above * rate);
+        if (above > 0) {
+          ++mine.candidates;
+        } else {
+          T[i % 4] += e;
+        }
       }
-      mine.T += tree_sum(e);
-      found_in |= uint32_t(any) << item;
+      if (mine.candidates != before) found_in |= 1u << item;
     });
+    mine.T = tree_sum(T);
     const int32_t upto = int32_t(inclusive_scan<32>(unsigned(mine.candidates), lane));
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) mine.T += __shfl_xor_sync(~0u, mine.T, mask);
@@ -156,7 +158,8 @@ __global__ void __launch_bounds__(H::threads, 1152 / H::threads) forward_quick(c
         const Solution<float> s =
             FewSearch(candidates, window, total.candidates, total.T, k, alpha, rate).solve(found.right);
         found.r_A = s.r_A, found.r_B = s.r_B;
-        quick_densities(s, rate, found.h_A, found.h_B);
+        const Densities<float> d = quick_densities(s, rate);
+        found.h_A = d.h_A, found.h_B = d.h_B;
         if (lane == 0 && found.right) write_solution(args, r, s);
       }
       if (lane == 0 && !found.right) leave(args, r);

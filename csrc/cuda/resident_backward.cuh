@@ -12,6 +12,7 @@
 #pragma once
 
 #include "backward_row.cuh"
+#include "few.cuh"
 #include "resident.cuh"
 
 namespace softtopk::cuda {
@@ -30,20 +31,34 @@ struct BackwardShared {
   uint64_t barriers[2];
   int32_t first_of_warps[kMostThreads / 32];
   int2 pivots[kMostBlocks];  // index, bits of v
+  Moments of_warps[kMostThreads / 32];
   Moments moments[kMostBlocks];
-  WholeBlock::Storage block;
 };
 
+// The mark of a row that is left to be done the careful way, in the place of grad_k: a NaN of no
+// computation.
+inline constexpr uint32_t kLeftBackward = 0x7fc0d1e5;
+
+// The rows that backward_resident has left.
 template <class S>
-__device__ __noinline__ void backward_of_global_row(const BackwardArgs& args, int64_t r,
-                                                    WholeBlock::Storage& storage) {
+__global__ void __launch_bounds__(256, 4) backward_careful(const BackwardArgs args) {
+  using Row = GlobalRow<S, Block<256>, 0>;
+  __shared__ typename Block<256>::Storage storage;
+  Block<256> group(storage);
   const int32_t n = int32_t(args.x.n);
-  WholeBlock group(storage);
-  const Source<S> x_source(args.x.data, r * args.x.stride, n, args.wide_x, !args.x.largest);
-  const Source<S> v_source(args.v, r * args.v_stride, n, args.wide_v, false);
-  using Row = GlobalRow<S, WholeBlock, 0>;
-  const Row x_row(x_source, nullptr), v_row(v_source, nullptr);
-  backward_of_row<S>(args, r, x_source, v_source, x_row, v_row, group);
+  const uint32_t* marks = static_cast<const uint32_t*>(args.grad_k);
+  for (int64_t first = int64_t(blockIdx.x) * 32; first < args.x.rows; first += int64_t(gridDim.x) * 32) {
+    const int64_t mine = first + int(threadIdx.x) % 32;
+    uint32_t left = __ballot_sync(~0u, mine < args.x.rows && marks[mine] == kLeftBackward);
+    if (left != 0) __syncthreads();  // all have looked before one is done
+    for (; left != 0; left &= left - 1) {
+      const int64_t r = first + __ffs(int(left)) - 1;
+      const Source<S> x_source(args.x.data, r * args.x.stride, n, args.wide_x, !args.x.largest);
+      const Source<S> v_source(args.v, r * args.v_stride, n, args.wide_v, false);
+      const Row x_row(x_source, nullptr), v_row(v_source, nullptr);
+      backward_of_row<S>(args, r, x_source, v_source, x_row, v_row, group);
+    }
+  }
 }
 
 template <class H>
@@ -75,10 +90,10 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
     if (v_fed) v_row.ask(v_at(r));
     const float* solution = static_cast<const float*>(args.solution) + 5 * r;
     const Solution<float> s = {solution[0], solution[1], solution[2], solution[3], solution[4]};
-    const float alpha = scale_in<float>(per_row(args.alpha, r));
-    const Densities<float> d = densities(s, alpha);
+    const float alpha = float(per_row(args.alpha, r));
     constexpr float kLog2e = 1.4426950408889634f;
     const float rate = kLog2e / alpha;
+    const Densities<float> d = quick_densities(s, rate);
     const float r_A = fabsf(s.r_A) < infinity<float> ? s.r_A : 0, r_B = fabsf(s.r_B) < infinity<float> ? s.r_B : 0;
     if (!x_fed) x_row.copy(x_at(r), args.wide_x);
     if (!v_fed) v_row.copy(v_at(r), args.wide_v);
@@ -102,6 +117,7 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
       first = __reduce_min_sync(~0u, first);
       if (t % 32 == 0) shared.first_of_warps[t / 32] = first;
       __syncthreads();
+#pragma unroll
       for (int warp = 0; warp < H::threads / 32; ++warp) first = min(first, shared.first_of_warps[warp]);
       float v_pivot = first < n ? v_row.element(first) : 0;
       if constexpr (C::many) {
@@ -133,8 +149,13 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
         sums.u += tree_sum(qu);
         sums.tu += tree_sum(qtu);
       });
-      WholeBlock block(shared.block);
-      sums = block.reduce(sums);
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2) sums.combine(from_lane_xor(sums, mask));
+      if (t % 32 == 0) shared.of_warps[t / 32] = sums;
+      __syncthreads();
+      sums = shared.of_warps[0];
+#pragma unroll
+      for (int warp = 1; warp < H::threads / 32; ++warp) sums.combine(shared.of_warps[warp]);
       if constexpr (C::many) {
         if (t < C::size()) *C::at(&shared.moments[C::rank()], t) = sums;
         C::sync();
@@ -153,7 +174,7 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
               d.R == 0 ? 0.0f : -(d.R * covariance / (kLog2e * alpha));
         }
         const float sign = args.x.largest ? 1.0f : -1.0f;
-        const float s_A = sign * (d.h_A / alpha), s_B = sign * (d.h_B / alpha);
+        const float per_alpha = sign / kLog2e * rate, s_A = d.h_A * per_alpha, s_B = d.h_B * per_alpha;
         const ResidentSink<H> sink(static_cast<Raw*>(args.grad_x) + r * n, map, args.wide_grad);
         x_row.for_each([&](int item) {
           float x[kSize], v[kSize];
@@ -169,7 +190,7 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
         });
       }
     }
-    if (!done && C::rank() == 0) backward_of_global_row<S>(args, r, shared.block);
+    if (!done && t == 0 && C::rank() == 0) static_cast<uint32_t*>(args.grad_k)[r] = kLeftBackward;
     C::sync();  // the row has been read, and so have the sums
   }
 }

@@ -48,7 +48,10 @@ inline int64_t resident_blocks(const void* kernel, const Plan& plan, const cudaL
   const std::lock_guard<std::mutex> lock(mutex);
   int& clusters = known[{kernel, plan.threads * 16 + plan.blocks, plan.shared, device.index}];
   if (clusters == 0) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)),
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    const int most = int(device.shared_limit) - int(attributes.sharedSizeBytes);  // for every plan
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
           "cudaFuncSetAttribute");
     if (plan.blocks > 1) {
       check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");

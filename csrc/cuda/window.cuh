@@ -118,7 +118,7 @@ struct Range {
 };
 
 // By the block: the window around the threshold of a sample of `count` keys, for the share k of all.
-__device__ __noinline__ Window window_of_sample(const uint32_t* keys, int count, float share, float rate,
+inline __device__ __noinline__ Window window_of_sample(const uint32_t* keys, int count, float share, float rate,
                                                 WholeBlock& block) {
   const int size = WholeBlock::size(), rank = WholeBlock::rank();
   Range range{~0u, 0u};
