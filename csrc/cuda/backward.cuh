@@ -56,8 +56,8 @@ __device__ __forceinline__ int32_t first_place(const Row& row, Group& group, int
   return first.index < n ? first.index : 0;
 }
 
-// Launches kernel_of(Tag<S>(), layout) over all rows, unless other(args, Tag<S>()) has done it; the flags
-// of args are set here. RESIDENT: rows that fit on chip are the other's.
+// Launches kernel_of(Tag<S>(), layout) over all rows, unless other(args, Tag<S>()) has done it; the
+// flags of args are set here. RESIDENT: rows that fit on chip are the other's.
 template <bool RESIDENT, class Other, class F>
 void launch_backward(BackwardArgs args, int device, void* stream, Other other, F kernel_of) {
   const Rows& x = args.x;

@@ -1,4 +1,5 @@
-// The backward of p for one row by a group of threads: the careful way, for every alpha, dtype and v.
+// The backward of p for one row by a group of threads: the careful way, for every alpha, dtype and
+// v.
 //
 //   grad_x = s (v - <q, v>),  grad_k = <q, v>,
 //   grad_alpha = -R / alpha <q, (t - <q, t>)(v - <q, v>)>
@@ -22,9 +23,10 @@ struct Means {
 };
 
 template <class S, class Row, class Group>
-__device__ __forceinline__ void backward_of_row(const BackwardArgs& args, int64_t r, const Source<S>& x_source,
-                                                const Source<S>& v_source, const Row& x_row, const Row& v_row,
-                                                Group& group) {
+__device__ __forceinline__ void backward_of_row(const BackwardArgs& args, int64_t r,
+                                                const Source<S>& x_source,
+                                                const Source<S>& v_source, const Row& x_row,
+                                                const Row& v_row, Group& group) {
   using T = Compute<S>;
   constexpr int kSize = Chunk<S>::size;
   const int32_t n = int32_t(args.x.n);

@@ -23,7 +23,8 @@ struct ForwardArgs {
 };
 
 template <class T>
-__device__ __forceinline__ void write_solution(const ForwardArgs& args, int64_t r, const Solution<T>& s) {
+__device__ __forceinline__ void write_solution(const ForwardArgs& args, int64_t r,
+                                               const Solution<T>& s) {
   T* out = static_cast<T*>(args.solution) + 5 * r;
   out[0] = s.r_A, out[1] = s.r_B, out[2] = s.P, out[3] = s.Q, out[4] = s.D;
 }
@@ -82,16 +83,19 @@ struct ForwardShared {
   WholeBlock::Storage block;
 };
 
-// Whether a row comes by the copy engine. Whole granules of the last ragged row would reach beyond its end.
+// Whether a row comes by the copy engine. Whole granules of the last ragged row would reach beyond
+// its end.
 template <class H>
 __device__ __forceinline__ bool is_fed(const ForwardArgs& args, int64_t r) {
-  return args.fed && (H::ragged ? r + 1 < args.x.rows && args.x.stride >= args.x.n : args.wide_x);
+  if (!args.fed || r >= args.x.rows) return false;
+  return H::ragged ? r + 1 < args.x.rows && args.x.stride >= args.x.n : args.wide_x;
 }
 
-// The row's window, the same in all threads of all blocks. Of attempt 0 by maxima, of 1 by a sample.
+// The row's window, the same in all threads of all blocks. Of attempt 0 by maxima, of 1 by a
+// sample.
 template <class H>
-__device__ __forceinline__ Window find_window(const ResidentRow<H>& row, int attempt, double k, float rate,
-                                              uint32_t* keys, ForwardShared& shared) {
+__device__ __forceinline__ Window find_window(const ResidentRow<H>& row, int attempt, double k,
+                                              float rate, uint32_t* keys, ForwardShared& shared) {
   using S = typename H::S;
   using C = typename H::C;
   constexpr int kGroups = 8, kKeys = kGroups / 2, threads = H::threads;
@@ -105,17 +109,13 @@ __device__ __forceinline__ Window find_window(const ResidentRow<H>& row, int att
   for (; first + kGroups <= items; first += kGroups) {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      float x[Chunk<S>::size];
-      row.read(first + i, x);
-      maxima[i] = max_with_nan(maxima[i], max_of(x));
+      maxima[i] = max_with_nan(maxima[i], row.max(first + i));
     }
   }
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     if (first + i < items) {
-      float x[Chunk<S>::size];
-      row.read(first + i, x);
-      maxima[i] = max_with_nan(maxima[i], max_of(x));
+      maxima[i] = max_with_nan(maxima[i], row.max(first + i));
     }
   }
   Window mine;
@@ -128,7 +128,8 @@ __device__ __forceinline__ Window find_window(const ResidentRow<H>& row, int att
     uint32_t most = key[0];
 #pragma unroll
     for (int i = 1; i < kKeys; ++i) most = max(most, key[i]);
-    const float bound = value_of(bound_of_keys(key, need)), max = value_of(__reduce_max_sync(~0u, most));
+    const float bound = value_of(bound_of_keys(key, need)),
+                max = value_of(__reduce_max_sync(~0u, most));
     if (t % 32 == 0) shared.windows_of_warps[t / 32] = {bound, infinity<float>, max};
     __syncthreads();
     mine = WholeBlock::of_warps(shared.windows_of_warps[t % 8]);
@@ -157,11 +158,12 @@ __device__ __forceinline__ Window find_window(const ResidentRow<H>& row, int att
   return mine;
 }
 
-// Adds up what lies outside of the window and collects the candidates, as far as there is room: of few,
-// all in the first block, else each block its own. The totals are the same in all threads.
+// Adds up what lies outside of the window and collects the candidates, as far as there is room: of
+// few, all in the first block, else each block its own. The totals are the same in all threads.
 template <class H>
-__device__ __forceinline__ Collapsed collapse(const ResidentRow<H>& row, const Window& window, float rate,
-                                              float* candidates, int32_t room, ForwardShared& shared) {
+__device__ __forceinline__ Collapsed collapse(const ResidentRow<H>& row, const Window& window,
+                                              float rate, float* candidates, int32_t room,
+                                              ForwardShared& shared) {
   using C = typename H::C;
   constexpr int kSize = Chunk<typename H::S>::size;
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
@@ -269,7 +271,8 @@ class WholeCluster {
     }
     Cluster::sync();
     A all = *reinterpret_cast<const A*>(slots_[set_][0]);
-    for (int i = 1; i < Cluster::size(); ++i) all.combine(*reinterpret_cast<const A*>(slots_[set_][i]));
+    for (int i = 1; i < Cluster::size(); ++i)
+      all.combine(*reinterpret_cast<const A*>(slots_[set_][i]));
     return all;
   }
 
@@ -281,9 +284,10 @@ class WholeCluster {
 
 // The solution among the candidates that collapse() left, into every block's `outcome`.
 template <class C>
-__device__ __forceinline__ void solve_window(const ForwardArgs& args, int64_t r, const Window& window,
-                                             const Collapsed& rest, double k, float alpha,
-                                             const float* candidates, ForwardShared& shared) {
+__device__ __forceinline__ void solve_window(const ForwardArgs& args, int64_t r,
+                                             const Window& window, const Collapsed& rest, double k,
+                                             float alpha, const float* candidates,
+                                             ForwardShared& shared) {
   const int t = int(threadIdx.x);
   if constexpr (C::many) {
     if (rest.candidates > args.room) {  // every block has its own
@@ -303,7 +307,8 @@ __device__ __forceinline__ void solve_window(const ForwardArgs& args, int64_t r,
     Outcome found;
     if (rest.candidates > kWarpCandidates) {
       WholeBlock block(shared.block);
-      found = solve_candidates<WholeBlock>(candidates, rest.candidates, window, rest, k, alpha, block);
+      found =
+          solve_candidates<WholeBlock>(candidates, rest.candidates, window, rest, k, alpha, block);
     } else if (t < 32) {
       Warp::Storage none;
       Warp warp(none);
@@ -317,7 +322,8 @@ __device__ __forceinline__ void solve_window(const ForwardArgs& args, int64_t r,
 
 // The rows that forward_quick has left, shared out among the clusters.
 template <class H>
-__global__ void __launch_bounds__(H::threads, 4 * 256 / H::threads) forward_careful(const ForwardArgs args) {
+__global__ void __launch_bounds__(H::threads, 4 * 256 / H::threads)
+    forward_careful(const ForwardArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ ForwardShared shared;
   using S = typename H::S;
@@ -327,65 +333,70 @@ __global__ void __launch_bounds__(H::threads, 4 * 256 / H::threads) forward_care
   const int32_t n = int32_t(args.x.n);
   const Mapping<H> map{n};
   const int64_t step = int64_t(gridDim.x) / C::size();
-  const auto row_at = [&](int64_t r) { return static_cast<const Raw*>(args.x.data) + r * args.x.stride; };
+  const auto row_at = [&](int64_t r) {
+    return static_cast<const Raw*>(args.x.data) + r * args.x.stride;
+  };
 
   ResidentRow<H> row(memory, &shared.barrier, map);
   float* candidates = reinterpret_cast<float*>(memory + row.slot_bytes());
   C::sync();
 
   // Of 32 rows at a time those that are left to be done; none is before all threads have looked.
-  for (int64_t first = int64_t(blockIdx.x) / C::size() * 32; first < args.x.rows; first += step * 32) {
-   uint32_t left = __ballot_sync(~0u, is_left(args, first + int(threadIdx.x) % 32));
-   if (left != 0) C::sync();
-   for (; left != 0; left &= left - 1) {
-    const int64_t r = first + __ffs(int(left)) - 1;
-    if (is_fed<H>(args, r)) row.ask(row_at(r));
-    const double k = per_row(args.k, r);
-    const float alpha = scale_in<float>(per_row(args.alpha, r));
-    const float rate = 1.4426950408889634f / alpha;
-    if (is_fed<H>(args, r)) {
-      row.wait();
-    } else {
-      row.copy(row_at(r), args.wide_x);
-    }
-    if (!args.x.largest) row.negate();
-
-    bool solved = false;
-    if (k > 0 && k < n && rate > 1e-36f && rate < 1e36f) {
-      // The window of the maxima serves where there are enough of them; else, or if it fails, a sample's.
-      for (int attempt = 2 * k / (C::size() * (H::threads / 32)) < 96 ? 0 : 1; attempt < 2 && !solved; ++attempt) {
-        const Window window =
-            find_window<H>(row, attempt, k, rate, reinterpret_cast<uint32_t*>(candidates), shared);
-        if (!(window.max < infinity<float>) || !(window.L > -infinity<float>)) break;
-        const Collapsed rest = collapse<H>(row, window, rate, candidates, args.room, shared);
-        C::sync();
-        if (rest.candidates < 0) continue;
-        solve_window<C>(args, r, window, rest, k, alpha, candidates, shared);
-        solved = shared.outcome.right;
+  for (int64_t first = int64_t(blockIdx.x) / C::size() * 32; first < args.x.rows;
+       first += step * 32) {
+    uint32_t left = __ballot_sync(~0u, is_left(args, first + int(threadIdx.x) % 32));
+    if (left != 0) C::sync();
+    for (; left != 0; left &= left - 1) {
+      const int64_t r = first + __ffs(int(left)) - 1;
+      if (is_fed<H>(args, r)) row.ask(row_at(r));
+      const double k = per_row(args.k, r);
+      const float alpha = scale_in<float>(per_row(args.alpha, r));
+      const float rate = 1.4426950408889634f / alpha;
+      if (is_fed<H>(args, r)) {
+        row.wait();
+      } else {
+        row.copy(row_at(r), args.wide_x);
       }
-    }
-    if (!solved) {
-      if (C::rank() == 0) forward_of_global_row<S>(args, r, shared.block);
-      C::sync();  // before the next row's window is written
-    } else if (args.form != Form::none) {
-      const Outcome found = shared.outcome;
-      const Solution<float>& s = found.solution;
-      const float at_A = fabsf(s.r_A) < infinity<float> ? s.r_A : 0, at_B = s.r_B;
-      const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);
-      row.for_each([&](int item) {
-        float x[kSize], p[kSize];
-        row.read(item, x);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          const bool above = x[i] >= s.r_A;
-          const float e = faster_exp2(-fabsf(x[i] - (above ? at_A : at_B)) * rate);
-          p[i] = (above ? 1.0f : 0.0f) + (above ? -found.h_A : found.h_B) * e;
+      if (!args.x.largest) row.negate();
+
+      bool solved = false;
+      if (k > 0 && k < n && rate > 1e-36f && rate < 1e36f) {
+        // The window of the maxima serves where there are enough of them; else, or if it fails, a
+        // sample's.
+        for (int attempt = 2 * k / (C::size() * (H::threads / 32)) < 96 ? 0 : 1;
+             attempt < 2 && !solved; ++attempt) {
+          const Window window = find_window<H>(row, attempt, k, rate,
+                                               reinterpret_cast<uint32_t*>(candidates), shared);
+          if (!(window.max < infinity<float>) || !(window.L > -infinity<float>)) break;
+          const Collapsed rest = collapse<H>(row, window, rate, candidates, args.room, shared);
+          C::sync();
+          if (rest.candidates < 0) continue;
+          solve_window<C>(args, r, window, rest, k, alpha, candidates, shared);
+          solved = shared.outcome.right;
         }
-        sink.store(item, Chunk<S>::of(p));
-      });
+      }
+      if (!solved) {
+        if (C::rank() == 0) forward_of_global_row<S>(args, r, shared.block);
+        C::sync();  // before the next row's window is written
+      } else if (args.form != Form::none) {
+        const Outcome found = shared.outcome;
+        const Solution<float>& s = found.solution;
+        const float at_A = fabsf(s.r_A) < infinity<float> ? s.r_A : 0, at_B = s.r_B;
+        const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);
+        row.for_each([&](int item) {
+          float x[kSize], p[kSize];
+          row.read(item, x);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) {
+            const bool above = x[i] >= s.r_A;
+            const float e = faster_exp2(-fabsf(x[i] - (above ? at_A : at_B)) * rate);
+            p[i] = (above ? 1.0f : 0.0f) + (above ? -found.h_A : found.h_B) * e;
+          }
+          sink.store(item, Chunk<S>::of(p));
+        });
+      }
+      __syncthreads();  // the row has been read
     }
-    __syncthreads();  // the row has been read
-   }
   }
   C::sync();  // a block that has left can no longer be written to
 }

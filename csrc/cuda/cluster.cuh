@@ -5,7 +5,7 @@
 
 namespace softtopk::cuda {
 
-inline constexpr int kMostBlocks = 8;  // of a cluster, on every GPU that has them
+inline constexpr int kMostBlocks = 16;  // of a cluster; 8 where a GPU promises no more
 
 // A cluster of one block, without any of this.
 struct NoCluster {
@@ -13,6 +13,7 @@ struct NoCluster {
   __device__ static int rank() { return 0; }
   __device__ static int size() { return 1; }
   __device__ static void sync() { __syncthreads(); }
+  __device__ static void meet() { __syncthreads(); }
   template <class A>
   __device__ static A* at(A* mine, int) {
     return mine;
@@ -37,7 +38,15 @@ struct Cluster {
   }
   __device__ static void sync() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+#endif
+  }
+  // The same for those who have only read: what they wrote to memory need not have arrived.
+  __device__ static void meet() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::
+                     : "memory");
 #endif
   }
   // The same variable of another block.

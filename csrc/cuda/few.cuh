@@ -1,5 +1,6 @@
-// The search among few candidates by one warp, without calls or double precision: while it works the
-// other warps of its row wait, and a call would cost every value that lives across it a trip to memory.
+// The search among few candidates by one warp, without calls or double precision: while it works
+// the other warps of its row wait, and a call would cost every value that lives across it a trip to
+// memory.
 #pragma once
 
 #include "window.cuh"
@@ -32,12 +33,21 @@ struct Found {
   int32_t right;
 };
 
+// GRAIN: by how much the keys of neighbouring values differ.
+template <uint32_t GRAIN>
 class FewSearch {
  public:
-  __device__ __forceinline__ FewSearch(const float* values, const Window& window, int32_t candidates, float T,
-                                       const Budget& k, float alpha, float rate)
-      : values_(values), L_(window.L), top_(candidates > 0 ? window.max : window.L), T_(T),
-        count_(candidates), k_(k), alpha_(alpha), rate_(rate) {}
+  __device__ __forceinline__ FewSearch(const float* values, const Window& window,
+                                       int32_t candidates, float T, const Budget& k, float alpha,
+                                       float rate)
+      : values_(values),
+        L_(window.L),
+        top_(candidates > 0 ? window.max : window.L),
+        T_(T),
+        count_(candidates),
+        k_(k),
+        alpha_(alpha),
+        rate_(rate) {}
 
   // The solution is right if `right` is not 0.
   __device__ __forceinline__ Solution<float> solve(int32_t& right) {
@@ -48,7 +58,6 @@ class FewSearch {
 #pragma unroll 1
     for (int round = 0; round < 24; ++round) {
       s.D = k_.excess(split(c, s));
-      sums(s);
       const float gap = faster_exp2((s.r_B - s.r_A) * rate_);
       const float at_A = s.D - s.P / 2 + s.Q * gap / 2, at_B = s.D - s.P * gap / 2 + s.Q / 2;
       constexpr float tolerance = 2 * epsilon<float>;
@@ -67,7 +76,8 @@ class FewSearch {
         hi = s.r_B;
         c = fminf(hi - alpha_ * __logf(__fdividef(R - s.D, s.Q)), hi);
       }
-      if (round % 4 == 3 || !(c > lo && c <= hi)) c = lo + ((hi < infinity<float> ? hi : top_) - lo) / 2;
+      if (round % 4 == 3 || !(c > lo && c <= hi))
+        c = lo + ((hi < infinity<float> ? hi : top_) - lo) / 2;
       if (!(c > lo)) c = next_up(lo);
     }
     return s;
@@ -87,9 +97,10 @@ class FewSearch {
     const float wanted = fmaxf(k_.whole + k_.rest, 0.5f);
 #pragma unroll 1
     for (int round = 0; round < 16 && at_lo >= wanted + 1; ++round) {
-      // The number above falls about exponentially: three trials near where it should be k. Where it does
-      // not, three that quarter the bit patterns.
-      const float span = __logf(__fdividef(at_lo, at_hi)), share = __fdividef(__logf(__fdividef(at_lo, wanted)), span);
+      // The number above falls about exponentially: three trials near where it should be k. Where
+      // it does not, three that quarter the bit patterns.
+      const float span = __logf(__fdividef(at_lo, at_hi)),
+                  share = __fdividef(__logf(__fdividef(at_lo, wanted)), span);
       const float aside = fminf(__fdividef(0.15f, span), 0.25f) + 1e-3f;
       const uint32_t low = key_of(lo), quarter = (key_of(hi) - low) / 4;
       float trial[3];
@@ -97,7 +108,8 @@ class FewSearch {
 #pragma unroll
       for (int i = 0; i < 3; ++i) {
         const float near = lo + (hi - lo) * (share + float(i - 1) * aside);
-        trial[i] = round % 3 == 2 ? value_of(low + (i + 1) * quarter + 1) : fminf(fmaxf(near, next_up(lo)), hi);
+        trial[i] = round % 3 == 2 ? value_of(low + (i + 1) * quarter + 1)
+                                  : fminf(fmaxf(near, next_up(lo)), hi);
       }
       for_each([&](float x) {
 #pragma unroll
@@ -113,43 +125,48 @@ class FewSearch {
           at_hi = fmaxf(count, 0.5f);
         }
       }
-      if (next_up(lo) >= hi) break;
+      if (key_of(hi) - key_of(lo) <= GRAIN) break;  // at most one value is left, perhaps many times
     }
     return fmaxf(lo, next_up(L_));
   }
-  // P relative to r_A and Q to r_B; returns how many elements are >= r_A.
-  __device__ __forceinline__ int32_t sums(Solution<float>& s) const {
-    const float at_A = s.r_A < infinity<float> ? s.r_A : 0, r_A = s.r_A, r_B = s.r_B;
+  // The split at c and its sums; returns how many elements are >= c.
+  __device__ __forceinline__ int32_t split(float c, Solution<float>& s) const {
     int32_t count = 0;
-    float P = 0, Q = 0;
+    float up = infinity<float>, down = L_, P = 0, Q = 0;
     for_each([&](float x) {
-      const bool above = x >= r_A;
-      const float e = faster_exp2(-fabsf(x - (above ? at_A : r_B)) * rate_);
+      const bool above = x >= c;
+      const float e = faster_exp2(-fabsf(x - c) * rate_);
       count += above;
+      up = fminf(up, above ? x : infinity<float>);
+      down = fmaxf(down, above ? L_ : x);
       P += above ? e : 0.0f;
       Q += above ? 0.0f : e;
     });
+    s.r_A = value_of(__reduce_min_sync(~0u, key_of(up))) + 0.0f;  // -0 becomes +0
+    s.r_B = value_of(__reduce_max_sync(~0u, key_of(down))) + 0.0f;
+    // Relative to c the sums are as exact, unless c lies far from the elements next to it.
+    const float to_A = s.r_A < infinity<float> ? (s.r_A - c) * rate_ : 0,
+                to_B = (c - s.r_B) * rate_;
+    if (to_A > 4 || to_B > 4) {
+      const float at_A = s.r_A < infinity<float> ? s.r_A : 0, at_B = s.r_B;
+      P = Q = 0;
+      for_each([&](float x) {
+        const bool above = x >= c;
+        const float e = faster_exp2(-fabsf(x - (above ? at_A : at_B)) * rate_);
+        P += above ? e : 0.0f;
+        Q += above ? 0.0f : e;
+      });
+    } else {
+      P *= faster_exp2(to_A);
+      Q *= faster_exp2(to_B);
+    }
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) {
       P += __shfl_xor_sync(~0u, P, mask);
       Q += __shfl_xor_sync(~0u, Q, mask);
     }
     s.P = P;
-    s.Q = Q + T_ * faster_exp2((L_ - r_B) * rate_);
-    return __reduce_add_sync(~0u, count);
-  }
-  // The elements next to c; returns how many are >= c.
-  __device__ __forceinline__ int32_t split(float c, Solution<float>& s) const {
-    int32_t count = 0;
-    float up = infinity<float>, down = L_;
-    for_each([&](float x) {
-      const bool above = x >= c;
-      count += above;
-      up = fminf(up, above ? x : infinity<float>);
-      down = fmaxf(down, above ? L_ : x);
-    });
-    s.r_A = value_of(__reduce_min_sync(~0u, key_of(up))) + 0.0f;  // -0 becomes +0
-    s.r_B = value_of(__reduce_max_sync(~0u, key_of(down))) + 0.0f;
+    s.Q = Q + T_ * faster_exp2((L_ - s.r_B) * rate_);
     return __reduce_add_sync(~0u, count);
   }
 

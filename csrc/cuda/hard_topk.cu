@@ -6,8 +6,8 @@
 // Layout: a warp or a block to a row (row.cuh). The search (threshold.cuh) gives the value of the
 // last element selected and how many of its equals are. Elements are then visited in the order of
 // their indices, a chunk to a thread, with a prefix sum over the threads for the place of each.
-#include "launch.cuh"
-#include "row.cuh"
+#include "quick_hard_topk.cuh"
+#include "resident_launch.cuh"
 #include "threshold.cuh"
 
 namespace softtopk::cuda {
@@ -18,16 +18,6 @@ struct MaskArgs {
   PerRow k;
   void* mask;
   bool wide_x, wide_mask;
-  int64_t first_row;
-};
-
-struct IndicesArgs {
-  Rows x;
-  PerRow k;
-  int64_t max_k;
-  int64_t* indices;
-  int64_t* counts;
-  bool wide_x;
   int64_t first_row;
 };
 
@@ -94,22 +84,12 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
                     });
 }
 
-template <class S, class L>
-__global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
-    indices_kernel(const IndicesArgs args) {
+template <class S, class Row, class Group>
+__device__ __forceinline__ void indices_of_row(const IndicesArgs& args, int64_t r, const Row& row,
+                                               Group& group) {
   using T = Compute<S>;
-  using Group = typename L::Group;
-  using Row = typename L::template Row<S>;
   constexpr int kSize = Chunk<S>::size;
-  extern __shared__ uint4 row_memory[];
-  __shared__ typename Group::Storage storage;
-
-  const int64_t r = L::row(args.first_row);
   const int32_t n = int32_t(args.x.n);
-  if (r >= args.x.rows) return;  // all threads of the group
-  Group group(storage);
-  const Source<S> source(args.x.data, r * args.x.stride, n, args.wide_x, !args.x.largest);
-  const Row row(source, row_memory);
   Sweeper<S, Row, Group> sweeper(row, group);
   const int32_t limit = int32_t(args.max_k < n ? args.max_k : n);
   const Cut<T> cut = hard_cut<T>(sweeper, per_row(args.k, r), limit);
@@ -126,6 +106,44 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
   if (Group::rank() == 0) args.counts[r] = cut.count;
 }
 
+template <class S, class L>
+__global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
+    indices_kernel(const IndicesArgs args) {
+  using Group = typename L::Group;
+  using Row = typename L::template Row<S>;
+  extern __shared__ uint4 row_memory[];
+  __shared__ typename Group::Storage storage;
+
+  const int64_t r = L::row(args.first_row);
+  if (r >= args.x.rows) return;  // all threads of the group
+  Group group(storage);
+  const Source<S> source(args.x.data, r * args.x.stride, int32_t(args.x.n), args.wide_x,
+                         !args.x.largest);
+  const Row row(source, row_memory);
+  indices_of_row<S>(args, r, row, group);
+}
+
+// The rows that hard_quick has left.
+template <class S>
+__global__ void __launch_bounds__(256, 4) indices_careful(const IndicesArgs args) {
+  using Row = GlobalRow<S, Block<256>, 0>;
+  __shared__ typename Block<256>::Storage storage;
+  Block<256> group(storage);
+  for (int64_t first = int64_t(blockIdx.x) * 32; first < args.x.rows;
+       first += int64_t(gridDim.x) * 32) {
+    const int64_t mine = first + int(threadIdx.x) % 32;
+    uint32_t left = __ballot_sync(~0u, mine < args.x.rows && args.counts[mine] == kLeftCount);
+    if (left != 0) __syncthreads();  // all have looked before one is done
+    for (; left != 0; left &= left - 1) {
+      const int64_t r = first + __ffs(int(left)) - 1;
+      const Source<S> source(args.x.data, r * args.x.stride, int32_t(args.x.n), args.wide_x,
+                             !args.x.largest);
+      const Row row(source, nullptr);
+      indices_of_row<S>(args, r, row, group);
+    }
+  }
+}
+
 }  // namespace
 
 void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int device, void* stream) {
@@ -133,16 +151,17 @@ void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int device, void
   const DeviceGuard guard(device);
   with_type(x.type, [&](auto tag) {
     using S = typename decltype(tag)::type;
-    with_layout<1, true>(x.n, sizeof(S), device_at(device).shared_limit, [&](auto layout, int64_t shared) {
-      using L = decltype(layout);
-      const MaskArgs args = {x,
-                             k,
-                             mask,
-                             is_wide(x.data, x.rows, x.stride, sizeof(S)),
-                             is_wide(mask, x.rows, x.n, sizeof(S)),
-                             0};
-      launch<L>(mask_kernel<S, L>, args, x.rows, shared, stream);
-    });
+    with_layout<1, true>(x.n, sizeof(S), device_at(device).shared_limit,
+                         [&](auto layout, int64_t shared) {
+                           using L = decltype(layout);
+                           const MaskArgs args = {x,
+                                                  k,
+                                                  mask,
+                                                  is_wide(x.data, x.rows, x.stride, sizeof(S)),
+                                                  is_wide(mask, x.rows, x.n, sizeof(S)),
+                                                  0};
+                           launch<L>(mask_kernel<S, L>, args, x.rows, shared, stream);
+                         });
   });
 }
 
@@ -152,12 +171,25 @@ void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* i
   const DeviceGuard guard(device);
   with_type(x.type, [&](auto tag) {
     using S = typename decltype(tag)::type;
-    with_layout<1, true>(x.n, sizeof(S), device_at(device).shared_limit, [&](auto layout, int64_t shared) {
-      using L = decltype(layout);
-      const IndicesArgs args = {
-          x, k, max_k, indices, counts, is_wide(x.data, x.rows, x.stride, sizeof(S)), 0};
-      launch<L>(indices_kernel<S, L>, args, x.rows, shared, stream);
-    });
+    const Device& gpu = device_at(device);
+    IndicesArgs args = {
+        x, k, max_k, indices, counts, is_wide(x.data, x.rows, x.stride, sizeof(S)), gpu.fed(), 0};
+    if constexpr (sizeof(S) <= 4) {
+      const Plan plan = plan_resident(x.n, sizeof(S), 1, true, gpu);
+      if (x.n * sizeof(S) > 256 * 16 && plan.blocks > 0 && max_k > 0) {
+        with_sharing<S>(plan, x.n, [&](auto sharing) {
+          launch_resident(hard_quick<decltype(sharing)>, args, x.rows, plan, gpu, stream);
+        });
+        launch_resident(indices_careful<S>, args, (x.rows + 31) / 32, Plan{1, 256, 0, 0}, gpu,
+                        stream);
+        return;
+      }
+    }
+    with_layout<1, sizeof(S) == 8>(x.n, sizeof(S), gpu.shared_limit,
+                                   [&](auto layout, int64_t shared) {
+                                     using L = decltype(layout);
+                                     launch<L>(indices_kernel<S, L>, args, x.rows, shared, stream);
+                                   });
   });
 }
 

@@ -128,7 +128,8 @@ struct Device {
   int index;
   int multiprocessors;
   int64_t shared_limit;  // bytes of shared memory that a block can have
-  bool clusters;         // and the bulk copies that came with them, sm_90
+  int cluster_blocks;    // the most that a cluster can have, 1: there are none
+  bool fed() const { return cluster_blocks > 1; }  // by bulk copies, which came with clusters
 };
 
 // Asked of the driver once. SOFTTOPK_CUDA_PATH=generic, for tests, does without clusters.
@@ -145,9 +146,12 @@ inline const Device& device_at(int index) {
   };
   const char* path = std::getenv("SOFTTOPK_CUDA_PATH");
   const bool generic = path != nullptr && std::string(path) == "generic";
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
   const Device device = {index, attribute(cudaDevAttrMultiProcessorCount),
                          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                         attribute(cudaDevAttrComputeCapabilityMajor) >= 9 && !generic};
+                         generic || major < 9 ? 1
+                         : major == 9         ? 16
+                                              : 8};
   return known[index] = device;
 }
 

@@ -1,10 +1,10 @@
 // The forward of rows on chip, for what is usual: k of up to some hundreds, finite rows.
 //
-// One pass over memory: the copy engine brings a row, p is written. In between three sweeps over shared
-// memory: the maxima of groups, whence a bound below the threshold; one that collapses what lies below
-// and collects the candidates; the output. The search among the candidates is one warp's (few.cuh).
-// Several blocks to a multiprocessor hide each other's waiting. A row that does not fit the pattern is
-// marked, and left to careful_forward.cuh.
+// One pass over memory: the copy engine brings a row, p is written. In between three sweeps over
+// shared memory: the maxima of groups, whence a bound below the threshold; one that collapses what
+// lies below and collects the candidates; the output. The search among the candidates is one warp's
+// (few.cuh). Several blocks to a multiprocessor hide each other's waiting. A row that does not fit
+// the pattern is marked, and left to careful_forward.cuh.
 #pragma once
 
 #include "careful_forward.cuh"
@@ -20,14 +20,15 @@ struct Part {  // of a row, a warp's or a block's
 struct QuickShared {
   uint64_t barrier;
   Found found;
-  float2 bounds[kMostThreads / 32];        // bound and maximum, of each warp
+  float2 bounds[kMostThreads / 32];  // bound and maximum, of each warp
   float2 bounds_of_blocks[kMostBlocks];
   Part parts[kMostThreads / 32];
   Part parts_of_blocks[kMostBlocks];
 };
 
 template <class H>
-__global__ void __launch_bounds__(H::threads, 1152 / H::threads) forward_quick(const ForwardArgs args) {
+__global__ void __launch_bounds__(H::threads, 1280 / H::threads)
+    forward_quick(const ForwardArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ QuickShared shared;
   using S = typename H::S;
@@ -46,7 +47,8 @@ __global__ void __launch_bounds__(H::threads, 1152 / H::threads) forward_quick(c
     const double exact_k = per_row(args.k, r);
     const float alpha = float(per_row(args.alpha, r)), rate = 1.4426950408889634f / alpha;
     // Of each warp's 128 maxima the bound takes at most three quarters.
-    if (!(exact_k > 0 && exact_k < 48 * kWarps * C::size() && exact_k < n && rate > 1e-36f && rate < 1e36f)) {
+    if (!(exact_k > 0 && exact_k < 48 * kWarps * C::size() && exact_k < n && rate > 1e-36f &&
+          rate < 1e36f)) {
       if (t == 0 && C::rank() == 0) leave(args, r);
       continue;
     }
@@ -60,7 +62,6 @@ __global__ void __launch_bounds__(H::threads, 1152 / H::threads) forward_quick(c
     if (!args.x.largest) row.negate();
     const Budget k = {int32_t(exact_k), float(exact_k - int32_t(exact_k))};
 
-    // The bound: an element that more than 2 k of the maxima of groups reach, each warp finding its share.
     float maxima[kGroups];
 #pragma unroll
     for (float& max : maxima) max = -infinity<float>;
@@ -69,104 +70,110 @@ __global__ void __launch_bounds__(H::threads, 1152 / H::threads) forward_quick(c
     for (int first = 0; first < items; first += kGroups) {
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        if (first + i < items) {
-          float x[kSize];
-          row.read(first + i, x);
-          maxima[i] = max_with_nan(maxima[i], max_of(x));
-        }
+        if (first + i < items) maxima[i] = max_with_nan(maxima[i], row.max(first + i));
       }
     }
     uint32_t key[kKeys];
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) key[i] = key_of(max_with_nan(maxima[i], maxima[i + kKeys]));
     const uint32_t most = __reduce_max_sync(~0u, max(max(key[0], key[1]), max(key[2], key[3])));
-    const int need = (2 * k.whole + 2) / (C::size() * kWarps) + 1;
-    const uint32_t bound = bound_of_keys(key, need);
-    if (lane == 0) shared.bounds[warp] = make_float2(value_of(bound), value_of(most));
-    __syncthreads();
-    float2 limits = shared.bounds[0];
+    Found found;
+    // The bound is an element that enough of the maxima reach, each warp finding its share: a few
+    // more than k of them, nearly always enough for S > k, or else more than 2 k, which always are.
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      const int wanted = attempt == 0 ? k.whole + k.whole / 4 + 4 : 2 * k.whole + 2;
+      const int need = wanted / (C::size() * kWarps) + 1;
+      const uint32_t bound = bound_of_keys(key, need);
+      if (lane == 0) shared.bounds[warp] = make_float2(value_of(bound), value_of(most));
+      __syncthreads();
+      float2 limits = shared.bounds[0];
 #pragma unroll
-    for (int i = 1; i < kWarps; ++i) limits = widest(limits, shared.bounds[i]);
-    if constexpr (C::many) {
-      if (t < C::size()) *C::at(&shared.bounds_of_blocks[C::rank()], t) = limits;
-      C::sync();
-      limits = shared.bounds_of_blocks[0];
-      for (int i = 1; i < C::size(); ++i) limits = widest(limits, shared.bounds_of_blocks[i]);
-    }
-    const Window window = {limits.x, infinity<float>, limits.y};
+      for (int i = 1; i < kWarps; ++i) limits = widest(limits, shared.bounds[i]);
+      if constexpr (C::many) {
+        if (t < C::size()) *C::at(&shared.bounds_of_blocks[C::rank()], t) = limits;
+        C::sync();
+        limits = shared.bounds_of_blocks[0];
+        for (int i = 1; i < C::size(); ++i) limits = widest(limits, shared.bounds_of_blocks[i]);
+      }
+      const Window window = {limits.x, infinity<float>, limits.y};
 
-    // Collapse and collect.
-    uint32_t found_in = 0;  // items with candidates
-    Part mine = {0, 0};
-    float T[4] = {0, 0, 0, 0};
-    row.for_each([&](int item) {
-      float x[kSize];
-      row.read(item, x);
-      const int32_t before = mine.candidates;
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const float above = x[i] - window.L, e = faster_exp2(above * rate);
-        if (above > 0) {
-          ++mine.candidates;
-        } else {
-          T[i % 4] += e;
-        }
-      }
-      if (mine.candidates != before) found_in |= 1u << item;
-    });
-    mine.T = tree_sum(T);
-    const int32_t upto = int32_t(inclusive_scan<32>(unsigned(mine.candidates), lane));
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) mine.T += __shfl_xor_sync(~0u, mine.T, mask);
-    if (lane == 31) shared.parts[warp] = {mine.T, upto};
-    __syncthreads();
-    Part total = {0, 0};
-    int32_t place = upto - mine.candidates;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-      if (i < warp) place += shared.parts[i].candidates;
-      total.T += shared.parts[i].T;
-      total.candidates += shared.parts[i].candidates;
-    }
-    if constexpr (C::many) {
-      if (t < C::size()) *C::at(&shared.parts_of_blocks[C::rank()], t) = total;
-      C::sync();
-      total = {0, 0};
-      for (int i = 0; i < C::size(); ++i) {
-        if (i < C::rank()) place += shared.parts_of_blocks[i].candidates;
-        total.T += shared.parts_of_blocks[i].T;
-        total.candidates += shared.parts_of_blocks[i].candidates;
-      }
-    }
-    const bool usual = window.L > -infinity<float> && window.max < infinity<float> && total.candidates <= kFew;
-    if (usual) {
-      float* to = C::at(candidates, 0);
-      for (; found_in != 0; found_in &= found_in - 1) {
+      // Collapse and collect.
+      uint32_t found_in = 0;  // items with candidates
+      Part mine = {0, 0};
+      float T[4] = {0, 0, 0, 0};
+      row.for_each([&](int item) {
         float x[kSize];
-        row.read(__ffs(int(found_in)) - 1, x);
+        row.read(item, x);
+        const int32_t before = mine.candidates;
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          if (x[i] > window.L) to[place++] = x[i];
+          const float above = x[i] - window.L, e = faster_exp2(above * rate);
+          if (above > 0) {
+            ++mine.candidates;
+          } else {
+            T[i % 4] += e;
+          }
+        }
+        if (mine.candidates != before) found_in |= 1u << item;
+      });
+      mine.T = tree_sum(T);
+      const int32_t upto = int32_t(inclusive_scan<32>(unsigned(mine.candidates), lane));
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2) mine.T += __shfl_xor_sync(~0u, mine.T, mask);
+      if (lane == 31) shared.parts[warp] = {mine.T, upto};
+      __syncthreads();
+      Part total = {0, 0};
+      int32_t place = upto - mine.candidates;
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) {
+        if (i < warp) place += shared.parts[i].candidates;
+        total.T += shared.parts[i].T;
+        total.candidates += shared.parts[i].candidates;
+      }
+      if constexpr (C::many) {
+        if (t < C::size()) *C::at(&shared.parts_of_blocks[C::rank()], t) = total;
+        C::sync();
+        total = {0, 0};
+        for (int i = 0; i < C::size(); ++i) {
+          if (i < C::rank()) place += shared.parts_of_blocks[i].candidates;
+          total.T += shared.parts_of_blocks[i].T;
+          total.candidates += shared.parts_of_blocks[i].candidates;
         }
       }
-    }
-    C::sync();
-
-    if (warp == 0 && C::rank() == 0) {
-      Found found = {0, 0, 0, 0, 0};
+      const bool usual =
+          window.L > -infinity<float> && window.max < infinity<float> && total.candidates <= kFew;
       if (usual) {
-        const Solution<float> s =
-            FewSearch(candidates, window, total.candidates, total.T, k, alpha, rate).solve(found.right);
-        found.r_A = s.r_A, found.r_B = s.r_B;
-        const Densities<float> d = quick_densities(s, rate);
-        found.h_A = d.h_A, found.h_B = d.h_B;
-        if (lane == 0 && found.right) write_solution(args, r, s);
+        float* to = C::at(candidates, 0);
+        for (; found_in != 0; found_in &= found_in - 1) {
+          float x[kSize];
+          row.read(__ffs(int(found_in)) - 1, x);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) {
+            if (x[i] > window.L) to[place++] = x[i];
+          }
+        }
       }
-      if (lane == 0 && !found.right) leave(args, r);
-      if (lane < C::size()) *C::at(&shared.found, lane) = found;
+      C::sync();
+
+      if (warp == 0 && C::rank() == 0) {
+        found = {0, 0, 0, 0, 0};
+        if (usual) {
+          const Solution<float> s =
+              FewSearch<Element<S>::grain>(candidates, window, total.candidates, total.T, k, alpha,
+                                           rate)
+                  .solve(found.right);
+          found.r_A = s.r_A, found.r_B = s.r_B;
+          const Densities<float> d = quick_densities(s, rate);
+          found.h_A = d.h_A, found.h_B = d.h_B;
+          if (lane == 0 && found.right) write_solution(args, r, s);
+        }
+        if (lane == 0 && !found.right && attempt == 1) leave(args, r);
+        if (lane < C::size()) *C::at(&shared.found, lane) = found;
+      }
+      C::sync();
+      found = shared.found;
+      if (found.right) break;
     }
-    C::sync();
-    const Found found = shared.found;
     if (found.right && args.form != Form::none) {
       const float at_A = found.r_A < infinity<float> ? found.r_A : 0, at_B = found.r_B;
       const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);

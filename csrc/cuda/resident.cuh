@@ -1,12 +1,14 @@
 // A row in the shared memory of one block, or shared out over those of a cluster.
 //
-// A row is cut into pieces of as many 16-byte chunks as a block has threads; block b of a cluster of
-// B holds pieces b, b + B, ..., so that a sorted row is spread evenly. Within a piece thread t owns
-// chunk t where n is a whole number of chunks; otherwise ("ragged", where rows start anywhere)
+// A row is cut into pieces of as many 16-byte chunks as a block has threads; block b of a cluster
+// of B holds pieces b, b + B, ..., so that a sorted row is spread evenly. Within a piece thread t
+// owns chunk t where n is a whole number of chunks; otherwise ("ragged", where rows start anywhere)
 // elements t, t + threads, ..., so that neighbours in a warp are neighbours in memory. All that
 // depends on n and the dtype alone, and so does the order of every sum. Places beyond the end read
 // as -inf, or 0 in rows that are only weighted.
 #pragma once
+
+#include <type_traits>
 
 #include "cluster.cuh"
 #include "row.cuh"
@@ -16,6 +18,12 @@ namespace softtopk::cuda {
 inline constexpr int kMostThreads = 256;  // of a block that holds a row
 inline constexpr int kMostItems = 32;     // of its chunks that a thread owns
 
+__device__ __forceinline__ float max_with_nan(float a, float b) {
+  float m;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
+  return m;
+}
+
 // How rows are shared out. C: Cluster or NoCluster.
 template <class STORED, class CLUSTER, int THREADS, bool RAGGED>
 struct Sharing {
@@ -23,8 +31,8 @@ struct Sharing {
   using C = CLUSTER;
   static constexpr int threads = THREADS;
   static constexpr bool ragged = RAGGED;
-  // Bytes from one piece to the next in shared memory. The pieces of a cluster's row lie apart: each
-  // comes in whole 16-byte granules, one more than its own at most.
+  // Bytes from one piece to the next in shared memory. The pieces of a cluster's row lie apart:
+  // each comes in whole 16-byte granules, one more than its own at most.
   static constexpr int stride = THREADS * 16 + (C::many ? 16 : 0);
 };
 
@@ -36,7 +44,9 @@ struct Mapping {
   int32_t n;
 
   __device__ static constexpr int32_t piece_elements() { return H::threads * kSize; }
-  __device__ static int32_t piece(int item) { return (item * C::size() + C::rank()) * piece_elements(); }
+  __device__ static int32_t piece(int item) {
+    return (item * C::size() + C::rank()) * piece_elements();
+  }
   // Pieces that every block has, some of them beyond the end.
   __device__ int items() const {
     const int32_t all = piece_elements() * C::size();
@@ -62,7 +72,8 @@ class ResidentRow {
 
  public:
   // `slot` is aligned to 16 bytes and of slot_bytes(), `barrier` no other's.
-  __device__ ResidentRow(unsigned char* slot, uint64_t* barrier, const Mapping<H>& map, bool weighted = false)
+  __device__ ResidentRow(unsigned char* slot, uint64_t* barrier, const Mapping<H>& map,
+                         bool weighted = false)
       : padding_(weighted ? Raw(0) : Element<S>::minus_infinity),
         map_(map),
         slot_(slot),
@@ -91,7 +102,8 @@ class ResidentRow {
 #if __CUDA_ARCH__ >= 900
     skip_ = int32_t(reinterpret_cast<uintptr_t>(data) % 16);
     if (threadIdx.x != 0) return;
-    const uint64_t first = reinterpret_cast<uint64_t>(data), end = first + uint64_t(map_.n) * sizeof(S);
+    const uint64_t first = reinterpret_cast<uint64_t>(data),
+                   end = first + uint64_t(map_.n) * sizeof(S);
     const int pieces = C::many ? items_ : 1;
     uint32_t total = 0;
 #pragma unroll 1
@@ -103,8 +115,8 @@ class ResidentRow {
       const Granules part = granules(first, end, item);
       if (part.size == 0) break;
       asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-              "r"(shared_address(slot_) + item * H::stride),
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+          "[%3];" ::"r"(shared_address(slot_) + item * H::stride),
           "l"(part.from), "r"(part.size), "r"(barrier_)
           : "memory");
     }
@@ -182,6 +194,25 @@ class ResidentRow {
       x[i] = Element<S>::value(index < map_.n ? from[index - map_.piece(item)] : padding_);
     }
   }
+  // The largest of the calling thread's chunk; NaN if there is one.
+  __device__ __forceinline__ float max(int item) const {
+    if constexpr (sizeof(S) == 2 && !H::ragged) {
+      const uint4 words = *chunk_at(item);
+      const uint32_t most =
+          max_of_pairs(max_of_pairs(words.x, words.y), max_of_pairs(words.z, words.w));
+      const float low = Element<S>::value(Raw(most)), high = Element<S>::value(Raw(most >> 16));
+      return max_with_nan(low, high);
+    } else {
+      float x[kSize];
+      read(item, x);
+#pragma unroll
+      for (int half = kSize / 2; half > 0; half /= 2) {
+#pragma unroll
+        for (int i = 0; i < half; ++i) x[i] = max_with_nan(x[i], x[i + half]);
+      }
+      return x[0];
+    }
+  }
   // Any element of this block's part.
   __device__ Compute<S> element(int32_t index) const {
     const int32_t piece = index / Mapping<H>::piece_elements();
@@ -192,6 +223,17 @@ class ResidentRow {
   __device__ int32_t slot_bytes() const { return items_ * H::stride + 16; }
 
  private:
+  __device__ static uint32_t max_of_pairs(uint32_t a, uint32_t b) {
+    uint32_t most = a;
+#if __CUDA_ARCH__ >= 800
+    if constexpr (std::is_same_v<S, __half>) {
+      asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    } else {
+      asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    }
+#endif
+    return most;
+  }
   struct Granules {
     uint64_t from;
     uint32_t size;
@@ -225,8 +267,8 @@ class ResidentRow {
 };
 
 __device__ __forceinline__ void store_global(void* to, const uint4& words) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
-               "r"(words.w)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
                : "memory");
 }
 

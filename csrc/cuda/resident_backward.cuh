@@ -1,14 +1,15 @@
 // The backward of p for rows that one block, or a cluster of blocks, holds in shared memory.
 //
 // One pass over memory: the copy engine brings x and v, grad_x is written. In between three sweeps
-// over shared memory: the pivot; the sums; the output. With u = v - v_pivot, and t relative to r_A on
-// side A and to r_B on side B in units of alpha ln 2, the sums are <q, t>, <q, u>, <q, t u> and the part
-// of <q, u> that is A's. Relative to one origin t on B is less by o, the distance between the sides, so
+// over shared memory: the pivot; the sums; the output. With u = v - v_pivot, and t relative to r_A
+// on side A and to r_B on side B in units of alpha ln 2, the sums are <q, t>, <q, u>, <q, t u> and
+// the part of <q, u> that is A's. Relative to one origin t on B is less by o, the distance between
+// the sides, so
 //
 //   <q, (t - <q, t>)(u - <q, u>)> = <q, t u> - <q, t> <q, u> - o (w_A <q, u>_B - w_B <q, u>_A)
 //
-// with w the share of q on a side. A v where q = 0 counts unless it makes a sum infinite or NaN: then
-// the row is done again by the careful way (backward_row.cuh).
+// with w the share of q on a side. A v where q = 0 counts unless it makes a sum infinite or NaN:
+// then the row is done again by the careful way (backward_row.cuh).
 #pragma once
 
 #include "backward_row.cuh"
@@ -47,7 +48,8 @@ __global__ void __launch_bounds__(256, 4) backward_careful(const BackwardArgs ar
   Block<256> group(storage);
   const int32_t n = int32_t(args.x.n);
   const uint32_t* marks = static_cast<const uint32_t*>(args.grad_k);
-  for (int64_t first = int64_t(blockIdx.x) * 32; first < args.x.rows; first += int64_t(gridDim.x) * 32) {
+  for (int64_t first = int64_t(blockIdx.x) * 32; first < args.x.rows;
+       first += int64_t(gridDim.x) * 32) {
     const int64_t mine = first + int(threadIdx.x) % 32;
     uint32_t left = __ballot_sync(~0u, mine < args.x.rows && marks[mine] == kLeftBackward);
     if (left != 0) __syncthreads();  // all have looked before one is done
@@ -62,7 +64,8 @@ __global__ void __launch_bounds__(256, 4) backward_careful(const BackwardArgs ar
 }
 
 template <class H>
-__global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_resident(const BackwardArgs args) {
+__global__ void __launch_bounds__(H::threads, 1024 / H::threads)
+    backward_resident(const BackwardArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ BackwardShared shared;
   using S = typename H::S;
@@ -72,11 +75,14 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
   const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
   const Mapping<H> map{n};
   const int64_t step = int64_t(gridDim.x) / C::size();
-  const auto x_at = [&](int64_t r) { return static_cast<const Raw*>(args.x.data) + r * args.x.stride; };
+  const auto x_at = [&](int64_t r) {
+    return static_cast<const Raw*>(args.x.data) + r * args.x.stride;
+  };
   const auto v_at = [&](int64_t r) { return static_cast<const Raw*>(args.v) + r * args.v_stride; };
   // Whole granules of the last ragged row would reach beyond its end.
   const auto fed = [&](int64_t r, bool wide, int64_t stride) {
-    return args.fed && (H::ragged ? r + 1 < args.x.rows && stride >= n : wide);
+    if (!args.fed || r >= args.x.rows) return false;
+    return H::ragged ? r + 1 < args.x.rows && stride >= n : wide;
   };
 
   ResidentRow<H> x_row(memory, &shared.barriers[0], map);
@@ -94,7 +100,8 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
     constexpr float kLog2e = 1.4426950408889634f;
     const float rate = kLog2e / alpha;
     const Densities<float> d = quick_densities(s, rate);
-    const float r_A = fabsf(s.r_A) < infinity<float> ? s.r_A : 0, r_B = fabsf(s.r_B) < infinity<float> ? s.r_B : 0;
+    const float r_A = fabsf(s.r_A) < infinity<float> ? s.r_A : 0,
+                r_B = fabsf(s.r_B) < infinity<float> ? s.r_B : 0;
     if (!x_fed) x_row.copy(x_at(r), args.wide_x);
     if (!v_fed) v_row.copy(v_at(r), args.wide_v);
     if (x_fed) x_row.wait();
@@ -104,7 +111,8 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
     bool done = false;
     if (s.D == s.D && (s.P > 0 || s.Q > 0) && rate > 1e-36f && rate < 1e36f) {
       // The pivot: the first element with e = 1 on the side of the larger q.
-      const float at_A = d.q_A >= d.q_B ? s.r_A : nan<float>, at_B = d.q_B >= d.q_A ? s.r_B : nan<float>;
+      const float at_A = d.q_A >= d.q_B ? s.r_A : nan<float>,
+                  at_B = d.q_B >= d.q_A ? s.r_B : nan<float>;
       int32_t first = n;
       x_row.for_each([&](int item) {
         float x[kSize];
@@ -118,10 +126,12 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
       if (t % 32 == 0) shared.first_of_warps[t / 32] = first;
       __syncthreads();
 #pragma unroll
-      for (int warp = 0; warp < H::threads / 32; ++warp) first = min(first, shared.first_of_warps[warp]);
+      for (int warp = 0; warp < H::threads / 32; ++warp)
+        first = min(first, shared.first_of_warps[warp]);
       float v_pivot = first < n ? v_row.element(first) : 0;
       if constexpr (C::many) {
-        if (t < C::size()) *C::at(&shared.pivots[C::rank()], t) = make_int2(first, __float_as_int(v_pivot));
+        if (t < C::size())
+          *C::at(&shared.pivots[C::rank()], t) = make_int2(first, __float_as_int(v_pivot));
         C::sync();
         int2 pivot = shared.pivots[0];
         for (int block = 1; block < C::size(); ++block) {
@@ -174,7 +184,8 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads) backward_reside
               d.R == 0 ? 0.0f : -(d.R * covariance / (kLog2e * alpha));
         }
         const float sign = args.x.largest ? 1.0f : -1.0f;
-        const float per_alpha = sign / kLog2e * rate, s_A = d.h_A * per_alpha, s_B = d.h_B * per_alpha;
+        const float per_alpha = sign / kLog2e * rate, s_A = d.h_A * per_alpha,
+                    s_B = d.h_B * per_alpha;
         const ResidentSink<H> sink(static_cast<Raw*>(args.grad_x) + r * n, map, args.wide_grad);
         x_row.for_each([&](int item) {
           float x[kSize], v[kSize];

@@ -19,12 +19,14 @@ struct Plan {
   int64_t shared = 0;  // bytes of dynamic shared memory
 };
 
-// For `arrays` rows of n elements of `size` bytes at a time. A row is spread over more blocks, where
-// there are clusters, until three blocks fit on a multiprocessor: one waits while another works.
-inline Plan plan_resident(int64_t n, int64_t size, int arrays, bool searches, const Device& device) {
+// For `arrays` rows of n elements of `size` bytes at a time. A row is spread over more blocks,
+// where there are clusters, until three blocks fit on a multiprocessor: one waits while another
+// works.
+inline Plan plan_resident(int64_t n, int64_t size, int arrays, bool searches,
+                          const Device& device) {
   const int64_t chunks = (n * size + 15) / 16;
   Plan plan;
-  for (int blocks = 1; blocks <= (device.clusters ? kMostBlocks : 1); blocks *= 2) {
+  for (int blocks = 1; blocks <= device.cluster_blocks; blocks *= 2) {
     const int64_t each = (chunks + blocks - 1) / blocks;
     const int threads = blocks == 1 && each <= 1024 ? 128 : 256;
     const int64_t items = (each + threads - 1) / threads;
@@ -41,20 +43,25 @@ inline Plan plan_resident(int64_t n, int64_t size, int arrays, bool searches, co
 
 // The grid that fills the device, at most `rows` clusters. Asked of the driver once for each kernel
 // and plan.
-inline int64_t resident_blocks(const void* kernel, const Plan& plan, const cudaLaunchConfig_t& config,
-                               const Device& device) {
+inline int64_t resident_blocks(const void* kernel, const Plan& plan,
+                               const cudaLaunchConfig_t& config, const Device& device) {
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int64_t, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  int& clusters = known[{kernel, plan.threads * 16 + plan.blocks, plan.shared, device.index}];
+  int& clusters = known[{kernel, plan.threads * 32 + plan.blocks, plan.shared, device.index}];
   if (clusters == 0) {
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
     const int most = int(device.shared_limit) - int(attributes.sharedSizeBytes);  // for every plan
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
           "cudaFuncSetAttribute");
+    if (plan.blocks > 8) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+            "cudaFuncSetAttribute");
+    }
     if (plan.blocks > 1) {
-      check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");
+      check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config),
+            "cudaOccupancyMaxActiveClusters");
     } else {
       check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&clusters, kernel, plan.threads,
                                                           size_t(plan.shared)),

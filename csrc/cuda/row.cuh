@@ -20,7 +20,8 @@
 
 namespace softtopk::cuda {
 
-// How an element is stored and computed with. `sign` is the bit that negates it.
+// How an element is stored and computed with. `sign` is the bit that negates it, `grain` by how
+// much the bits of neighbours differ in the compute type.
 template <class S>
 struct Element;
 template <>
@@ -28,6 +29,7 @@ struct Element<float> {
   using Raw = uint32_t;
   using Compute = float;
   static constexpr Raw sign = 0x80000000u, minus_infinity = 0xff800000u;
+  static constexpr uint32_t grain = 1;
   static __device__ float value(Raw raw) { return __uint_as_float(raw); }
   static __device__ Raw raw(float value) { return __float_as_uint(value); }
 };
@@ -46,6 +48,7 @@ struct Element<__half> {
   using Raw = uint16_t;
   using Compute = float;
   static constexpr Raw sign = 0x8000, minus_infinity = 0xfc00;
+  static constexpr uint32_t grain = 1u << 13;
   static __device__ float value(Raw raw) { return __half2float(__ushort_as_half(raw)); }
   static __device__ Raw raw(float value) { return __half_as_ushort(__float2half_rn(value)); }
 };
@@ -54,6 +57,7 @@ struct Element<__nv_bfloat16> {
   using Raw = uint16_t;
   using Compute = float;
   static constexpr Raw sign = 0x8000, minus_infinity = 0xff80;
+  static constexpr uint32_t grain = 1u << 16;
   static __device__ float value(Raw raw) { return __uint_as_float(uint32_t(raw) << 16); }
   static __device__ Raw raw(float value) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
@@ -300,7 +304,8 @@ class WholeBlock {
 #pragma unroll
     for (int mask = 1; mask < kWarps; mask *= 2) {
       const A other = from_lane_xor(a, mask);
-      const bool has = (lane & ~(mask - 1)) < warps, other_has = ((lane ^ mask) & ~(mask - 1)) < warps;
+      const bool has = (lane & ~(mask - 1)) < warps,
+                 other_has = ((lane ^ mask) & ~(mask - 1)) < warps;
       if (has && other_has) {
         a.combine(other);
       } else if (other_has) {

@@ -34,24 +34,30 @@ void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha
                         const void* v, int64_t v_stride, void* grad_x, void* grad_k,
                         void* grad_alpha, int device, void* stream) {
   const BackwardArgs args = {x,      solution,   alpha, form,  v,     v_stride, grad_x,
-                             grad_k, grad_alpha, false, false, false, false, 0};
+                             grad_k, grad_alpha, false, false, false, false,    0};
   if (form != Form::p) return log_backward(args, device, stream);
-  launch_backward<true>(args, device, stream, [&](const BackwardArgs& with_flags, auto tag) {
-    using S = typename decltype(tag)::type;
-    if constexpr (sizeof(S) <= 4) {
-      const Device& gpu = device_at(device);
-      const Plan plan = plan_resident(x.n, sizeof(S), 2, false, gpu);
-      if (x.n * sizeof(S) <= 128 * 16 || plan.blocks == 0) return false;
-      BackwardArgs fed = with_flags;
-      fed.fed = gpu.clusters;
-      with_sharing<S>(plan, x.n, [&](auto sharing) {
-        launch_resident(backward_resident<decltype(sharing)>, fed, x.rows, plan, gpu, stream);
+  launch_backward<true>(
+      args, device, stream,
+      [&](const BackwardArgs& with_flags, auto tag) {
+        using S = typename decltype(tag)::type;
+        if constexpr (sizeof(S) <= 4) {
+          const Device& gpu = device_at(device);
+          const Plan plan = plan_resident(x.n, sizeof(S), 2, false, gpu);
+          if (x.n * sizeof(S) <= 128 * 16 || plan.blocks == 0) return false;
+          BackwardArgs fed = with_flags;
+          fed.fed = gpu.fed();
+          with_sharing<S>(plan, x.n, [&](auto sharing) {
+            launch_resident(backward_resident<decltype(sharing)>, fed, x.rows, plan, gpu, stream);
+          });
+          launch_resident(backward_careful<S>, fed, (x.rows + 31) / 32, Plan{1, 256, 0, 0}, gpu,
+                          stream);
+          return true;
+        }
+        return false;
+      },
+      [](auto tag, auto layout) {
+        return backward_kernel<typename decltype(tag)::type, decltype(layout)>;
       });
-      launch_resident(backward_careful<S>, fed, (x.rows + 31) / 32, Plan{1, 256, 0, 0}, gpu, stream);
-      return true;
-    }
-    return false;
-  }, [](auto tag, auto layout) { return backward_kernel<typename decltype(tag)::type, decltype(layout)>; });
 }
 
 }  // namespace softtopk::cuda

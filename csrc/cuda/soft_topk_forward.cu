@@ -6,8 +6,8 @@
 // In the place of p, log p or log(1 - p) (log_domain.cuh), or nothing.
 // Bytes: x is read once and p written once where a row fits on chip; a longer one is read again on
 // each of the search's sweeps (about 8), and the log domain reads x twice.
-// Layout: rows of up to 256 chunks are a warp's, in registers; those that fit on chip a block's or a
-// cluster's (resident_forward.cuh); the rest, and float64, a block's.
+// Layout: rows of up to 256 chunks are a warp's, in registers; those that fit on chip a block's or
+// a cluster's (resident_forward.cuh); the rest, and float64, a block's.
 #include "log_domain.cuh"
 #include "quick_forward.cuh"
 #include "resident_launch.cuh"
@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
   const Sink<S> sink(args.out, r * n, n, args.wide_out);
   const T* solution = static_cast<const T*>(args.solution) + 5 * r;
   const Solution<T> s = {solution[0], solution[1], solution[2], solution[3], solution[4]};
-  const LogOutput<T> output(s, scale_in<T>(per_row(args.alpha, r)), args.form == Form::log_complement);
+  const LogOutput<T> output(s, scale_in<T>(per_row(args.alpha, r)),
+                            args.form == Form::log_complement);
   for (int32_t i = Group::rank(); i < source.chunks(); i += Group::size()) {
     T x[Chunk<S>::size];
     source.load(i).read(x);
@@ -75,18 +76,20 @@ void forward(ForwardArgs args, const Device& device, void* stream) {
   if constexpr (sizeof(S) <= 4) {
     const Plan plan = plan_resident(x.n, sizeof(S), 1, true, device);
     if (x.n * sizeof(S) > 256 * 16 && plan.blocks > 0) {
-      args.fed = device.clusters;
+      args.fed = device.fed();
       args.room = plan.room;
       return with_sharing<S>(plan, x.n, [&](auto sharing) {
         launch_resident(forward_quick<decltype(sharing)>, args, x.rows, plan, device, stream);
-        launch_resident(forward_careful<decltype(sharing)>, args, (x.rows + 31) / 32, plan, device, stream);
+        launch_resident(forward_careful<decltype(sharing)>, args, (x.rows + 31) / 32, plan, device,
+                        stream);
       });
     }
   }
-  with_layout<1, sizeof(S) == 8>(x.n, sizeof(S), device.shared_limit, [&](auto layout, int64_t shared) {
-    using L = decltype(layout);
-    launch<L>(forward_kernel<S, L>, args, x.rows, shared, stream);
-  });
+  with_layout<1, sizeof(S) == 8>(x.n, sizeof(S), device.shared_limit,
+                                 [&](auto layout, int64_t shared) {
+                                   using L = decltype(layout);
+                                   launch<L>(forward_kernel<S, L>, args, x.rows, shared, stream);
+                                 });
 }
 
 }  // namespace

@@ -25,23 +25,6 @@ __device__ __forceinline__ uint32_t key_of(float x) {
 __device__ __forceinline__ float value_of(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
-__device__ __forceinline__ float max_with_nan(float a, float b) {
-  float m;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
-  return m;
-}
-
-// The largest of a few; NaN if there is one. x is lost.
-template <int N>
-__device__ __forceinline__ float max_of(float (&x)[N]) {
-#pragma unroll
-  for (int half = N / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) x[i] = max_with_nan(x[i], x[i + half]);
-  }
-  return x[0];
-}
-
 // Bounds of the threshold, and the largest element.
 struct Window {
   float L, U, max;
@@ -117,9 +100,10 @@ struct Range {
   }
 };
 
-// By the block: the window around the threshold of a sample of `count` keys, for the share k of all.
-inline __device__ __noinline__ Window window_of_sample(const uint32_t* keys, int count, float share, float rate,
-                                                WholeBlock& block) {
+// By the block: the window around the threshold of a sample of `count` keys, for the share k of
+// all.
+inline __device__ __noinline__ Window window_of_sample(const uint32_t* keys, int count, float share,
+                                                       float rate, WholeBlock& block) {
   const int size = WholeBlock::size(), rank = WholeBlock::rank();
   Range range{~0u, 0u};
   for (int i = rank; i < count; i += size) {
@@ -137,7 +121,8 @@ inline __device__ __noinline__ Window window_of_sample(const uint32_t* keys, int
     TwoSums sums{0, 0};
     for (int i = rank; i < count; i += size) {
       const float x = value_of(keys[i]);
-      const float e_l = faster_exp2(-fabsf(x - l) * rate) / 2, e_u = faster_exp2(-fabsf(x - u) * rate) / 2;
+      const float e_l = faster_exp2(-fabsf(x - l) * rate) / 2,
+                  e_u = faster_exp2(-fabsf(x - u) * rate) / 2;
       sums.at_low += x >= l ? 1 - e_l : e_l;
       sums.at_high += x >= u ? 1 - e_u : e_u;
     }
@@ -166,8 +151,8 @@ inline __device__ __noinline__ Window window_of_sample(const uint32_t* keys, int
     if (keys[i] >= U) outside.min = min(outside.min, keys[i]);
   }
   outside = block.reduce(outside);
-  return {has_L ? value_of(outside.max) : -infinity<float>, has_U ? value_of(outside.min) : infinity<float>,
-          -infinity<float>};
+  return {has_L ? value_of(outside.max) : -infinity<float>,
+          has_U ? value_of(outside.min) : infinity<float>, -infinity<float>};
 }
 
 // What the threads of a row write their part of the output with.
@@ -182,7 +167,8 @@ struct Count {
   __device__ void combine(const Count& other) { value += other.value; }
 };
 
-// S - k = D - P / 2 + Q / 2 at c, from the candidates and what was collapsed. P and Q relative to c.
+// S - k = D - P / 2 + Q / 2 at c, from the candidates and what was collapsed. P and Q relative to
+// c.
 struct Evaluation {
   float P, Q;
   int32_t count;  // of elements >= c
@@ -206,9 +192,15 @@ __device__ __forceinline__ bool is_right(const Solution<float>& s, float alpha) 
 template <class Group>
 class CandidateSearch {
  public:
-  __device__ CandidateSearch(const float* values, int32_t own, const Window& window, const Collapsed& rest,
-                             double k, float alpha, Group& group)
-      : values_(values), own_(own), window_(window), rest_(rest), k_(k), alpha_(alpha), group_(group) {
+  __device__ CandidateSearch(const float* values, int32_t own, const Window& window,
+                             const Collapsed& rest, double k, float alpha, Group& group)
+      : values_(values),
+        own_(own),
+        window_(window),
+        rest_(rest),
+        k_(k),
+        alpha_(alpha),
+        group_(group) {
     rate_ = 1.4426950408889634f / alpha;
     if (rest_.above == 0) rest_.P = 0, window_.U = infinity<float>;
   }
@@ -231,7 +223,12 @@ class CandidateSearch {
       const float coupled = sqrtf(at.P) * sqrtf(at.Q), R = hypotf(D, coupled);
       float root = D >= 0 ? c + alpha_ * logf((R + D) / at.P) : c - alpha_ * logf((R - D) / at.Q);
       const bool lost = !(root > lo && root < hi);  // by rounding or underflow
-      if (lost) root = lo + ((hi < infinity<float> ? hi : rest_.above > 0 ? window_.U : window_.max) - lo) / 2;
+      if (lost)
+        root = lo + ((hi < infinity<float> ? hi
+                      : rest_.above > 0    ? window_.U
+                                           : window_.max) -
+                     lo) /
+                        2;
       Split<float> split = split_at(root);
       if (split.count != at.count && D == 0) split = split_at(c);
       out.solution = sums_at(split);
@@ -365,7 +362,8 @@ class CandidateSearch {
 
 template <class Group>
 __device__ __noinline__ Outcome solve_candidates(const float* values, int32_t own, Window window,
-                                                 Collapsed rest, double k, float alpha, Group& group) {
+                                                 Collapsed rest, double k, float alpha,
+                                                 Group& group) {
   return CandidateSearch<Group>(values, own, window, rest, k, alpha, group).solve();
 }
 
