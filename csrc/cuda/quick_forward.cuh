@@ -17,12 +17,13 @@ struct Part {  // of a row, a warp's or a block's
   int32_t candidates;
 };
 
+template <int WARPS>
 struct QuickShared {
   uint64_t barrier;
   Found found;
-  float2 bounds[kMostThreads / 32];  // bound and maximum, of each warp
+  BoundShared<WARPS> bound;
   float2 bounds_of_blocks[kMostBlocks];
-  Part parts[kMostThreads / 32];
+  Part parts[WARPS];
   Part parts_of_blocks[kMostBlocks];
 };
 
@@ -30,7 +31,7 @@ template <class H>
 __global__ void __launch_bounds__(H::threads, 1280 / H::threads)
     forward_quick(const ForwardArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ QuickShared shared;
+  __shared__ QuickShared<H::threads / 32> shared;
   using S = typename H::S;
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
@@ -76,19 +77,12 @@ __global__ void __launch_bounds__(H::threads, 1280 / H::threads)
     uint32_t key[kKeys];
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) key[i] = key_of(max_with_nan(maxima[i], maxima[i + kKeys]));
-    const uint32_t most = __reduce_max_sync(~0u, max(max(key[0], key[1]), max(key[2], key[3])));
     Found found;
-    // The bound is an element that enough of the maxima reach, each warp finding its share: a few
+    // The bound is an element that enough of the maxima reach, each block finding its share: a few
     // more than k of them, nearly always enough for S > k, or else more than 2 k, which always are.
     for (int attempt = 0; attempt < 2; ++attempt) {
       const int wanted = attempt == 0 ? k.whole + k.whole / 4 + 4 : 2 * k.whole + 2;
-      const int need = wanted / (C::size() * kWarps) + 1;
-      const uint32_t bound = bound_of_keys(key, need);
-      if (lane == 0) shared.bounds[warp] = make_float2(value_of(bound), value_of(most));
-      __syncthreads();
-      float2 limits = shared.bounds[0];
-#pragma unroll
-      for (int i = 1; i < kWarps; ++i) limits = widest(limits, shared.bounds[i]);
+      float2 limits = bound_of_block<kWarps>(key, wanted / C::size() + 1, C::many, shared.bound);
       if constexpr (C::many) {
         if (t < C::size()) *C::at(&shared.bounds_of_blocks[C::rank()], t) = limits;
         C::sync();

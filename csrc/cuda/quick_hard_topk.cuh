@@ -25,11 +25,12 @@ inline constexpr int64_t kLeftCount = -2;  // marks a row, in the place of its c
 inline constexpr int kMostRanked = 512;    // candidates
 inline constexpr int32_t kLast = 0x7fffffff;
 
+template <int WARPS>
 struct HardShared {
   uint64_t barrier;
-  float2 bounds[kMostThreads / 32];  // bound and maximum, of each warp
+  BoundShared<WARPS> bound;
   float2 bounds_of_blocks[kMostBlocks];
-  int32_t counts[kMostThreads / 32];
+  int32_t counts[WARPS];
   int32_t counts_of_blocks[kMostBlocks];
 };
 
@@ -37,7 +38,7 @@ template <class H>
 __global__ void __launch_bounds__(H::threads, 1280 / H::threads)
     hard_quick(const IndicesArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ HardShared shared;
+  __shared__ HardShared<H::threads / 32> shared;
   using S = typename H::S;
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
@@ -87,13 +88,7 @@ __global__ void __launch_bounds__(H::threads, 1280 / H::threads)
     uint32_t key[kKeys];
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) key[i] = key_of(max_with_nan(maxima[i], maxima[i + kKeys]));
-    const uint32_t most = __reduce_max_sync(~0u, max(max(key[0], key[1]), max(key[2], key[3])));
-    const uint32_t bound = bound_of_keys(key, (k - 1) / (C::size() * kWarps) + 1);
-    if (lane == 0) shared.bounds[warp] = make_float2(value_of(bound), value_of(most));
-    __syncthreads();
-    float2 limits = shared.bounds[0];
-#pragma unroll
-    for (int i = 1; i < kWarps; ++i) limits = widest(limits, shared.bounds[i]);
+    float2 limits = bound_of_block<kWarps>(key, (k - 1) / C::size() + 1, true, shared.bound);
     if constexpr (C::many) {
       if (t < C::size()) *C::at(&shared.bounds_of_blocks[C::rank()], t) = limits;
       C::sync();

@@ -85,6 +85,51 @@ __device__ __forceinline__ uint32_t bound_of_keys(const uint32_t (&key)[N], int 
   return __reduce_min_sync(~0u, least);
 }
 
+// What bound_of_block() needs of shared memory.
+template <int WARPS>
+struct BoundShared {
+  float2 of_warps[WARPS];  // bound and maximum
+  int32_t reached[WARPS];
+};
+
+// A bound that at least `need` of a block's keys reach, N a thread, and the maximum. Every warp
+// offers a bound that its share of `need` reach. The least of them serves; where a warp's share is
+// so small that it is far below the others, the greatest that does serve.
+template <int WARPS, int N>
+__device__ __forceinline__ float2 bound_of_block(const uint32_t (&key)[N], int need, bool sharper,
+                                                 BoundShared<WARPS>& shared) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  uint32_t most = key[0];
+#pragma unroll
+  for (int i = 1; i < N; ++i) most = max(most, key[i]);
+  most = __reduce_max_sync(~0u, most);
+  const uint32_t bound = bound_of_keys(key, (need - 1) / WARPS + 1);
+  if (lane == 0) {
+    shared.of_warps[warp] = make_float2(value_of(bound), value_of(most));
+    shared.reached[warp] = 0;
+  }
+  __syncthreads();
+  float2 limits = shared.of_warps[0];
+#pragma unroll
+  for (int i = 1; i < WARPS; ++i) limits = widest(limits, shared.of_warps[i]);
+  if (!sharper) return limits;
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) {
+    const uint32_t trial = key_of(shared.of_warps[i].x);
+    int reached = 0;
+#pragma unroll
+    for (int j = 0; j < N; ++j) reached += key[j] >= trial;
+    reached = __reduce_add_sync(~0u, reached);
+    if (lane == i) atomicAdd(&shared.reached[i], reached);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) {
+    if (shared.reached[i] >= need) limits.x = fmaxf(limits.x, shared.of_warps[i].x);
+  }
+  return limits;
+}
+
 struct TwoSums {
   float at_low, at_high;
   __device__ void combine(const TwoSums& other) {
