@@ -70,7 +70,7 @@ def soft_topk(
     rows = Rows(x, dim, backend, largest=largest, hard=hard, return_threshold=return_threshold)
     k, alpha = rows.budget(k), rows.scale(alpha)
     form = "hard" if hard else "p"
-    p, solution = ops.soft_topk_op(rows.x, *ops.split(k), *ops.split(alpha), largest, form, backend)
+    p, solution = ops.soft_topk(rows.x, k, alpha, largest, form, backend, return_threshold)
     p = rows.restore(p)
     return (p, threshold(solution, alpha, largest)) if return_threshold else p
 
@@ -112,7 +112,7 @@ def log_soft_topk(
     rows = Rows(x, dim, backend, largest=largest, complement=complement)
     k, alpha = rows.budget(k), rows.scale(alpha)
     form = "log_complement" if complement else "log"
-    y, _ = ops.soft_topk_op(rows.x, *ops.split(k), *ops.split(alpha), largest, form, backend)
+    y, _ = ops.soft_topk(rows.x, k, alpha, largest, form, backend, False)
     return rows.restore(y)
 
 
@@ -156,14 +156,14 @@ def hard_topk(
     if not return_indices:
         if max_k is not None:
             raise ValueError(f"max_k={max_k!r} has a meaning only with return_indices=True")
-        return rows.restore(ops.mask_op(rows.x, *ops.split(budget), largest, backend))
+        return rows.restore(ops.mask(rows.x, budget, largest, backend))
     if max_k is None:
         if isinstance(budget, Tensor):
             raise ValueError("max_k=None: give max_k when k is a tensor")
         max_k = math.floor(budget + 0.5)
     elif isinstance(max_k, bool) or not isinstance(max_k, int) or max_k < 0:
         raise ValueError(f"max_k={max_k!r} must be an integer >= 0")
-    indices, counts = ops.indices_op(rows.x, *ops.split(budget), max_k, largest, backend)
+    indices, counts = ops.indices(rows.x, budget, max_k, largest, backend)
     values = torch.where(indices < 0, 0, rows.x.gather(-1, indices.clamp(min=0)))
     return rows.restore(values), rows.restore(indices), counts
 
@@ -173,7 +173,7 @@ class Rows:
 
     def __init__(self, x: Tensor, dim: int, backend: str | None, **flags: bool):
         for name, value in flags.items():
-            if not isinstance(value, bool):
+            if value is not True and value is not False:
                 raise TypeError(f"{name}={value!r} must be True or False")
         if not (backend is None or isinstance(backend, str)):
             raise TypeError(f"backend={backend!r} must be a string or None")
@@ -183,19 +183,19 @@ class Rows:
             raise TypeError(f"x has dtype {x.dtype}; float16, bfloat16, float32 or float64 is needed")
         if x.layout != torch.strided:
             raise TypeError(f"x has layout {x.layout}; a strided tensor is needed")
-        if x.dim() == 0:
+        shape = x.shape
+        rank = len(shape)
+        if rank == 0:
             raise ValueError("x has shape (): at least one dimension is needed")
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise TypeError(f"dim={dim!r} must be an integer")
-        if not -x.dim() <= dim < x.dim():
-            raise IndexError(f"dim={dim} is out of range for x of shape {tuple(x.shape)}")
-        if x.shape[dim] == 0:
-            raise ValueError(f"x of shape {tuple(x.shape)} has no element along dim={dim}")
-        self.given, self.dim = x, dim
-        self.last = dim in (-1, x.dim() - 1)
+        if not -rank <= dim < rank:
+            raise IndexError(f"dim={dim} is out of range for x of shape {tuple(shape)}")
+        if shape[dim] == 0:
+            raise ValueError(f"x of shape {tuple(shape)} has no element along dim={dim}")
+        self.given, self.dim, self.n = x, dim, shape[dim]
+        self.last = dim == -1 or dim == rank - 1
         self.x = x if self.last else x.movedim(dim, -1)  # (*shape, n)
-        self.shape = self.x.shape[:-1]
-        self.n = self.x.shape[-1]
 
     def budget(self, k: float | Tensor) -> float | Tensor:
         """k, checked: a float, or a tensor with a value for every row."""
@@ -214,27 +214,34 @@ class Rows:
     def argument(self, name: str, value: float | Tensor) -> float | Tensor:
         """A number as a float; a tensor of a fitting shape as float32 or float64 of the rows' shape, never
         rounded to half."""
+        if type(value) is float:
+            return value
         if isinstance(value, Tensor):
-            if value.dtype not in FLOATS + INTEGERS:
-                raise TypeError(f"{name} has dtype {value.dtype}; a float or integer dtype is needed")
-            if value.device != self.x.device:
-                raise ValueError(f"{name} is on {value.device}, x on {self.x.device}")
-            try:
-                fits = value.dim() == 0 or torch.broadcast_shapes(value.shape, self.shape) == self.shape
-            except RuntimeError:
-                fits = False
-            if not fits:
-                raise ValueError(
-                    f"{name} of shape {tuple(value.shape)} does not broadcast to {tuple(self.shape)},"
-                    f" the shape of x, {tuple(self.given.shape)}, without dim={self.dim}"
-                )
-            if value.dtype != torch.float32:
-                half = value.dtype in (torch.float16, torch.bfloat16)
-                value = value.to(torch.float32 if half else torch.float64)
-            return value.expand(self.shape)
+            return self.tensor(name, value)
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number or a tensor, not {type(value).__name__}")
         return float(value)
+
+    def tensor(self, name: str, value: Tensor) -> Tensor:
+        if value.dtype not in FLOATS + INTEGERS:
+            raise TypeError(f"{name} has dtype {value.dtype}; a float or integer dtype is needed")
+        if value.device != self.x.device:
+            raise ValueError(f"{name} is on {value.device}, x on {self.x.device}")
+        shape = self.x.shape[:-1]
+        same = value.shape == shape
+        try:
+            fits = same or value.dim() == 0 or torch.broadcast_shapes(value.shape, shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{name} of shape {tuple(value.shape)} does not broadcast to {tuple(shape)},"
+                f" the shape of x, {tuple(self.given.shape)}, without dim={self.dim}"
+            )
+        if value.dtype != torch.float32 and value.dtype != torch.float64:
+            half = value.dtype in (torch.float16, torch.bfloat16)
+            value = value.to(torch.float32 if half else torch.float64)
+        return value if same else value.expand(shape)
 
     def restore(self, last: Tensor) -> Tensor:
         """(*shape, m) back to x's order of dimensions, with m along `dim`."""

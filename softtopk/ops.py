@@ -10,6 +10,7 @@ first derivatives can be differentiated once more.
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from softtopk import derivatives, dispatch
+from softtopk import derivatives, direct, dispatch
 from softtopk.backends.reference import compute_dtype
 from softtopk.derivatives import Direction
 from softtopk.layout import by_rows
@@ -33,15 +34,20 @@ class Rule(Function):
 
     @staticmethod
     def forward(operator, *arguments):
-        with torch._C._AutoDispatchBelowAutograd(), outer_levels():
+        with torch._C._AutoDispatchBelowAutograd():
+            if torch._C._are_functorch_transforms_active():
+                with outer_levels():
+                    return operator(*arguments)
             return operator(*arguments)
 
     @classmethod
     def apply(cls, *arguments):
         """Function.apply at the level of torch.func that the dispatcher is at: the operators bring the
         other levels, and the rule for vmap, along."""
-        with enable_single_level_autograd_function():
-            return super(Function, cls).apply(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return super(Function, cls).apply(*arguments)
+        return super(Function, cls).apply(*arguments)
 
 
 def requires_grad(argument) -> bool:
@@ -105,7 +111,7 @@ class SoftTopK(Rule):
         if v is None:
             return (None,) * 9
         x, k, alpha, solution = ctx.saved_tensors
-        to_x, to_k, to_alpha = backward_op(x, k, alpha, ctx.alpha_number, solution, v, *ctx.options)
+        to_x, to_k, to_alpha = backward(x, k, alpha, ctx.alpha_number, solution, v, *ctx.options)
         return None, to_x, given(k, to_k), None, given(alpha, to_alpha), None, None, None, None
 
     @staticmethod
@@ -234,7 +240,9 @@ def primals(ctx) -> list[Tensor | None]:
 
 def given(argument: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     """The gradient where the argument was a tensor, in its dtype."""
-    return None if argument is None or gradient is None else gradient.to(argument.dtype)
+    if argument is None or gradient is None or gradient.dtype == argument.dtype:
+        return None if argument is None else gradient
+    return gradient.to(argument.dtype)
 
 
 def either(tensor: Tensor | None, number: float) -> Tensor | float:
@@ -258,11 +266,7 @@ def soft_topk_op(x, k, k_number, alpha, alpha_number, largest, form, backend):
 
     def kernel(elements, values):
         (rows,), (k, alpha) = elements, values
-        k, alpha = either(k, k_number), either(alpha, alpha_number)
-        if form == "hard":
-            _, solution = kernels.soft_topk_forward(rows, k, alpha, largest, "none")
-            return [kernels.hard_topk_mask(rows, k, largest)], [solution]
-        y, solution = kernels.soft_topk_forward(rows, k, alpha, largest, form)
+        y, solution = solve(kernels, rows, k, k_number, alpha, alpha_number, largest, form)
         return [y], [solution]
 
     (y,), (solution,) = by_rows(kernel, kernels.reads, [x], [k, alpha])
@@ -361,6 +365,57 @@ def indices_op(x, k, k_number, max_k, largest, backend):
     return indices, counts
 
 
+def solve(kernels, x, k, k_number, alpha, alpha_number, largest, form, _backend=None):
+    """y and the solution, by a backend's kernels."""
+    k, alpha = either(k, k_number), either(alpha, alpha_number)
+    if form != "hard":
+        return kernels.soft_topk_forward(x, k, alpha, largest, form)
+    _, solution = kernels.soft_topk_forward(x, k, alpha, largest, "none")
+    return kernels.hard_topk_mask(x, k, largest), solution
+
+
 def split(value: Tensor | float) -> tuple[Tensor | None, float]:
     """(tensor, 0) or (None, number)."""
     return (value, 0.0) if isinstance(value, Tensor) else (None, value)
+
+
+# The operators as the public functions call them, with k and alpha a tensor or a number each: past the
+# dispatcher where direct.py allows it.
+
+
+def soft_topk(x, k, alpha, largest, form, backend, solved):
+    """(y, solution); without `solved` the solution may be None."""
+    kernels = direct.kernels(backend, x, k, alpha)
+    if kernels is None:
+        return soft_topk_op(x, *split(k), *split(alpha), largest, form, backend)
+    if torch.is_grad_enabled() and (requires_grad(x) or requires_grad(k) or requires_grad(alpha)):
+        forward = functools.partial(solve, kernels)
+        return SoftTopK.apply(forward, x, *split(k), *split(alpha), largest, form, backend)
+    if solved:
+        return solve(kernels, x, *split(k), *split(alpha), largest, form)
+    if form == "hard":
+        return kernels.hard_topk_mask(x, k, largest), None
+    return kernels.soft_topk_forward(x, k, alpha, largest, form, False)
+
+
+def backward(x, k, alpha, alpha_number, solution, v, largest, form, backend):
+    if not torch.is_grad_enabled():
+        scale = either(alpha, alpha_number)
+        kernels = direct.kernels(backend, x, scale)
+        if kernels is not None and direct.plain(solution) and direct.plain(v) and v.is_contiguous():
+            return kernels.soft_topk_backward(x, solution, scale, v, largest, form)
+    return backward_op(x, k, alpha, alpha_number, solution, v, largest, form, backend)
+
+
+def mask(x, k, largest, backend):
+    kernels = direct.kernels(backend, x, k)
+    if kernels is None:
+        return mask_op(x, *split(k), largest, backend)
+    return kernels.hard_topk_mask(x, k, largest)
+
+
+def indices(x, k, max_k, largest, backend):
+    kernels = direct.kernels(backend, x, k)
+    if kernels is None:
+        return indices_op(x, *split(k), max_k, largest, backend)
+    return kernels.hard_topk_indices(x, k, max_k, largest)
