@@ -50,7 +50,8 @@ class cuda:
         x: int, x_type: int, rows: int, n: int, x_stride: int, largest: bool,
         solution: int,
         alpha: int, alpha_type: int, alpha_stride: int, alpha_number: float,
-        form: int, v: int, v_stride: int, grad_x: int, grad_k: int, grad_alpha: int, device: int, stream: int, /,
+        form: int, v: int, v_stride: int, grad_x: int, grad_k: int, grad_alpha: int,
+        device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
     def hard_topk_mask(

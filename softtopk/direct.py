@@ -13,34 +13,42 @@ import torch
 from torch import Tensor
 from torch._C import (
     DispatchKey,
-    _are_functorch_transforms_active,
-    _dispatch_tls_is_dispatch_key_included,
-    _is_tracing,
-    _len_torch_dispatch_stack,
+    DispatchKeySet,
+    _dispatch_keys,
+    _dispatch_tls_local_include_set,
     _len_torch_function_stack,
 )
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
 from softtopk import dispatch
 
-PRE_DISPATCH = DispatchKey.PreDispatch
+
+def raw(*keys: DispatchKey) -> int:
+    return functools.reduce(DispatchKeySet.__or__, map(DispatchKeySet, keys)).raw_repr()
+
+
+# The dispatch keys of a thread that is in no torch-dispatch mode, transform of torch.func or trace, and of
+# a tensor that is what its memory holds, with its device. Each also as in torch.inference_mode.
+QUIET = {raw(DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView), raw(DispatchKey.BackendSelect)}
+PLAIN = {
+    raw(getattr(DispatchKey, name), getattr(DispatchKey, f"Autocast{name}"), *tape): name.lower()
+    for name in ("CPU", "CUDA")
+    for tape in ((), (DispatchKey.ADInplaceOrView, getattr(DispatchKey, f"Autograd{name}")))
+}
 
 
 def kernels(backend: str | None, x: Tensor, *values: float | Tensor):
     """The native backend (backends/native.py's Kernels) that takes x (..., n) and values per row (...) as
     they lie; None for a call that has to go through the operator. Raises as `dispatch.choose` does."""
-    if not (alone() and plain(x) and x.is_contiguous()):
+    if not alone() or (device_type := plain(x)) is None or not x.is_contiguous():
         return None
-    found = default("cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type)
-    if found is None:
-        return None
-    if backend is not None or found.backend_is_set():
-        found = getattr(dispatch.kernels(backend, x.device), "kernels", None)
     for value in values:
-        if type(value) is not float and not (plain(value) and strides_fit(value)):
+        if type(value) is not float and (plain(value) is None or not strides_fit(value)):
             return None
+    found = default(device_type)
+    if found is not None and (backend is not None or found.backend_is_set()):
+        found = getattr(dispatch.kernels(backend, x.device), "kernels", None)
     return found
 
 
@@ -54,25 +62,18 @@ def alone() -> bool:
     """Whether this thread runs operators eagerly, with nothing between the caller and their kernels."""
     return not (
         torch.compiler.is_compiling()  # first: a compiler reads no further
-        or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
-        or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or _is_tracing()
-        or _dispatch_tls_is_dispatch_key_included(PRE_DISPATCH)
         or profiler._is_profiler_enabled
+        or _dispatch_tls_local_include_set().raw_repr() not in QUIET
     )
 
 
-def plain(t: Tensor) -> bool:
-    """Whether t is what its memory holds: no subclass, no wrapper, no sign or zero that is only noted."""
+def plain(t: Tensor) -> str | None:
+    """The device type of a tensor of no subclass that is no wrapper and has no sign or zero that is only
+    noted; None for any other."""
     kind = type(t)
-    return (
-        (kind is Tensor or kind is Parameter)
-        and not is_functorch_wrapped_tensor(t)
-        and not t.is_neg()
-        and t.data_ptr() != 0  # 0 for an empty, meta, functional or efficient zero tensor
-    )
+    return PLAIN.get(_dispatch_keys(t).raw_repr()) if kind is Tensor or kind is Parameter else None
 
 
 def strides_fit(value: Tensor) -> bool:
