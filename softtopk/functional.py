@@ -67,7 +67,9 @@ def soft_topk(
     >>> soft_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
     tensor([1.0000e+00, 3.3690e-03, 9.9663e-01, 1.5295e-07])
     """
-    rows = Rows(x, dim, backend, largest=largest, hard=hard, return_threshold=return_threshold)
+    if not (type(largest) is type(hard) is type(return_threshold) is bool):
+        refuse_flags(largest=largest, hard=hard, return_threshold=return_threshold)
+    rows = Rows(x, dim, backend)
     k, alpha = rows.budget(k), rows.scale(alpha)
     form = "hard" if hard else "p"
     p, solution = ops.soft_topk(rows.x, k, alpha, largest, form, backend, return_threshold)
@@ -109,7 +111,9 @@ def log_soft_topk(
     >>> log_soft_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
     tensor([-1.5295e-07, -5.6931e+00, -3.3747e-03, -1.5693e+01])
     """
-    rows = Rows(x, dim, backend, largest=largest, complement=complement)
+    if not (type(largest) is type(complement) is bool):
+        refuse_flags(largest=largest, complement=complement)
+    rows = Rows(x, dim, backend)
     k, alpha = rows.budget(k), rows.scale(alpha)
     form = "log_complement" if complement else "log"
     y, _ = ops.soft_topk(rows.x, k, alpha, largest, form, backend, False)
@@ -151,7 +155,9 @@ def hard_topk(
     >>> hard_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
     tensor([1., 0., 1., 0.])
     """
-    rows = Rows(x, dim, backend, largest=largest, return_indices=return_indices)
+    if not (type(largest) is type(return_indices) is bool):
+        refuse_flags(largest=largest, return_indices=return_indices)
+    rows = Rows(x, dim, backend)
     budget = rows.budget(k)
     if not return_indices:
         if max_k is not None:
@@ -168,13 +174,18 @@ def hard_topk(
     return rows.restore(values), rows.restore(indices), counts
 
 
+def refuse_flags(**flags: bool):
+    """Raise for the first that is not a bool."""
+    name, value = next((n, v) for n, v in flags.items() if not isinstance(v, bool))
+    raise TypeError(f"{name}={value!r} must be True or False")
+
+
 class Rows:
     """A checked x with `dim` moved to the end, and the arguments that have one value per row of it."""
 
-    def __init__(self, x: Tensor, dim: int, backend: str | None, **flags: bool):
-        for name, value in flags.items():
-            if value is not True and value is not False:
-                raise TypeError(f"{name}={value!r} must be True or False")
+    __slots__ = "given", "dim", "n", "last", "x"
+
+    def __init__(self, x: Tensor, dim: int, backend: str | None):
         if not (backend is None or isinstance(backend, str)):
             raise TypeError(f"backend={backend!r} must be a string or None")
         if not isinstance(x, Tensor):
@@ -214,8 +225,8 @@ class Rows:
     def argument(self, name: str, value: float | Tensor) -> float | Tensor:
         """A number as a float; a tensor of a fitting shape as float32 or float64 of the rows' shape, never
         rounded to half."""
-        if type(value) is float:
-            return value
+        if type(value) is float or type(value) is int:
+            return float(value)
         if isinstance(value, Tensor):
             return self.tensor(name, value)
         if isinstance(value, bool) or not isinstance(value, Real):

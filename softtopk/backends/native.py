@@ -14,6 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from softtopk.backends.reference import compute_dtype
+
 try:
     from softtopk import _C as _C
 except ImportError as error:
@@ -81,7 +83,7 @@ class Kernels:
             *per_row(alpha),
             FORMS[form],
             v.data_ptr(),
-            v.stride(0) if v.dim() == 2 else v.shape[-1],
+            v.shape[-1] if v.is_contiguous() else v.stride(0),
             grad_x.data_ptr(),
             grad_k.data_ptr(),
             grad_alpha.data_ptr(),
@@ -99,8 +101,8 @@ class Kernels:
         self, x: Tensor, k: float | Tensor, max_k: int, largest: bool = True
     ) -> tuple[Tensor, Tensor]:
         x = unit_stride(x)
-        indices = x.new_empty((*x.shape[:-1], max_k), dtype=torch.int64)
-        counts = x.new_empty(x.shape[:-1], dtype=torch.int64)
+        indices = per_row_result(x, max_k, dtype=torch.int64)
+        counts = per_row_result(x, dtype=torch.int64)
         self.launchers.hard_topk_indices(
             *rows(x, largest),
             *per_row(k),
@@ -122,11 +124,10 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 def rows(x: Tensor, largest: bool) -> tuple[int, int, int, int, int, bool]:
-    if x.dim() == 2:
-        count, n = x.shape
-        return x.data_ptr(), TYPES[x.dtype], count, n, x.stride(0), largest
     n = x.shape[-1]
-    return x.data_ptr(), TYPES[x.dtype], x.numel() // n, n, n, largest
+    if n and x.is_contiguous():
+        return x.data_ptr(), TYPES[x.dtype], x.numel() // n, n, n, largest
+    return x.data_ptr(), TYPES[x.dtype], x.shape[0], n, x.stride(0), largest
 
 
 def per_row(value: float | Tensor) -> tuple[int, int, int, float]:
@@ -137,8 +138,12 @@ def per_row(value: float | Tensor) -> tuple[int, int, int, float]:
     return 0, 0, 0, value
 
 
-def per_row_result(x: Tensor, *shape: int) -> Tensor:
-    """An uninitialised result (..., *shape) in the compute dtype."""
-    if x.dtype in (torch.float32, torch.float64):
-        return x.new_empty((*x.shape[:-1], *shape))
-    return x.new_empty((*x.shape[:-1], *shape), dtype=torch.float32)
+def per_row_result(x: Tensor, *more: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised result (..., *more) for the rows of x, in the compute dtype."""
+    shape = (*x.shape[:-1], *more)
+    if dtype is None and x.dtype != torch.float32:
+        dtype = compute_dtype(x.dtype)
+    # Sizes one by one, and a dtype only where it is another: half the time of the other spelling.
+    if shape:
+        return x.new_empty(*shape) if dtype is None else x.new_empty(*shape, dtype=dtype)
+    return x.new_empty((), dtype=dtype)
