@@ -67,9 +67,10 @@ def burst_us(call: Callable[[], object], count: int, wait: Callable[[], None], e
 
 def measure(rows: int, n: int, device: str, rounds: int) -> list[dict]:
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    results = {key: ([], []) for key in calls(rows, n, device)}
+    made = calls(rows, n, device)
+    results = {key: ([], []) for key in made}
     for round_ in range(rounds + 1):
-        for (name, tape), call in calls(rows, n, device).items():
+        for (name, tape), call in made.items():
             with torch.set_grad_enabled(tape):
                 host, whole = burst_us(call, 20, wait, False), burst_us(call, 100, wait, True)
             if round_ > 0:  # the first warms up

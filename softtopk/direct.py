@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 from torch._C import (
     DispatchKey,
@@ -19,6 +18,7 @@ from torch._C import (
     _len_torch_function_stack,
 )
 from torch.autograd import forward_ad, profiler
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from softtopk import dispatch
@@ -61,7 +61,7 @@ def default(device_type: str):
 def alone() -> bool:
     """Whether this thread runs operators eagerly, with nothing between the caller and their kernels."""
     return not (
-        torch.compiler.is_compiling()  # first: a compiler reads no further
+        is_compiling()  # first: a compiler reads no further
         or _len_torch_function_stack()
         or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled

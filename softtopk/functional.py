@@ -210,14 +210,16 @@ class Rows:
 
     def budget(self, k: float | Tensor) -> float | Tensor:
         """k, checked: a float, or a tensor with a value for every row."""
-        k = self.argument("k", k)
+        if type(k) is not float:
+            k = self.argument("k", k)
         if not isinstance(k, Tensor) and not 0 <= k <= self.n:
             raise ValueError(f"k={k} must lie between 0 and {self.n}")
         return k
 
     def scale(self, alpha: float | Tensor) -> float | Tensor:
         """alpha, checked: a float, or a tensor with a value for every row."""
-        alpha = self.argument("alpha", alpha)
+        if type(alpha) is not float:
+            alpha = self.argument("alpha", alpha)
         if not isinstance(alpha, Tensor) and not 0 < alpha < math.inf:
             raise ValueError(f"alpha={alpha} must be > 0 and finite")
         return alpha
@@ -225,7 +227,7 @@ class Rows:
     def argument(self, name: str, value: float | Tensor) -> float | Tensor:
         """A number as a float; a tensor of a fitting shape as float32 or float64 of the rows' shape, never
         rounded to half."""
-        if type(value) is float or type(value) is int:
+        if type(value) is int:
             return float(value)
         if isinstance(value, Tensor):
             return self.tensor(name, value)
