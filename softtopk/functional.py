@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from softtopk import ops
+from softtopk import calls
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -72,7 +72,7 @@ def soft_topk(
     rows = Rows(x, dim, backend)
     k, alpha = rows.budget(k), rows.scale(alpha)
     form = "hard" if hard else "p"
-    p, solution = ops.soft_topk(rows.x, k, alpha, largest, form, backend, return_threshold)
+    p, solution = calls.soft_topk(rows.x, k, alpha, largest, form, backend, return_threshold)
     p = rows.restore(p)
     return (p, threshold(solution, alpha, largest)) if return_threshold else p
 
@@ -116,7 +116,7 @@ def log_soft_topk(
     rows = Rows(x, dim, backend)
     k, alpha = rows.budget(k), rows.scale(alpha)
     form = "log_complement" if complement else "log"
-    y, _ = ops.soft_topk(rows.x, k, alpha, largest, form, backend, False)
+    y, _ = calls.soft_topk(rows.x, k, alpha, largest, form, backend, False)
     return rows.restore(y)
 
 
@@ -162,14 +162,14 @@ def hard_topk(
     if not return_indices:
         if max_k is not None:
             raise ValueError(f"max_k={max_k!r} has a meaning only with return_indices=True")
-        return rows.restore(ops.mask(rows.x, budget, largest, backend))
+        return rows.restore(calls.mask(rows.x, budget, largest, backend))
     if max_k is None:
         if isinstance(budget, Tensor):
             raise ValueError("max_k=None: give max_k when k is a tensor")
         max_k = math.floor(budget + 0.5)
     elif isinstance(max_k, bool) or not isinstance(max_k, int) or max_k < 0:
         raise ValueError(f"max_k={max_k!r} must be an integer >= 0")
-    indices, counts = ops.indices(rows.x, budget, max_k, largest, backend)
+    indices, counts = calls.indices(rows.x, budget, max_k, largest, backend)
     values = torch.where(indices < 0, 0, rows.x.gather(-1, indices.clamp(min=0)))
     return rows.restore(values), rows.restore(indices), counts
 

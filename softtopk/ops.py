@@ -10,7 +10,6 @@ first derivatives can be differentiated once more.
 from __future__ import annotations
 
 import contextlib
-import functools
 
 import torch
 from torch import Tensor
@@ -122,6 +121,14 @@ class SoftTopK(Rule):
             return tangent_op(x, k, alpha, ctx.alpha_number, solution, *direction, *ctx.options), None
 
 
+class DirectSoftTopK(SoftTopK):
+    """With a native backend's kernels in the operator's place."""
+
+    @staticmethod
+    def forward(kernels, *arguments):
+        return solve(kernels, *arguments)
+
+
 class SoftTopKBackward(Rule):
     """(x, k, alpha, solution, v) -> gradients of <v, y>. The solution is a function of the others."""
 
@@ -183,10 +190,15 @@ class SoftTopKTangent(Rule):
 
 
 def keep(ctx, *tensors: Tensor | None):
-    """Save for both modes; absent gradients and tangents stay None."""
+    """Save for the modes that there are; absent gradients and tangents stay None."""
     ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
+    if in_forward_mode():
+        ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
+
+
+def in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def vmap_rule(operator):
@@ -222,8 +234,7 @@ def register(schema: str, fake=None, autograd: type[Rule] = NoGradient):
         torch.library.register_vmap(f"softtopk::{name}", vmap_rule(operator), lib=library)
 
         def with_autograd(*arguments):
-            forward_mode = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-            if forward_mode or (torch.is_grad_enabled() and any(map(requires_grad, arguments))):
+            if in_forward_mode() or (torch.is_grad_enabled() and any(map(requires_grad, arguments))):
                 return autograd.apply(operator, *arguments)
             return Rule.forward(operator, *arguments)
 
@@ -243,6 +254,25 @@ def given(argument: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     if argument is None or gradient is None or gradient.dtype == argument.dtype:
         return None if argument is None else gradient
     return gradient.to(argument.dtype)
+
+
+def solve(kernels, x, k, k_number, alpha, alpha_number, largest, form, _backend=None):
+    """y and the solution, by a backend's kernels."""
+    k, alpha = either(k, k_number), either(alpha, alpha_number)
+    if form != "hard":
+        return kernels.soft_topk_forward(x, k, alpha, largest, form)
+    _, solution = kernels.soft_topk_forward(x, k, alpha, largest, "none")
+    return kernels.hard_topk_mask(x, k, largest), solution
+
+
+def backward(x, k, alpha, alpha_number, solution, v, largest, form, backend):
+    """backward_op, past the dispatcher where direct.py allows it."""
+    if not torch.is_grad_enabled():
+        scale = either(alpha, alpha_number)
+        kernels = direct.kernels(backend, x, scale)
+        if kernels is not None and direct.plain(solution) and direct.plain(v) and v.is_contiguous():
+            return kernels.soft_topk_backward(x, solution, scale, v, largest, form)
+    return backward_op(x, k, alpha, alpha_number, solution, v, largest, form, backend)
 
 
 def either(tensor: Tensor | None, number: float) -> Tensor | float:
@@ -363,59 +393,3 @@ def indices_op(x, k, k_number, max_k, largest, backend):
 
     _, (indices, counts) = by_rows(kernel, kernels.reads, [x], [k])
     return indices, counts
-
-
-def solve(kernels, x, k, k_number, alpha, alpha_number, largest, form, _backend=None):
-    """y and the solution, by a backend's kernels."""
-    k, alpha = either(k, k_number), either(alpha, alpha_number)
-    if form != "hard":
-        return kernels.soft_topk_forward(x, k, alpha, largest, form)
-    _, solution = kernels.soft_topk_forward(x, k, alpha, largest, "none")
-    return kernels.hard_topk_mask(x, k, largest), solution
-
-
-def split(value: Tensor | float) -> tuple[Tensor | None, float]:
-    """(tensor, 0) or (None, number)."""
-    return (value, 0.0) if isinstance(value, Tensor) else (None, value)
-
-
-# The operators as the public functions call them, with k and alpha a tensor or a number each: past the
-# dispatcher where direct.py allows it.
-
-
-def soft_topk(x, k, alpha, largest, form, backend, solved):
-    """(y, solution); without `solved` the solution may be None."""
-    kernels = direct.kernels(backend, x, k, alpha)
-    if kernels is None:
-        return soft_topk_op(x, *split(k), *split(alpha), largest, form, backend)
-    if torch.is_grad_enabled() and (requires_grad(x) or requires_grad(k) or requires_grad(alpha)):
-        forward = functools.partial(solve, kernels)
-        return SoftTopK.apply(forward, x, *split(k), *split(alpha), largest, form, backend)
-    if solved:
-        return solve(kernels, x, *split(k), *split(alpha), largest, form)
-    if form == "hard":
-        return kernels.hard_topk_mask(x, k, largest), None
-    return kernels.soft_topk_forward(x, k, alpha, largest, form, False)
-
-
-def backward(x, k, alpha, alpha_number, solution, v, largest, form, backend):
-    if not torch.is_grad_enabled():
-        scale = either(alpha, alpha_number)
-        kernels = direct.kernels(backend, x, scale)
-        if kernels is not None and direct.plain(solution) and direct.plain(v) and v.is_contiguous():
-            return kernels.soft_topk_backward(x, solution, scale, v, largest, form)
-    return backward_op(x, k, alpha, alpha_number, solution, v, largest, form, backend)
-
-
-def mask(x, k, largest, backend):
-    kernels = direct.kernels(backend, x, k)
-    if kernels is None:
-        return mask_op(x, *split(k), largest, backend)
-    return kernels.hard_topk_mask(x, k, largest)
-
-
-def indices(x, k, max_k, largest, backend):
-    kernels = direct.kernels(backend, x, k)
-    if kernels is None:
-        return indices_op(x, *split(k), max_k, largest, backend)
-    return kernels.hard_topk_indices(x, k, max_k, largest)
