@@ -8,6 +8,7 @@ contiguous tensors, and no mode, transform, trace or profiler in this thread. It
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 from torch import Tensor
 from torch._C import (
@@ -48,14 +49,19 @@ def kernels(backend: str | None, x: Tensor, *values: float | Tensor):
             return None
     found = default(device_type)
     if found is not None and (backend is not None or found.backend_is_set()):
-        found = getattr(dispatch.kernels(backend, x.device), "kernels", None)
+        found = native(dispatch.kernels(backend, x.device))
     return found
 
 
 @functools.cache
 def default(device_type: str):
     """The preferred backend of a device type where it is a native one, or None."""
-    return getattr(dispatch.module(dispatch.default(device_type)), "kernels", None)
+    return native(dispatch.module(dispatch.default(device_type)))
+
+
+def native(module: ModuleType):
+    """The Kernels that a native backend's module consists of; None for another backend."""
+    return getattr(module, "kernels", None)
 
 
 def alone() -> bool:

@@ -75,6 +75,8 @@ ARGUMENTS = {  # the shape of x, k and alpha
     "numbers": ((3, 7), 2, 0.1),
     "float": ((3, 7), 2.5, 1),
     "one row": ((7,), 2.5, 0.1),
+    "no row": ((2, 0, 7), 2.5, 0.1),
+    "no row, tensors": ((0, 7), torch.empty(0), torch.tensor(0.1)),
     "one element": ((1,), 0.5, 0.1),
     "four dimensions": ((2, 1, 3, 7), 2.5, 0.1),
     "a value per row": ((3, 7), torch.tensor([1.0, 2.5, 6.0]), torch.tensor([0.1, 1.0, 3.0])),
@@ -393,5 +395,5 @@ def test_a_small_call_takes_few_steps(device, monkeypatch):
     with torch.no_grad():
         assert steps(lambda: soft_topk(x, 2)) <= 60
         assert steps(lambda: hard_topk(x, 2)) <= 50
-        assert by_operator(monkeypatch, lambda: steps(lambda: soft_topk(x, 2))) > 60
-    assert steps(lambda: soft_topk(leaf, 2)) <= 90
+        assert by_operator(monkeypatch, lambda: steps(lambda: soft_topk(x, 2))) > 60  # it can be told
+    assert steps(lambda: soft_topk(leaf, 2)) <= 85
