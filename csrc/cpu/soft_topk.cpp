@@ -25,8 +25,10 @@ void forward_row(const Rows& x, int64_t i, double k, T alpha, Form form, void* r
   const Solution<double> solved = solve<T>(row_sweeps, sweeps<T>(kType<T>), row, k, alpha);
   const Solution<T> s{static_cast<T>(solved.r_A), static_cast<T>(solved.r_B),
                       static_cast<T>(solved.P), static_cast<T>(solved.Q), static_cast<T>(solved.D)};
-  solution[0] = s.r_A, solution[1] = s.r_B, solution[2] = s.P, solution[3] = s.Q;
-  solution[4] = s.D;
+  if (solution != nullptr) {
+    solution[0] = s.r_A, solution[1] = s.r_B, solution[2] = s.P, solution[3] = s.Q;
+    solution[4] = s.D;
+  }
   if (form == Form::none) return;
   void* out = output_at(x, result, i);
   if (std::isnan(s.D)) return row_sweeps.fill(row, s.D, out);
@@ -117,7 +119,7 @@ void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, Form
     using T = decltype(zero);
     for_rows(x, threads, [&](int64_t row) {
       forward_row<T>(x, row, value_at(k, row), scale_in<T>(value_at(alpha, row)), form, out,
-                     static_cast<T*>(solution) + 5 * row);
+                     solution == nullptr ? nullptr : static_cast<T*>(solution) + 5 * row);
     });
   });
 }
