@@ -41,7 +41,7 @@ template <typename T>
 class Search {
  public:
   // 0 < k < n after the infinite elements of `range` are taken away on both sides.
-  Search(const Sweeps<T>& sweeps, const Sweeps<T>& stack_sweeps, const Row& row,
+  Search(const RowSweeps<T>& sweeps, const RowSweeps<T>& stack_sweeps, const Row& row,
          const Range<T>& range, double k, T alpha)
       : row_sweeps_(sweeps),
         stack_sweeps_(stack_sweeps),
@@ -147,7 +147,7 @@ class Search {
   void collapse() {
     collapsed_ = true;
     const Tails outside = sweeps_->tails(row_, scale_of(hi_, lo_, alpha_));
-    const int64_t count = sweeps_->gather(row_, lo_, hi_, candidates_, kCandidates);
+    const int64_t count = sweeps_->gather(row_, lo_, hi_, candidates_);
     P_upper_ = outside.P, upper_ = hi_, collapsed_above_ = outside.count;
     Q_lower_ = outside.Q, lower_ = lo_;
     row_ = {candidates_, count, false};
@@ -170,9 +170,9 @@ class Search {
     return std::min(std::max(static_cast<T>(c), first), hi_);
   }
 
-  const Sweeps<T>&row_sweeps_, &stack_sweeps_;
+  const RowSweeps<T>&row_sweeps_, &stack_sweeps_;
   const Row whole_row_;
-  const Sweeps<T>* sweeps_;
+  const RowSweeps<T>* sweeps_;
   Row row_;  // the elements that are still looked at
   const T min_, max_;
   const double k_, least_, most_;  // S lies between least (the +inf) and most (all but the -inf)
@@ -193,7 +193,7 @@ class Search {
 
 // The solution of a row by the conventions of laplace.h.
 template <typename T>
-Solution<double> solve(const Sweeps<T>& sweeps, const Sweeps<T>& stack_sweeps, const Row& row,
+Solution<double> solve(const RowSweeps<T>& sweeps, const RowSweeps<T>& stack_sweeps, const Row& row,
                        double k, T alpha) {
   constexpr double inf = std::numeric_limits<double>::infinity();
   const Range<T> range = sweeps.range(row);

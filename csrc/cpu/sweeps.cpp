@@ -222,6 +222,24 @@ double gradient(const Row& row, const Row& v, const Scale<T>& scale, const Pivot
 }
 
 template <typename T, typename In>
+Counts counts(const Row& row, T value) {
+  Mask<T> above[kVectors] = {}, equal[kVectors] = {};
+  for_blocks<T, In>(row, [&](const Block<T>& x, int64_t, int64_t) LAMBDA_INLINE {
+    for (int j = 0; j < kVectors; ++j) {
+      above[j] -= x.v[j] > value;
+      equal[j] -= x.v[j] == value;
+    }
+    return false;
+  });
+  Counts out{0, 0};
+  for (int j = 0; j < kVectors; ++j) {
+    out.above = sum_of(above[j], out.above);
+    out.equal = sum_of(equal[j], out.equal);
+  }
+  return out;
+}
+
+template <typename T, typename In>
 void mask(const Row& row, T value, int64_t ties, void* out) {
   using V = Vector<T>;
   for_blocks<T, In>(row, [&](const Block<T>& x, int64_t first, int64_t count) LAMBDA_INLINE {
@@ -274,9 +292,14 @@ void fill(const Row& row, T value, void* out) {
 
 template <typename T, typename In>
 constexpr Sweeps<T> kTable{
-    range<T, In>,     split<T, In>,         tails<T, In>, gather<T, In>,   element<T, In>,
-    find<T, In>,      probabilities<T, In>, means<T, In>, gradient<T, In>, log_probabilities<T, In>,
-    log_means<T, In>, log_gradient<T, In>,  mask<T, In>,  indices<T, In>,  fill<T, In>,
+    range<T, In>,         split<T, In>,
+    tails<T, In>,         gather<T, In>,
+    element<T, In>,       find<T, In>,
+    probabilities<T, In>, means<T, In>,
+    gradient<T, In>,      log_probabilities<T, In>,
+    log_means<T, In>,     log_gradient<T, In>,
+    counts<T, In>,        mask<T, In>,
+    indices<T, In>,       fill<T, In>,
 };
 
 extern const Sweeps<float> from_float32 = kTable<float, float>;

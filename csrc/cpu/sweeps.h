@@ -90,6 +90,10 @@ struct LogMoments {
   T t;
 };
 
+struct Counts {
+  int64_t above, equal;  // |{x > value}|, |{x == value}|
+};
+
 constexpr int kGatherRoom = 16;
 
 template <typename T>
@@ -120,6 +124,7 @@ struct Sweeps {
   double (*log_gradient)(const Row& row, const Row& v, const Scale<T>& scale,
                          const LogPivot<T>& pivot, const LogMoments<T>& moments, void* grad_x);
 
+  Counts (*counts)(const Row& row, T value);
   // 1 where x > value and at the first `ties` elements equal to it, 0 elsewhere.
   void (*mask)(const Row& row, T value, int64_t ties, void* out);
   // The indices of the same elements, ascending.

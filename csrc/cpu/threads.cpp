@@ -67,7 +67,7 @@ void on_threads(int threads, int64_t elements, const std::function<void()>& work
     return;
   }
 #endif
-  on_started_threads(static_cast<int>(std::min<int64_t>(threads, elements / 32768)), work);
+  on_started_threads(static_cast<int>(std::min<int64_t>(threads, elements / 65536)), work);
 }
 
 }  // namespace softtopk::cpu

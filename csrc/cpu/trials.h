@@ -7,13 +7,9 @@
 #include <limits>
 #include <type_traits>
 
-#include "sweeps.h"
+#include "pieces.h"
 
 namespace softtopk::cpu {
-
-// A row with more elements than this inside the bracket is searched as a whole; with fewer, they
-// are copied to the stack.
-constexpr int kCandidates = 1024;
 
 // The value half-way between two finite ones in the order of their bit patterns, where -0 = +0.
 template <typename T>
@@ -63,7 +59,7 @@ struct Guesses {
   T spread = 0;  // from the one to the other, or to the end of the sample
 
   Guesses() = default;
-  Guesses(const Sweeps<T>& sweeps, const Row& row, double share) {
+  Guesses(const RowSweeps<T>& sweeps, const Row& row, double share) {
     constexpr int kPlaces = 128;
     T values[kPlaces];
     int size = 0;
@@ -91,7 +87,7 @@ struct CountBracket {
 
 // Counts until at most kCandidates elements are left in [lo, hi), or only those equal to lo.
 template <typename T>
-CountBracket<T> bracket_by_counts(const Sweeps<T>& sweeps, const Row& row, const Range<T>& range,
+CountBracket<T> bracket_by_counts(const RowSweeps<T>& sweeps, const Row& row, const Range<T>& range,
                                   int64_t K, const Guesses<T>& guesses) {
   constexpr T inf = std::numeric_limits<T>::infinity();
   const int64_t most = row.n - range.minus;
