@@ -44,6 +44,12 @@ void forward_row(const Rows& x, int64_t i, double k, T alpha, Form form, void* r
       out);
 }
 
+// The least e for which unit * e is a normal number; infinity for 0.
+template <typename T>
+T least_e(T unit) {
+  return std::numeric_limits<T>::min() / unit;
+}
+
 template <typename T>
 void backward_row(const Rows& x, int64_t i, const T* solution, T alpha, const Row& v, void* grad_x,
                   T* grad_k, T* grad_alpha, int threads) {
@@ -55,6 +61,8 @@ void backward_row(const Rows& x, int64_t i, const T* solution, T alpha, const Ro
   const Steps<T> step = steps(alpha);
   Pivot<T> pivot{static_cast<T>(d.q_A),
                  static_cast<T>(d.q_B),
+                 least_e(static_cast<T>(d.q_A)),
+                 least_e(static_cast<T>(d.q_B)),
                  static_cast<T>(d.h_A * step.rate),
                  static_cast<T>(d.h_B * step.rate),
                  step.after,
@@ -82,6 +90,8 @@ void log_backward_row(const Rows& x, int64_t i, const T* solution, T alpha, bool
   LogPivot<T> pivot{complement,
                     static_cast<T>(q_A),
                     static_cast<T>(q_B),
+                    least_e(static_cast<T>(q_A)),
+                    least_e(static_cast<T>(q_B)),
                     static_cast<T>(std::exp(d.log_h_A)),
                     static_cast<T>(std::exp(d.log_h_B)),
                     pivot_above ? solution[0] : solution[1],

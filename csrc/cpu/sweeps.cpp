@@ -173,7 +173,7 @@ Means means(const Row& row, const Row& v, const Scale<T>& scale, const Pivot<T>&
     if (all_underflow(y)) return false;  // so v is not read where nothing depends on it
     const Block<T> g = load_at<T, In>(v, first, count);
     for (int j = 0; j < kVectors; ++j) {
-      const V q = (above[j] ? V{} + pivot.q_A : V{} + pivot.q_B) * exp2_nonpositive<T>(y.v[j]);
+      const V q = weight<T>(exp2_nonpositive<T>(y.v[j]), above[j], pivot);
       const V dt = ((x.v[j] - pivot.x) * scale.s1) * scale.s2;
       sum_v.lanes[j] += q == T(0) ? V{} : q * (g.v[j] - pivot.v);
       sum_t.lanes[j] += q == T(0) ? V{} : q * dt;
@@ -205,9 +205,9 @@ double gradient(const Row& row, const Row& v, const Scale<T>& scale, const Pivot
       const Block<T> g = load_at<T, In>(v, first, count);
       for (int j = 0; j < kVectors; ++j) {
         const V e = exp2_nonpositive<T>(y.v[j]);
-        const V q = (above[j] ? V{} + pivot.q_A : V{} + pivot.q_B) * e;
+        const V q = weight<T>(e, above[j], pivot);
         const V s = (above[j] ? V{} + pivot.s_A : V{} + pivot.s_B) * e;
-        const V dv = (q == T(0) ? V{} : g.v[j] - pivot.v) - mean_v;
+        const V dv = (e == T(0) ? V{} : g.v[j] - pivot.v) - mean_v;
         const V dt = ((x.v[j] - pivot.x) * scale.s1) * scale.s2 - mean_t;
         covariance.lanes[j] += q == T(0) ? V{} : q * dt * dv;
         out.v[j] = (e == T(0)) | (s == T(0)) ? V{} : s * dv * unit;

@@ -50,6 +50,7 @@ struct Tails {
 template <typename T>
 struct Pivot {
   T q_A, q_B;  // q = q_A e above, q_B e below
+  T e_A, e_B;  // and 0 where e is less than these: arithmetic on denormal numbers is slow
   T s_A, s_B;  // h / alpha likewise, in units of s; as one number it may overflow
   T s;
   T x, v;  // the element of the largest q, and its incoming gradient
@@ -72,7 +73,8 @@ template <typename T>
 struct LogPivot {
   bool complement;
   T q_A, q_B;  // q = q_A e above, q_B e below
-  T h_A, h_B;  // h likewise
+  T e_A, e_B;  // and 0 where e is less than these
+  T h_A, h_B;  // h = h_A e, h_B e
   T x, u;      // the element of the largest q; its v / (1 - h) if it is on the major side, else 0
   T dominant;  // a q above this is that of the one element which outweighs all others
   Steps<T> steps;
