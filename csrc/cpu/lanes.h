@@ -174,6 +174,12 @@ INLINE void for_blocks(const Row& row, F f) {
   }
 }
 
+// How many elements of the last block are not the row's.
+template <typename T>
+INLINE int64_t filling(const Row& row) {
+  return (kBlock<T> - row.n % kBlock<T>) % kBlock<T>;
+}
+
 template <typename T, typename In>
 INLINE Block<T> load_at(const Row& row, int64_t first, int64_t count) {
   const In* data = static_cast<const In*>(row.data) + first;

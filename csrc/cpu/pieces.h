@@ -58,7 +58,9 @@ class RowSweeps {
     if (row.n <= kPiece) return table_.tails(row, scale);
     return reduce<Tails>(
         row, [&](int64_t first, int64_t n) { return table_.tails(part(row, first, n), scale); },
-        [](Tails& a, const Tails& b) { a.P += b.P, a.Q += b.Q, a.count += b.count; });
+        [](Tails& a, const Tails& b) {
+          a.P += b.P, a.Q += b.Q, a.count += b.count, a.below += b.below;
+        });
   }
 
   // At most kCandidates elements lie inside; out has room for kCandidates + kGatherRoom.

@@ -38,7 +38,7 @@ Range<T> range(const Row& row) {
     out.plus = sum_of(plus[j], out.plus);
     out.minus = sum_of(minus[j], out.minus);
   }
-  out.minus -= (kBlock<T> - row.n % kBlock<T>) % kBlock<T>;  // the filling of the last block
+  out.minus -= filling<T>(row);
   return out;
 }
 
@@ -72,16 +72,18 @@ template <typename T, typename In>
 Tails tails(const Row& row, const Scale<T>& scale) {
   using V = Vector<T>;
   Sum<T> P, Q;
-  Mask<T> count[kVectors] = {};
+  Mask<T> count[kVectors] = {}, below[kVectors] = {};
   int blocks = 0;
   for_blocks<T, In>(row, [&](const Block<T>& x, int64_t, int64_t) LAMBDA_INLINE {
     Block<T> y;
     Mask<T> above[kVectors];
     for (int j = 0; j < kVectors; ++j) {
       above[j] = x.v[j] >= scale.r_A;
+      const Mask<T> under = x.v[j] <= scale.r_B;
       count[j] -= above[j];
+      below[j] -= under;
       const V exact = exponent<T>(x.v[j], above[j], scale);
-      y.v[j] = above[j] | (x.v[j] <= scale.r_B) ? exact : V{} - Lanes<T>::infinity;
+      y.v[j] = above[j] | under ? exact : V{} - Lanes<T>::infinity;
     }
     if (all_underflow(y)) return false;
     for (int j = 0; j < kVectors; ++j) {
@@ -93,8 +95,10 @@ Tails tails(const Row& row, const Scale<T>& scale) {
     return false;
   });
   P.flush(), Q.flush();
-  Tails out{P.sum, Q.sum, 0};
+  Tails out{P.sum, Q.sum, 0, 0};
   for (const auto& lanes : count) out.count = sum_of(lanes, out.count);
+  for (const auto& lanes : below) out.below = sum_of(lanes, out.below);
+  out.below -= filling<T>(row);
   return out;
 }
 

@@ -42,8 +42,8 @@ struct Scale {
 };
 
 struct Tails {
-  double P, Q;    // sums of exp(-|x - r| / alpha) over x >= r_A and over x <= r_B
-  int64_t count;  // |{x >= r_A}|
+  double P, Q;           // sums of exp(-|x - r| / alpha) over x >= r_A and over x <= r_B
+  int64_t count, below;  // |{x >= r_A}|, |{x <= r_B}|
 };
 
 // What the two sweeps of the backward share.

@@ -55,14 +55,14 @@ struct Bracket {
 // elements at fixed places. A wrong guess costs a trial, nothing else.
 template <typename T>
 struct Guesses {
+  static constexpr int kPlaces = 128;
+  T values[kPlaces];  // the finite ones of the sample, the largest first
+  int size = 0;
   T low = -std::numeric_limits<T>::infinity(), high = std::numeric_limits<T>::infinity();
   T spread = 0;  // from the one to the other, or to the end of the sample
 
   Guesses() = default;
   Guesses(const RowSweeps<T>& sweeps, const Row& row, double share) {
-    constexpr int kPlaces = 128;
-    T values[kPlaces];
-    int size = 0;
     for (int i = 0; i < kPlaces; ++i) {
       const T x = sweeps.element(row, row.n / kPlaces * i + row.n % kPlaces * i / kPlaces);
       if (!std::isinf(x)) values[size++] = x;
@@ -74,6 +74,14 @@ struct Guesses {
     if (below < size) low = values[static_cast<int>(below)];
     if (above >= 0) high = values[static_cast<int>(above)];
     spread = std::min(high, values[0]) - std::max(low, values[size - 1]);
+  }
+
+  // How far apart are two values near x with as large a share of the row's elements in between.
+  double width(double x, double share) const {
+    const int place =
+        std::lower_bound(values, values + size, x, [](T a, double b) { return a > b; }) - values;
+    const int first = std::max(place - 8, 0), last = std::min(place + 8, size - 1);
+    return (static_cast<double>(values[first]) - values[last]) / (last - first) * size * share;
   }
 };
 
@@ -115,9 +123,9 @@ CountBracket<T> bracket_by_counts(const RowSweeps<T>& sweeps, const Row& row, co
                           static_cast<double>(range.plus),
                           static_cast<double>(most)};
     double c = middle(b.lo, high);
-    if (step % 4 == 2)
+    if (step % 6 == 4)
       c = (static_cast<double>(b.lo) + high) / 2;
-    else if (step % 4 != 3)
+    else if (step % 6 != 5)
       c = bracket.interpolate(static_cast<double>(K), kCandidates / 4);
     split(std::min(std::max(static_cast<T>(c), std::nextafter(b.lo, inf)), top));
   }
