@@ -70,7 +70,7 @@ class Search {
       if (guesses.spread > 2 * alpha_) {
         if (assume(guesses)) return solution_;
       } else if (guesses.low > -kInfinity && guesses.high < kInfinity) {
-        approach(guesses);
+        if (approach(guesses)) return solution_;
       } else if (guesses.low > -kInfinity) {
         if (trial(guesses.low)) return solution_;
       }
@@ -106,7 +106,7 @@ class Search {
     const bool beyond = (at_A > 0 && r_A == upper_) || (at_B <= 0 && r_B == lower_);
     // The ends of a window are no elements: nothing is solved or proved by them.
     if (window_ && (beyond || (at_A <= 0 && at_B > 0 && (r_A == upper_ || r_B == lower_))))
-      return release(), false;
+      return release(), trial(c);
     if (assumed_ && beyond) release();
     if (at_A > 0 && r_A < hi_) {
       rise(r_A, count, k_ + at_A);
@@ -150,8 +150,9 @@ class Search {
 
   // Where S is smooth and the sample holds elements on both sides of the root: takes the closed
   // form's steps from the sample's root until one leads to within a window of a few hundred
-  // elements, assumes that and collapses what is outside.
-  void approach(const Guesses<T>& guesses) {
+  // elements, assumes that and collapses what is outside. True when solved: the root lies beyond
+  // all elements.
+  bool approach(const Guesses<T>& guesses) {
     const Row sample{guesses.values, guesses.size, false};
     const double alpha = alpha_, share = (k_ - least_) / (most_ - least_);
     double c = root(solve<T>(stack_sweeps_, stack_sweeps_, sample, share * guesses.size, alpha_));
@@ -163,19 +164,21 @@ class Search {
       const Solution<double> at{static_cast<double>(r_A), static_cast<double>(r_B), tails.P,
                                 tails.Q, static_cast<double>(tails.count) - k_};
       c = root(at), slope = densities(at, alpha).R / alpha;
+      if ((r_A == max_ && c > max_) || (r_A == min_ && c < min_)) return trial(static_cast<T>(c));
       half = guesses.width(c, kCandidates / 4 / (most_ - least_));
       const double moved = std::abs(c - static_cast<double>(r_A)) / alpha;
       error = moved * moved * moved * alpha;  // of the elements that the step passes
     }
     const T lo = static_cast<T>(c - half), hi = static_cast<T>(c + half);
-    if (!(error < half && lo < hi)) return;
+    if (!(error < half && lo < hi)) return false;
     const Tails outside = sweeps_->tails(row_, scale_of(hi, lo, alpha_));
     const int64_t inside = row_.n - outside.count - outside.below;
-    if (inside > kCandidates) return;
-    rise(lo, outside.count + inside + 1, k_ + slope * half),
-        fall(hi, outside.count, k_ - slope * half);
+    if (inside > kCandidates) return false;
+    rise(lo, outside.count + inside + 1, k_ + slope * half);
+    fall(hi, outside.count, k_ - slope * half);
     step_ = c, assumed_ = window_ = true;
     collapse(outside);
+    return false;
   }
 
   // The root, if the split of `s` is right.
