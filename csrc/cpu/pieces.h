@@ -35,6 +35,8 @@ class RowSweeps {
 
   T element(const Row& row, int64_t i) const { return table_.element(row, i); }
 
+  void sample(const Row& row, T* out) const { table_.sample(row, out); }
+
   Range<T> range(const Row& row) const {
     if (whole(row)) return table_.range(row);
     return reduce<Range<T>>(

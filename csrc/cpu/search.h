@@ -66,7 +66,7 @@ class Search {
 
   Solution<double> run() {
     if (above_lo_ - from_hi_ > kCandidates) {
-      const Guesses<T> guesses(*sweeps_, row_, (k_ - least_) / (most_ - least_));
+      Guesses<T> guesses(*sweeps_, row_, (k_ - least_) / (most_ - least_));
       if (guesses.spread > 2 * alpha_) {
         if (assume(guesses)) return solution_;
       } else if (guesses.low > -kInfinity && guesses.high < kInfinity) {
@@ -152,7 +152,8 @@ class Search {
   // form's steps from the sample's root until one leads to within a window of a few hundred
   // elements, assumes that and collapses what is outside. True when solved: the root lies beyond
   // all elements.
-  bool approach(const Guesses<T>& guesses) {
+  bool approach(Guesses<T>& guesses) {
+    guesses.sort();
     const Row sample{guesses.values, guesses.size, false};
     const double alpha = alpha_, share = (k_ - least_) / (most_ - least_);
     double c = root(solve<T>(stack_sweeps_, stack_sweeps_, sample, share * guesses.size, alpha_));

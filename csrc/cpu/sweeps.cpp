@@ -126,6 +126,19 @@ T element(const Row& row, int64_t i) {
 }
 
 template <typename T, typename In>
+void sample(const Row& row, T* out) {
+  In places[kPlaces];
+  for (int i = 0; i < kPlaces; ++i)
+    places[i] =
+        static_cast<const In*>(row.data)[row.n / kPlaces * i + row.n % kPlaces * i / kPlaces];
+  for_blocks<T, In>({places, kPlaces, row.negate},
+                    [&](const Block<T>& x, int64_t first, int64_t) LAMBDA_INLINE {
+                      store(x, out + first);
+                      return false;
+                    });
+}
+
+template <typename T, typename In>
 int64_t find(const Row& row, T value) {
   int64_t index = -1;
   for_blocks<T, In>(row, [&](const Block<T>& x, int64_t first, int64_t) LAMBDA_INLINE {
@@ -296,14 +309,23 @@ void fill(const Row& row, T value, void* out) {
 
 template <typename T, typename In>
 constexpr Sweeps<T> kTable{
-    range<T, In>,         split<T, In>,
-    tails<T, In>,         gather<T, In>,
-    element<T, In>,       find<T, In>,
-    probabilities<T, In>, means<T, In>,
-    gradient<T, In>,      log_probabilities<T, In>,
-    log_means<T, In>,     log_gradient<T, In>,
-    counts<T, In>,        mask<T, In>,
-    indices<T, In>,       fill<T, In>,
+    range<T, In>,
+    split<T, In>,
+    tails<T, In>,
+    gather<T, In>,
+    element<T, In>,
+    sample<T, In>,
+    find<T, In>,
+    probabilities<T, In>,
+    means<T, In>,
+    gradient<T, In>,
+    log_probabilities<T, In>,
+    log_means<T, In>,
+    log_gradient<T, In>,
+    counts<T, In>,
+    mask<T, In>,
+    indices<T, In>,
+    fill<T, In>,
 };
 
 extern const Sweeps<float> from_float32 = kTable<float, float>;

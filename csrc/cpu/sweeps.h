@@ -97,6 +97,7 @@ struct Counts {
 };
 
 constexpr int kGatherRoom = 16;
+constexpr int kPlaces = 128;
 
 template <typename T>
 struct Sweeps {
@@ -107,6 +108,8 @@ struct Sweeps {
   // `capacity` when they are more. `out` has room for capacity + kGatherRoom.
   int64_t (*gather)(const Row& row, T lo, T hi, T* out, int64_t capacity);
   T (*element)(const Row& row, int64_t i);
+  // kPlaces elements at places that are spread evenly.
+  void (*sample)(const Row& row, T* out);
   // The first i with x_i == value, which must be there.
   int64_t (*find)(const Row& row, T value);
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <type_traits>
 
@@ -55,28 +56,37 @@ struct Bracket {
 // elements at fixed places. A wrong guess costs a trial, nothing else.
 template <typename T>
 struct Guesses {
-  static constexpr int kPlaces = 128;
-  T values[kPlaces];  // the finite ones of the sample, the largest first
+  T values[kPlaces];  // the finite ones of the sample; the largest first once they are sorted
   int size = 0;
   T low = -std::numeric_limits<T>::infinity(), high = std::numeric_limits<T>::infinity();
   T spread = 0;  // from the one to the other, or to the end of the sample
 
   Guesses() = default;
   Guesses(const RowSweeps<T>& sweeps, const Row& row, double share) {
-    for (int i = 0; i < kPlaces; ++i) {
-      const T x = sweeps.element(row, row.n / kPlaces * i + row.n % kPlaces * i / kPlaces);
-      if (!std::isinf(x)) values[size++] = x;
-    }
+    sweeps.sample(row, values);
+    T* const end = std::remove_if(values, values + kPlaces, [](T x) { return std::isinf(x); });
+    size = static_cast<int>(end - values);
     if (size == 0) return;
-    std::sort(values, values + size, [](T a, T b) { return a > b; });
     const double margin = 3 * std::sqrt(size * share * (1 - share)) + 1;
     const double below = std::ceil(size * share + margin), above = size * share - margin;
-    if (below < size) low = values[static_cast<int>(below)];
-    if (above >= 0) high = values[static_cast<int>(above)];
-    spread = std::min(high, values[0]) - std::max(low, values[size - 1]);
+    T* const from_low = values + std::min(static_cast<int>(below), size);
+    if (from_low < end) {
+      std::nth_element(values, from_low, end, std::greater<T>());
+      low = *from_low;
+    }
+    if (above >= 0) {
+      T* const from_high = values + static_cast<int>(above);
+      std::nth_element(values, from_high, from_low, std::greater<T>());
+      high = *from_high;
+    }
+    spread = (above >= 0 ? high : *std::max_element(values, end)) -
+             (from_low < end ? low : *std::min_element(values, end));
   }
 
-  // How far apart are two values near x with as large a share of the row's elements in between.
+  void sort() { std::sort(values, values + size, std::greater<T>()); }
+
+  // Of the sorted ones: how far apart are two values near x with as large a share of the row's
+  // elements in between.
   double width(double x, double share) const {
     const int place =
         std::lower_bound(values, values + size, x, [](T a, double b) { return a > b; }) - values;
