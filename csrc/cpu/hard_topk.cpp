@@ -57,7 +57,7 @@ template <typename F>
 void for_cuts(const Rows& x, const PerRow& k, int64_t max_k, int threads, F f) {
   with_compute_type(x.type, [&](auto zero) {
     using T = decltype(zero);
-    for_rows(x, threads, [&](int64_t row, int team) {
+    for_rows(x, threads, [&](int64_t row, Team* team) {
       const RowSweeps<T> row_sweeps(x.type, team);
       const Row elements = row_at(x, row);
       f(row_sweeps, elements, row, cut(row_sweeps, elements, value_at(k, row), max_k));

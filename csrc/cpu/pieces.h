@@ -30,8 +30,9 @@ inline int64_t element_size(Type type) {
 template <typename T>
 class RowSweeps {
  public:
-  RowSweeps(Type type, int threads)
-      : table_(sweeps<T>(type)), size_(element_size(type)), threads_(threads) {}
+  // On the calling thread alone without a team.
+  RowSweeps(Type type, Team* team)
+      : table_(sweeps<T>(type)), size_(element_size(type)), team_(team) {}
 
   T element(const Row& row, int64_t i) const { return table_.element(row, i); }
 
@@ -185,7 +186,7 @@ class RowSweeps {
   }
 
  private:
-  bool whole(const Row& row) const { return threads_ == 1 || row.n <= kPiece; }
+  bool whole(const Row& row) const { return !team_ || row.n <= kPiece; }
 
   // How long the pieces of a row of n are, the last one excepted, and how many.
   static int64_t length(int64_t n) {
@@ -204,16 +205,11 @@ class RowSweeps {
   void each(const Row& row, F f) const {
     const int64_t size = length(row.n), count = pieces(row.n);
     const auto piece = [&](int64_t i) { f(i, i * size, std::min(size, row.n - i * size)); };
-    if (threads_ == 1) {
+    if (!team_) {
       for (int64_t i = 0; i < count; ++i) piece(i);
       return;
     }
-    std::atomic<int64_t> next{0};
-    const auto work = [&] {
-      const DefaultEnvironment environment;
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) piece(i);
-    };
-    on_threads(threads_, row.n / 2, std::ref(work));  // a sweep is a small part of a row's work
+    team_->share(count, std::ref(piece));
   }
 
   // f(first, n) of every piece, merged in their order.
@@ -245,7 +241,7 @@ class RowSweeps {
 
   const Sweeps<T>& table_;
   const int64_t size_;
-  const int threads_;
+  Team* const team_;
 };
 
 }  // namespace softtopk::cpu

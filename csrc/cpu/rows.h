@@ -49,14 +49,17 @@ void for_rows(const Rows& x, int threads, F f) {
   const auto work = [&] {
     const DefaultEnvironment environment;
     for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
-      for (int64_t row = chunk * size; row < std::min(rows, (chunk + 1) * size); ++row) f(row, 1);
+      for (int64_t row = chunk * size; row < std::min(rows, (chunk + 1) * size); ++row)
+        f(row, nullptr);
   };
   if (threads > 1 && chunks > 1)
     on_threads(threads, rows * x.n, std::ref(work));
   else
     work();
-  const DefaultEnvironment environment;
-  for (int64_t row = rows; row < x.rows; ++row) f(row, threads);
+  if (shared > 0)
+    Team::run(threads, shared * x.n, [&](Team& team) {
+      for (int64_t row = rows; row < x.rows; ++row) f(row, &team);
+    });
 }
 
 }  // namespace softtopk::cpu

@@ -19,10 +19,11 @@ constexpr Type kType = sizeof(T) == 8 ? Type::float64 : Type::float32;
 
 template <typename T>
 void forward_row(const Rows& x, int64_t i, double k, T alpha, Form form, void* result, T* solution,
-                 int threads) {
-  const RowSweeps<T> row_sweeps(x.type, threads);
+                 Team* team) {
+  const RowSweeps<T> row_sweeps(x.type, team);
   const Row row = row_at(x, i);
-  const Solution<double> solved = solve<T>(row_sweeps, RowSweeps<T>(kType<T>, 1), row, k, alpha);
+  const Solution<double> solved =
+      solve<T>(row_sweeps, RowSweeps<T>(kType<T>, nullptr), row, k, alpha);
   const Solution<T> s{static_cast<T>(solved.r_A), static_cast<T>(solved.r_B),
                       static_cast<T>(solved.P), static_cast<T>(solved.Q), static_cast<T>(solved.D)};
   solution[0] = s.r_A, solution[1] = s.r_B, solution[2] = s.P, solution[3] = s.Q;
@@ -52,8 +53,8 @@ T least_e(T unit) {
 
 template <typename T>
 void backward_row(const Rows& x, int64_t i, const T* solution, T alpha, const Row& v, void* grad_x,
-                  T* grad_k, T* grad_alpha, int threads) {
-  const RowSweeps<T> row_sweeps(x.type, threads);
+                  T* grad_k, T* grad_alpha, Team* team) {
+  const RowSweeps<T> row_sweeps(x.type, team);
   const Row row = row_at(x, i);
   const Solution<double> s{solution[0], solution[1], solution[2], solution[3], solution[4]};
   const double scale = alpha;
@@ -80,8 +81,8 @@ void backward_row(const Rows& x, int64_t i, const T* solution, T alpha, const Ro
 // The names are those of log_backward in softtopk/backends/reference.py.
 template <typename T>
 void log_backward_row(const Rows& x, int64_t i, const T* solution, T alpha, bool complement,
-                      const Row& v, void* grad_x, T* grad_k, T* grad_alpha, int threads) {
-  const RowSweeps<T> row_sweeps(x.type, threads);
+                      const Row& v, void* grad_x, T* grad_k, T* grad_alpha, Team* team) {
+  const RowSweeps<T> row_sweeps(x.type, team);
   const Row row = row_at(x, i);
   const Solution<double> s{solution[0], solution[1], solution[2], solution[3], solution[4]};
   const LogDensities d = log_densities(s, static_cast<double>(alpha));
@@ -125,7 +126,7 @@ void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, Form
                        void* solution, int threads) {
   with_compute_type(x.type, [&](auto zero) {
     using T = decltype(zero);
-    for_rows(x, threads, [&](int64_t row, int team) {
+    for_rows(x, threads, [&](int64_t row, Team* team) {
       forward_row<T>(x, row, value_at(k, row), scale_in<T>(value_at(alpha, row)), form, out,
                      static_cast<T*>(solution) + 5 * row, team);
     });
@@ -138,7 +139,7 @@ void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha
   const Rows incoming{v, x.type, x.rows, x.n, v_stride, true};
   with_compute_type(x.type, [&](auto zero) {
     using T = decltype(zero);
-    for_rows(x, threads, [&](int64_t row, int team) {
+    for_rows(x, threads, [&](int64_t row, Team* team) {
       const T* solved = static_cast<const T*>(solution) + 5 * row;
       const T scale = scale_in<T>(value_at(alpha, row));
       void* to_x = output_at(x, grad_x, row);
