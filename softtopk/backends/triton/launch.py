@@ -1,4 +1,8 @@
-"""How a kernel is launched: tile sizes, per-row arguments, the current device."""
+"""How a kernel is launched: tile sizes, per-row arguments, the current device.
+
+The tile sizes are those of TUNED, measured on an H200, or follow from RULES. With
+SOFTTOPK_AUTOTUNE=1 in the environment they are measured instead, see autotune.py.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +15,98 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Bytes of a row, in the compute dtype, that one program keeps in registers; a longer row is read
-# again in every sweep, CHUNK_BYTES at a time.
-RESIDENT_BYTES = 1 << 17
-CHUNK_BYTES = 1 << 15
-MOST = (1 << 31) - CHUNK_BYTES  # the places of the last chunk, those beyond n too, count in 32 bits
+from softtopk.backends.triton import autotune
+
+MOST = (1 << 31) - (1 << 18)  # the places of the last tile, those beyond n too, count in 32 bits
+SCAN = 512  # elements of a chunk of candidates, and the fewest lanes of a longer row
 
 
-class Tile(NamedTuple):
-    """Keyword arguments of every kernel. A row is CHUNKS blocks; each CHUNKS is compiled apart."""
+class Choice(NamedTuple):
+    """A program has num_warps warps, and a tile of as many elements per thread, or fewer for a short row;
+    a row longer than the tile is read again in every sweep. ptxas may use maxnreg registers a thread."""
 
-    BLOCK: int
-    CHUNKS: int
     num_warps: int
+    per_thread: int
     maxnreg: int
 
 
-def tile(n: int, dtype: torch.dtype, arrays: int = 1, per_thread: int = 16) -> Tile:
-    """The tile for rows of n elements when `arrays` such rows are kept, in the compute dtype.
+# Pass and bytes of an element of x: elements per thread, most warps, registers. In registers are one
+# row in the forward passes and hard_topk, two in the backward passes.
+RULES = {
+    ("forward", 2): (64, 16, 128),
+    ("forward", 4): (64, 16, 128),
+    ("forward", 8): (32, 16, 128),
+    ("log_forward", 2): (32, 32, 64),
+    ("log_forward", 4): (32, 32, 64),
+    ("log_forward", 8): (16, 16, 128),
+    ("backward", 2): (16, 32, 64),
+    ("backward", 4): (16, 32, 64),
+    ("backward", 8): (16, 16, 128),
+    ("log_backward", 2): (8, 32, 64),
+    ("log_backward", 4): (8, 32, 64),
+    ("log_backward", 8): (8, 16, 128),
+    ("hard_topk", 2): (16, 32, 64),
+    ("hard_topk", 4): (16, 32, 64),
+    ("hard_topk", 8): (16, 16, 128),
+}
+# Exceptions: (pass, bytes of an element of x, length class), where a length class is a power of two
+# and holds the lengths up to it and above the one before.
+TUNED: dict[tuple[str, int, int], Choice] = {
+}
+LENGTHS = (1 << 8, 1 << 17)  # the smallest and the largest length class
 
-    16 elements a thread and 64 registers (128 in float64) fill a multiprocessor's register file
-    with 65,536 bytes of row per array; ptxas reports next to no spills up to there. A kernel that
-    needs more registers beside its row has fewer elements `per_thread`, and shorter rows in registers.
-    """
+
+def length_class(n: int) -> int:
+    return min(max(triton.next_power_of_2(n), LENGTHS[0]), LENGTHS[1])
+
+
+def default(name: str, itemsize: int, n: int) -> Choice:
+    length = length_class(n)
+    per_thread, most, maxnreg = RULES[name, itemsize]
+    warps = max(1, min(most, length // (32 * per_thread)))
+    return TUNED.get((name, itemsize, length), Choice(warps, per_thread, maxnreg))
+
+
+def choices(name: str, itemsize: int, n: int) -> list[Choice]:
+    """What autotuning tries: the default, fewer and more threads for the same tile, a smaller tile."""
+    first = default(name, itemsize, n)
+    found = [first]
+    for warps, per_thread in ((2, 0.5), (0.5, 2), (1, 0.5), (0.5, 1)):
+        warps, per_thread = int(first.num_warps * warps), int(first.per_thread * per_thread)
+        if 1 <= warps <= 32 and 4 <= per_thread <= 128:
+            maxnreg = min(255, 65536 // (32 * warps), max(64, first.maxnreg * per_thread // first.per_thread))
+            found.append(Choice(warps, per_thread, maxnreg))
+    return found
+
+
+def tile(name: str, choice: Choice, itemsize: int, n: int) -> dict[str, int | bool]:
+    """The keyword arguments of a kernel that follow from a choice."""
     if n > MOST:
         raise ValueError(f"x has rows of n={n} elements; the triton backend takes at most {MOST}")
-    size = dtype.itemsize
-    block = triton.next_power_of_2(n)
-    if block * size * arrays * 16 > RESIDENT_BYTES * per_thread:
-        block = CHUNK_BYTES // size
-    return Tile(block, triton.cdiv(n, block), max(1, min(128 // size, block // (32 * per_thread))), 16 * size)
+    block = min(triton.next_power_of_2(n), 32 * choice.num_warps * choice.per_thread)
+    options = dict(RESIDENT=block >= n, num_warps=choice.num_warps, maxnreg=choice.maxnreg)
+    if not name.endswith("forward"):
+        return options | dict(BLOCK=block)
+    # A thread holds whole columns of at most 16, whose sums do not go wrong, and loads 16 bytes at once.
+    columns = min(block, max(SCAN, block // 16, 32 * choice.num_warps * (16 // itemsize)))
+    return options | dict(DEPTH=block // columns, LANES=columns, BLOCK=min(SCAN, triton.next_power_of_2(n)))
 
 
-def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def run(name: str, kernel, x: Tensor, arguments: tuple, **constants) -> None:
+    """Launch a kernel with one program per row of x."""
+    rows, n = x.shape
+    itemsize = x.element_size()
+    dtype = tl.float64 if itemsize == 8 else tl.float32
+
+    def start(choice: Choice) -> None:
+        kernel[(rows,)](*arguments, **constants, T=dtype, **tile(name, choice, itemsize, n))
+
+    with on_device(x):
+        first = default(name, itemsize, n)
+        if autotune.enabled():
+            key = (name, str(x.dtype).removeprefix("torch."), length_class(n))
+            first = Choice(*autotune.choose(key, x, first, choices(name, itemsize, n), start))
+        start(first)
 
 
 def per_row(value: float | Tensor) -> tuple[Tensor | None, int, int]:
@@ -74,4 +136,6 @@ def rows_of(x: Tensor) -> Tensor:
 
 def on_device(x: Tensor):
     """Triton launches on the current device: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)

@@ -1,18 +1,22 @@
 """Device functions: sweeps over a row, the count search, and the solution of the soft top-k.
 
 Notation and derivation: backends/reference.py. A sweep reduces the row: from the tile in registers
-when that is all of it (CHUNKS = 1), else reading CHUNKS chunks of BLOCK again. Each reduction
-follows its operand at once, which halves the registers a kernel needs. Sums are trees within a
-chunk and do not depend on the row's place in the batch. Elements beyond n read as -inf, the value
+when that is all of it (RESIDENT), else reading it again in chunks of BLOCK. It keeps one partial
+result per place of a chunk and reduces those once, at its end: a reduction costs a barrier. The
+order of a sum does not depend on the row's place in the batch. Elements beyond n read as -inf, the value
 that the operator leaves out. Exponents are in base 2, and a difference is taken before it is
 scaled: exp(-d / alpha) = exp2(-d * scale * rate), with the power of two `scale` there so that
 neither 1 / alpha nor alpha can overflow or underflow.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
+# A reduction of several tensors at once; the interpreter would go through it element by element.
+FUSED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -47,8 +51,8 @@ def read(pointer, start, n, LARGEST: tl.constexpr, BLOCK: tl.constexpr, T: tl.co
 
 
 @triton.jit
-def chunk(tile, pointer, start, n, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    if CHUNKS == 1:
+def chunk(tile, pointer, start, n, LARGEST: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr):
+    if RESIDENT:
         x = tile
     else:
         x = read(pointer, start, n, LARGEST, BLOCK, tile.dtype)
@@ -56,60 +60,117 @@ def chunk(tile, pointer, start, n, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, 
 
 
 @triton.jit
-def statistics(tile, pointer, n, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether there is a NaN, the numbers of +inf and of finite elements, and the finite min and max."""
-    nan = tl.zeros((), tl.int32)
-    plus = tl.zeros((), tl.int32)
-    finite = tl.zeros((), tl.int32)
-    low = tl.full((), INF, tile.dtype)
-    high = tl.full((), -INF, tile.dtype)
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        x = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
-        inside = tl.abs(x) < INF
-        nan += tl.sum((x != x).to(tl.int32))
-        plus += tl.sum((x == INF).to(tl.int32))
-        finite += tl.sum(inside.to(tl.int32))
-        low = tl.minimum(low, tl.min(tl.where(inside, x, INF)))
-        high = tl.maximum(high, tl.max(tl.where(inside, x, -INF)))
-    return nan > 0, plus, finite, low, high
+def add_both(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
-def split(tile, pointer, n, c, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def sums(a, b):
+    """The sums of two tensors, with one barrier."""
+    if FUSED:
+        a, b = tl.reduce((a, b), 0, add_both)
+    else:
+        a = tl.sum(a)
+        b = tl.sum(b)
+    return a, b
+
+
+@triton.jit
+def join_extents(count, low, high, more, lower, higher):
+    return count + more, tl.minimum(low, lower), tl.maximum(high, higher)
+
+
+@triton.jit
+def extents(count, low, high):
+    """The sum of the first, the minimum of the second and the maximum of the third, with one barrier."""
+    if FUSED:
+        count, low, high = tl.reduce((count, low, high), 0, join_extents)
+    else:
+        count = tl.sum(count)
+        low = tl.min(low)
+        high = tl.max(high)
+    return count, low, high
+
+
+@triton.jit
+def statistics(tile, pointer, n, LARGEST: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether there is a NaN, the numbers of +inf and of finite elements, and the finite min and max."""
+    nan = tl.zeros([BLOCK], tl.int32)
+    plus = tl.zeros([BLOCK], tl.int32)
+    finite = tl.zeros([BLOCK], tl.int32)
+    low = tl.full([BLOCK], INF, tile.dtype)
+    high = tl.full([BLOCK], -INF, tile.dtype)
+    start = tl.zeros((), tl.int32)
+    while start < (BLOCK if RESIDENT else n):
+        x = chunk(tile, pointer, start, n, LARGEST, RESIDENT, BLOCK)
+        inside = tl.abs(x) < INF
+        nan += (x != x).to(tl.int32)
+        plus += (x == INF).to(tl.int32)
+        finite += inside.to(tl.int32)
+        low = tl.minimum(low, tl.where(inside, x, INF))
+        high = tl.maximum(high, tl.where(inside, x, -INF))
+        start += BLOCK
+    nans, plus = sums(nan, plus)
+    finite, low, high = extents(finite, low, high)
+    return nans > 0, plus, finite, low, high
+
+
+@triton.jit
+def split(tile, pointer, n, c, LARGEST: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr):
     """A = {x >= c}: |A|, r_A = min A and r_B = max of the rest; +inf and -inf where there is none."""
-    count = tl.zeros((), tl.int32)
-    r_A = tl.full((), INF, tile.dtype)
-    r_B = tl.full((), -INF, tile.dtype)
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        x = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
+    count = tl.zeros([BLOCK], tl.int32)
+    r_A = tl.full([BLOCK], INF, tile.dtype)
+    r_B = tl.full([BLOCK], -INF, tile.dtype)
+    start = tl.zeros((), tl.int32)
+    while start < (BLOCK if RESIDENT else n):
+        x = chunk(tile, pointer, start, n, LARGEST, RESIDENT, BLOCK)
         above = x >= c
-        count += tl.sum(above.to(tl.int32))
-        r_A = tl.minimum(r_A, tl.min(tl.where(above, x, INF)))
-        r_B = tl.maximum(r_B, tl.max(tl.where(above, -INF, x)))
-    return count, r_A, r_B
+        count += above.to(tl.int32)
+        r_A = tl.minimum(r_A, tl.where(above, x, INF))
+        r_B = tl.maximum(r_B, tl.where(above, -INF, x))
+        start += BLOCK
+    return extents(count, r_A, r_B)
 
 
 @triton.jit
 def tails(x, r_A, r_B, scale, rate):
-    """exp(-|x - r| / alpha) with each element's own reference; 0 for an infinite element."""
-    distance = tl.where(x >= r_A, x - r_A, r_B - x)
-    return tl.where(tl.abs(x) < INF, tl.exp2(-(distance * scale) * rate), 0)
+    """exp(-|x - r| / alpha) with each element's own reference; 0 for an infinite element.
+
+    On the side of an infinite reference lie infinite elements only, and their distance from any
+    finite number is infinite.
+    """
+    origin_A = tl.where(tl.abs(r_A) < INF, r_A, 0)
+    origin_B = tl.where(tl.abs(r_B) < INF, r_B, 0)
+    distance = tl.abs(x - tl.where(x >= r_A, origin_A, origin_B))
+    return tl.exp2(-(distance * scale) * rate)
+
+
+@triton.jit
+def add(total, lost, term):
+    """total + term, and what its rounding added (Kahan): equal terms would all round the same way."""
+    term -= lost
+    after = total + term
+    return after, (after - total) - term
 
 
 @triton.jit
 def tail_sums(
     tile, pointer, n, r_A, r_B, scale, rate,
-    LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """P and Q."""
-    P = tl.zeros((), tile.dtype)
-    Q = tl.zeros((), tile.dtype)
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        x = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
+    P = tl.zeros([BLOCK], tile.dtype)
+    Q = tl.zeros([BLOCK], tile.dtype)
+    lost_P = tl.zeros([BLOCK], tile.dtype)
+    lost_Q = tl.zeros([BLOCK], tile.dtype)
+    start = tl.zeros((), tl.int32)
+    while start < (BLOCK if RESIDENT else n):
+        x = chunk(tile, pointer, start, n, LARGEST, RESIDENT, BLOCK)
         e = tails(x, r_A, r_B, scale, rate)
-        P += tl.sum(tl.where(x >= r_A, e, 0))
-        Q += tl.sum(tl.where(x >= r_A, 0, e))
-    return P, Q
+        P, lost_P = add(P, lost_P, tl.where(x >= r_A, e, 0))
+        Q, lost_Q = add(Q, lost_Q, tl.where(x >= r_A, 0, e))
+        start += BLOCK
+    return sums(P, Q)
 
 
 @triton.jit
@@ -149,28 +210,30 @@ def next_above(x):
 @triton.jit
 def quantile(count, total):
     """About the normal quantile of a rank (Tukey's lambda): near linear in x for common rows."""
-    upper = (count.to(tl.float32) + 0.5) / (total + 1)
-    lower = ((total - count).to(tl.float32) + 0.5) / (total + 1)
+    share = 1.0 / (total.to(tl.float32) + 1)
+    upper = (count.to(tl.float32) + 0.5) * share
+    lower = ((total - count).to(tl.float32) + 0.5) * share
     return tl.exp2(0.14 * tl.log2(upper)) - tl.exp2(0.14 * tl.log2(lower))
 
 
 @triton.jit
 def count_search(
-    tile, pointer, n, rank, plus, finite, low, high, tolerance,
-    LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    tile, pointer, n, rank, plus, finite, total, low, high, tolerance,
+    LARGEST: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The rank-th largest element v, plus < rank <= plus + finite, and the number of elements above it.
 
-    Elements `low` <= v <= `high` close in on v by regula falsi on counts, with Anderson and
+    `low` <= v and an element `high` >= v close in on v by regula falsi on counts, with Anderson and
     Bjorck's weights and the representable middle when a bracket's elements do not halve in two
     steps. It stops when high - low <= tolerance; the result is then `high` and the number above.
+    `total` is the number of finite elements of the row, of which these may be the largest only.
     """
-    wanted = quantile(rank - plus, finite)
+    wanted = quantile(rank - plus, total)
     count_low = finite
     count_high = finite * 0
     # Distances of the two ends from the wanted rank; an end that stays has its own shrunk.
-    excess = quantile(count_low, finite) - wanted
-    deficit = wanted - quantile(count_high, finite)
+    excess = quantile(count_low, total) - wanted
+    deficit = wanted - quantile(count_high, total)
     last_low = excess
     last_high = deficit
     moved = count_low * 0  # 1: low was the last to move, -1: high
@@ -181,9 +244,9 @@ def count_search(
         c = high - (high - low) * (deficit / (excess + deficit)).to(tile.dtype)
         if bisect | (c <= low) | (c > high) | (c != c):
             c = middle(low, high)
-        count, r_A, r_B = split(tile, pointer, n, c, LARGEST, CHUNKS, BLOCK)
+        count, r_A, r_B = split(tile, pointer, n, c, LARGEST, RESIDENT, BLOCK)
         count -= plus
-        distance = quantile(count, finite) - wanted
+        distance = quantile(count, total) - wanted
         if count + plus >= rank:
             if moved == 1:
                 deficit *= tl.maximum(1 - distance / last_low, 0.1)
@@ -255,17 +318,25 @@ def densities(r_A, r_B, P, Q, D, alpha):
 
 @triton.jit
 def solve(
-    tile, pointer, n, k, alpha, scale, rate,
-    LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    pointer, m, n, floor, tail, top, found, k, alpha, scale, rate,
+    LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """r_A, r_B, P, Q, D of a row; k in float64, alpha in the compute dtype.
+    """r_A, r_B, P, Q, D of a row of n elements; k in float64, alpha in the compute dtype.
+
+    The m elements at `pointer` are the row or, where `found`, its candidates: see candidates.py.
 
     A trial c splits the row; its r_A belongs in B where S(r_A) > k, its r_B in A where S(r_B) < k,
     and the row is solved when neither does. Elements known to lie in B reach up to `low`, those in
     A down to `high`; every trial lies between, so each one that fails settles an element.
     """
-    T: tl.constexpr = tile.dtype
-    nan, plus, finite, lowest, highest = statistics(tile, pointer, n, LARGEST, CHUNKS, BLOCK)
+    T: tl.constexpr = top.dtype
+    nan = tail != tail  # a NaN is no candidate, so it is in the tail
+    plus = tl.zeros((), tl.int32)
+    finite = plus + m
+    lowest = floor
+    highest = top
+    if not found:
+        nan, plus, finite, lowest, highest = statistics(top, pointer, m, LARGEST, False, BLOCK)
     clamped = tl.minimum(tl.maximum(k, plus.to(tl.float64)), (plus + finite).to(tl.float64))
     whole = tl.floor(clamped + 0.5)
     part = (clamped - whole).to(T)  # |A| - k is then right to the last place of T
@@ -276,14 +347,17 @@ def solve(
     settled = bad | empty | full
 
     rank = tl.minimum(tl.maximum(whole, plus + 1), plus + finite)
+    total = tl.where(found, n, finite)
     c, _ = count_search(
-        tile, pointer, n, rank, plus, finite, lowest, highest, tl.where(settled, INF, alpha),
-        LARGEST, CHUNKS, BLOCK,
+        top, pointer, m, rank, plus, finite, total, lowest, highest, tl.where(settled, INF, alpha),
+        LARGEST, False, BLOCK,
     )  # fmt: skip
-    c = tl.where(empty, INF, tl.where(full, lowest, c)).to(T)
 
-    low = tl.full((), -INF, T)
+    low = tl.where(found, floor, -INF).to(T)
     high = tl.full((), INF, T)
+    c = tl.where(empty, INF, tl.where(full, lowest, c)).to(T)
+    if c <= low:
+        c = next_above(low)
     count_low = plus + finite
     count_high = plus
     before = 4 * finite
@@ -297,15 +371,18 @@ def solve(
     D = tl.zeros((), T)
     searching = finite >= 0
     while searching:
-        count, r_A, r_B = split(tile, pointer, n, c, LARGEST, CHUNKS, BLOCK)
-        P, Q = tail_sums(tile, pointer, n, r_A, r_B, scale, rate, LARGEST, CHUNKS, BLOCK)
+        count, r_A, r_B = split(top, pointer, m, c, LARGEST, False, BLOCK)
+        P, Q = tail_sums(top, pointer, m, r_A, r_B, scale, rate, LARGEST, False, BLOCK)
+        # Below c there may be no candidate, and then r_B is not known; but the lowest one is in B.
+        within = found & (r_B > -INF)
+        Q += tl.where(within, tail * tl.exp2(-((r_B - floor) * scale) * rate), 0)
         D = (count - whole).to(T) - part
         half_gap = tl.exp2(-((r_A - r_B) * scale) * rate * 0.5)
         gap = tl.where((P == 0) | (Q == 0), 0, half_gap * half_gap)
         # S - k at r_A and at r_B; within `noise` of its slope it makes no difference to p or q.
         excess = D - 0.5 * P + 0.5 * Q * gap
         deficit = D - 0.5 * P * gap + 0.5 * Q
-        up = (r_A < high) & (excess > noise * (P + Q * gap))
+        up = (r_A < high) & ((excess > noise * (P + Q * gap)) | (found & (r_B == -INF)))
         down = (r_B > low) & (deficit < -noise * (P * gap + Q)) & (up == 0)
         searching = (up | down) & (settled == 0)
         if searching:
