@@ -6,8 +6,12 @@ lane i mod LANES. At least half of each element not below c counts in S(c): wher
 have their maxima at or above c, S(c) > k and the threshold lies above c. A bisection over the maxima,
 which are few, finds such a c with not many more elements above it than necessary. One sweep then sums
 the tail below c and writes the others, the candidates, to memory, in an order that depends on nothing
-but their places in the row. A tile is DEPTH x LANES, and a thread holds whole columns of it, so that
-a reduction of a lane takes no exchange between threads.
+but their places in the row.
+
+A tile is LANES x DEPTH, and a thread holds whole columns of it, so that a reduction of a lane takes
+no exchange between threads. TILES is the number of tiles of a row that is kept in registers, and 0
+for one that is read again in every sweep. Tiles are small because a compiler that is given all of a
+row at once keeps several intermediate results of all of it.
 """
 
 import triton
@@ -17,31 +21,61 @@ from softtopk.backends.triton.solve import INF, add, extents, middle
 
 
 @triton.jit
+def places(pointer, start, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """Those of a tile's elements in the row, and the pointers there. These are said not to be contiguous:
+    the places of candidates are not, and another layout would move tiles through shared memory."""
+    i = start + (tl.arange(0, LANES)[:, None] + tl.arange(0, DEPTH)[None, :] * LANES)
+    return i, tl.max_contiguous(pointer + i, [1, 1])
+
+
+@triton.jit
 def read_lanes(
-    pointer, start, n, LARGEST: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr
-):
+    pointer, start, n,
+    LARGEST: tl.constexpr, FULL: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
     """Elements start ... start + DEPTH * LANES - 1 in the compute dtype, negated for the smallest."""
-    i = start + tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    x = tl.load(pointer + i, mask=i < n, other=-INF if LARGEST else INF).to(T)
+    i, here = places(pointer, start, DEPTH, LANES)
+    if FULL:
+        x = tl.load(here)
+    else:
+        x = tl.load(here, mask=i < n, other=-INF if LARGEST else INF)
+    x = x.to(T)
     return x if LARGEST else -x
 
 
 @triton.jit
-def lanes(
-    tile, pointer, start, n,
-    LARGEST: tl.constexpr, RESIDENT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    if RESIDENT:
-        x = tile
+def store_lanes(pointer, start, n, value, FULL: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    i, here = places(pointer, start, DEPTH, LANES)
+    value = value.to(pointer.dtype.element_ty)
+    if FULL:
+        tl.store(here, value)
     else:
-        x = read_lanes(pointer, start, n, LARGEST, DEPTH, LANES, tile.dtype)
-    return x
+        tl.store(here, value, mask=i < n)
 
 
 @triton.jit
-def store_lanes(pointer, start, n, value, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    i = start + tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    tl.store(pointer + i, value.to(pointer.dtype.element_ty), mask=i < n)
+def read_tiles(
+    pointer, n,
+    LARGEST: tl.constexpr, FULL: tl.constexpr,
+    TILES: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """The row as a tuple of tiles in registers; one that nothing uses is not read."""
+    tiles = (read_lanes(pointer, 0, n, LARGEST, FULL, DEPTH, LANES, T),)
+    for i in tl.static_range(1, TILES):
+        tiles += (read_lanes(pointer, i * DEPTH * LANES, n, LARGEST, FULL, DEPTH, LANES, T),)
+    return tiles
+
+
+@triton.jit
+def lanes(
+    tiles, i: tl.constexpr, pointer, start, n,
+    LARGEST: tl.constexpr, FULL: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    if TILES > 0:
+        x = tiles[i]
+    else:
+        x = read_lanes(pointer, start, n, LARGEST, FULL, DEPTH, LANES, tiles[0].dtype)
+    return x
 
 
 @triton.jit
@@ -71,8 +105,8 @@ def lower_bound(maxima, needed):
 
 @triton.jit
 def find_candidates(
-    tile, pointer, n, scratch, k, scale, rate,
-    LARGEST: tl.constexpr, RESIDENT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+    tiles, pointer, n, scratch, k, scale, rate,
+    LARGEST: tl.constexpr, FULL: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """(m, floor, tail, top, found): the candidates are the m elements >= floor, now in scratch, and tail
     is the sum of exp((x - floor) / alpha) over the others, NaN where one of those is. top is the
@@ -80,14 +114,15 @@ def find_candidates(
 
     Not found where k is large beside LANES, or not positive, or where an element is +inf.
     """
-    T: tl.constexpr = tile.dtype
+    T: tl.constexpr = tiles[0].dtype
     STEP: tl.constexpr = DEPTH * LANES
     maxima = tl.full([LANES], -INF, T)
     start = tl.zeros((), tl.int32)
-    while start < (STEP if RESIDENT else n):
-        x = lanes(tile, pointer, start, n, LARGEST, RESIDENT, DEPTH, LANES)
-        maxima = tl.maximum(maxima, tl.max(x, 0))
-        start += STEP
+    while start < (TILES * STEP if TILES > 0 else n):
+        for i in tl.static_range(max(TILES, 1)):
+            x = lanes(tiles, i, pointer, start, n, LARGEST, FULL, TILES, DEPTH, LANES)
+            maxima = tl.maximum(maxima, tl.max(x, 1))
+            start += STEP
     needed = tl.floor(tl.where(k > 0, tl.minimum(k, LANES), 0) * 2).to(tl.int32) + 1
     needed = tl.where(k > 0, needed, 0)
     floor, top, found = lower_bound(maxima, needed)
@@ -96,18 +131,26 @@ def find_candidates(
     if found:
         below = tl.zeros([LANES], T)
         lost = tl.zeros([LANES], T)
+        is_first = tl.arange(0, DEPTH)[None, :] == 0
         start = tl.zeros((), tl.int32)
-        while start < (STEP if RESIDENT else n):
-            x = lanes(tile, pointer, start, n, LARGEST, RESIDENT, DEPTH, LANES)
-            kept = x >= floor
-            e = tl.where(kept, 0, tl.exp2(((x - floor) * scale) * rate))
-            below, lost = add(below, lost, tl.sum(e, 0))
-            order = tl.cumsum(kept.to(tl.int32), 0)
-            number = tl.sum(kept.to(tl.int32), 0)
-            place = order + (tl.cumsum(number, 0) - number + (m - 1))[None, :]
-            tl.store(scratch + place, (x if LARGEST else -x).to(scratch.dtype.element_ty), mask=kept)
+        while start < (TILES * STEP if TILES > 0 else n):
+            number = tl.zeros([LANES], tl.int32)
+            for i in tl.static_range(max(TILES, 1)):
+                x = lanes(tiles, i, pointer, start, n, LARGEST, FULL, TILES, DEPTH, LANES)
+                kept = x >= floor
+                e = tl.where(kept, 0, tl.exp2(((x - floor) * scale) * rate))
+                below, lost = add(below, lost, tl.sum(e, 1))
+                number += tl.sum(kept.to(tl.int32), 1)
+            before = tl.cumsum(number, 0) - number + (m - 1)
+            for i in tl.static_range(max(TILES, 1)):
+                x = lanes(tiles, i, pointer, start, n, LARGEST, FULL, TILES, DEPTH, LANES)
+                kept = x >= floor
+                # What is before enters the scan, which so keeps nothing across the exchange above.
+                place = tl.cumsum(kept.to(tl.int32) + tl.where(is_first, before[:, None], 0), 1)
+                tl.store(scratch + place, (x if LARGEST else -x).to(scratch.dtype.element_ty), mask=kept)
+                before += tl.sum(kept.to(tl.int32), 1)
+                start += STEP
             m += tl.sum(number)
-            start += STEP
         tail = tl.sum(below)
         tl.debug_barrier()  # the candidates are read by other threads than wrote them
     return m, floor, tail, top, found

@@ -84,12 +84,14 @@ def tile(name: str, choice: Choice, itemsize: int, n: int) -> dict[str, int | bo
     if n > MOST:
         raise ValueError(f"x has rows of n={n} elements; the triton backend takes at most {MOST}")
     block = min(triton.next_power_of_2(n), 32 * choice.num_warps * choice.per_thread)
-    options = dict(RESIDENT=block >= n, num_warps=choice.num_warps, maxnreg=choice.maxnreg)
+    options = dict(num_warps=choice.num_warps, maxnreg=choice.maxnreg)
     if not name.endswith("forward"):
-        return options | dict(BLOCK=block)
-    # A thread holds whole columns of at most 16, whose sums do not go wrong, and loads 16 bytes at once.
-    columns = min(block, max(SCAN, block // 16, 32 * choice.num_warps * (16 // itemsize)))
-    return options | dict(DEPTH=block // columns, LANES=columns, BLOCK=min(SCAN, triton.next_power_of_2(n)))
+        return options | dict(RESIDENT=block >= n, BLOCK=block)
+    # A tile has 16 elements a thread, in whole lanes.
+    one = min(block, max(SCAN, 32 * choice.num_warps * 16))
+    lanes = min(one, max(SCAN, 32 * choice.num_warps))
+    shape = dict(TILES=block // one if block >= n else 0, DEPTH=one // lanes, LANES=lanes)
+    return options | shape | dict(FULL=n % block == 0, BLOCK=min(block, SCAN))
 
 
 def run(name: str, kernel, x: Tensor, arguments: tuple, **constants) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softtopk.backends.reference import compute_dtype
 from softtopk.backends.triton import launch
-from softtopk.backends.triton.candidates import find_candidates, lanes, read_lanes, store_lanes
+from softtopk.backends.triton.candidates import find_candidates, lanes, read_tiles, store_lanes
 from softtopk.backends.triton.log_domain import log_backward_kernel, log_densities, log_of_rest, steps
 from softtopk.backends.triton.solve import (
     INF,
@@ -36,17 +36,17 @@ def forward_kernel(
     x, x_stride, k, k_stride, k_bits: tl.int64, alpha, alpha_stride, alpha_bits: tl.int64,
     out, solution, n,
     FORM: tl.constexpr, LARGEST: tl.constexpr, T: tl.constexpr,
-    RESIDENT: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    FULL: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     pointer = x + row * x_stride
     out += row * n
-    tile = read_lanes(pointer, 0, n, LARGEST, DEPTH, LANES, T)
+    tiles = read_tiles(pointer, n, LARGEST, FULL, TILES, DEPTH, LANES, T)
     budget = per_row(k, k_stride, k_bits, row)
     a = scale_in(per_row(alpha, alpha_stride, alpha_bits, row), T)
     scale, rate = exponent(a, T)
     m, floor, tail, top, found = find_candidates(
-        tile, pointer, n, out, budget, scale, rate, LARGEST, RESIDENT, DEPTH, LANES
+        tiles, pointer, n, out, budget, scale, rate, LARGEST, FULL, TILES, DEPTH, LANES
     )
     view = pointer
     if found:
@@ -62,19 +62,20 @@ def forward_kernel(
     tl.store(solved + 4, D)
 
     STEP: tl.constexpr = DEPTH * LANES
+    start = tl.zeros((), tl.int32)
     if FORM == "p":
         R, q_A, q_B = densities(r_A, r_B, P, Q, D, a)
-        sure = tl.where(D == D, 1, float("nan")).to(T)
+        one = tl.where(D == D, 1, float("nan")).to(T)
         h_A = -R * q_A
-        h_B = R * q_B * sure
-        start = tl.zeros((), tl.int32)
-        while start < (STEP if RESIDENT else n):
-            values = lanes(tile, pointer, start, n, LARGEST, RESIDENT, DEPTH, LANES)
-            above = values >= r_A
-            e = tails(values, r_A, r_B, scale, rate)
-            weight = tl.where(above, sure, 0) + tl.where(above, h_A, h_B) * e
-            store_lanes(out, start, n, weight, DEPTH, LANES)
-            start += STEP
+        h_B = R * q_B * one
+        while start < (TILES * STEP if TILES > 0 else n):
+            for i in tl.static_range(max(TILES, 1)):
+                values = lanes(tiles, i, pointer, start, n, LARGEST, FULL, TILES, DEPTH, LANES)
+                above = values >= r_A
+                e = tails(values, r_A, r_B, scale, rate)
+                weight = tl.where(above, one, 0) + tl.where(above, h_A, h_B) * e
+                store_lanes(out, start, n, weight, FULL, DEPTH, LANES)
+                start += STEP
     elif FORM != "none":
         _, _, _, log_h_A, log_h_B = log_densities(r_A, r_B, P, Q, D, a)
         if FORM == "log":
@@ -86,16 +87,16 @@ def forward_kernel(
         before, per_alpha, _ = steps(a, T)
         origin_A = tl.where(tl.abs(r_A) < INF, r_A, 0) * before
         origin_B = tl.where(tl.abs(r_B) < INF, r_B, 0) * before
-        start = tl.zeros((), tl.int32)
-        while start < (STEP if RESIDENT else n):
-            values = lanes(tile, pointer, start, n, LARGEST, RESIDENT, DEPTH, LANES)
-            above = values >= r_A
-            t = (values * before - tl.where(above, origin_A, origin_B)) * per_alpha
-            rest = log_of_rest(h * tails(values, r_A, r_B, scale, rate))
-            log_tail = log_h - tl.abs(t) * 2.0**64
-            weight = tl.where(above, rest, log_tail) if FORM == "log" else tl.where(above, log_tail, rest)
-            store_lanes(out, start, n, tl.where(D == D, weight, float("nan")), DEPTH, LANES)
-            start += STEP
+        while start < (TILES * STEP if TILES > 0 else n):
+            for i in tl.static_range(max(TILES, 1)):
+                values = lanes(tiles, i, pointer, start, n, LARGEST, FULL, TILES, DEPTH, LANES)
+                above = values >= r_A
+                t = (values * before - tl.where(above, origin_A, origin_B)) * per_alpha
+                rest = log_of_rest(h * tails(values, r_A, r_B, scale, rate))
+                tail = log_h - tl.abs(t) * 2.0**64
+                weight = tl.where(above, rest, tail) if FORM == "log" else tl.where(above, tail, rest)
+                store_lanes(out, start, n, tl.where(D == D, weight, float("nan")), FULL, DEPTH, LANES)
+                start += STEP
 
 
 def soft_topk_forward(
