@@ -79,7 +79,7 @@ def choose(
     if key in chosen:
         return chosen[key]
     stored = load().get(key)
-    if stored is not None and tuple(stored) in choices:
+    if isinstance(stored, list) and tuple(stored) in choices:
         best = tuple(stored)
     elif can_time(x):
         best = min(choices, key=lambda choice: milliseconds(lambda: start(choice)))

@@ -129,6 +129,8 @@ def find_candidates(
     m = tl.zeros((), tl.int32)
     tail = tl.zeros((), T)
     if found:
+        # Or the compiler keeps a half precision row twice, converted and not.
+        one = tl.where(n > 0, 1, 0).to(T)
         below = tl.zeros([LANES], T)
         lost = tl.zeros([LANES], T)
         is_first = tl.arange(0, DEPTH)[None, :] == 0
@@ -139,7 +141,10 @@ def find_candidates(
                 x = lanes(tiles, i, pointer, start, n, LARGEST, FULL, TILES, DEPTH, LANES)
                 kept = x >= floor
                 e = tl.where(kept, 0, tl.exp2(((x - floor) * scale) * rate))
-                below, lost = add(below, lost, tl.sum(e, 1))
+                if TILES > 0:
+                    below += tl.sum(e, 1)
+                else:
+                    below, lost = add(below, lost, tl.sum(e, 1))
                 number += tl.sum(kept.to(tl.int32), 1)
             before = tl.cumsum(number, 0) - number + (m - 1)
             for i in tl.static_range(max(TILES, 1)):
@@ -147,7 +152,8 @@ def find_candidates(
                 kept = x >= floor
                 # What is before enters the scan, which so keeps nothing across the exchange above.
                 place = tl.cumsum(kept.to(tl.int32) + tl.where(is_first, before[:, None], 0), 1)
-                tl.store(scratch + place, (x if LARGEST else -x).to(scratch.dtype.element_ty), mask=kept)
+                value = (x * one if LARGEST else -x).to(scratch.dtype.element_ty)
+                tl.store(scratch + place, value, mask=kept)
                 before += tl.sum(kept.to(tl.int32), 1)
                 start += STEP
             m += tl.sum(number)

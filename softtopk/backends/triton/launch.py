@@ -22,22 +22,19 @@ SCAN = 512  # elements of a chunk of candidates, and the fewest lanes of a longe
 
 
 class Choice(NamedTuple):
-    """A program has num_warps warps, and a tile of as many elements per thread, or fewer for a short row;
-    a row longer than the tile is read again in every sweep. ptxas may use maxnreg registers a thread."""
+    """Warps of a program, and the registers a thread may use, which decide what of a row is kept there."""
 
     num_warps: int
-    per_thread: int
     maxnreg: int
 
 
-# Pass and bytes of an element of x: elements per thread, most warps, registers. In registers are one
-# row in the forward passes and hard_topk, two in the backward passes.
+# Pass and bytes of an element of x: elements of a row per thread, most warps, registers.
 RULES = {
     ("forward", 2): (64, 16, 128),
     ("forward", 4): (64, 16, 128),
     ("forward", 8): (32, 16, 128),
-    ("log_forward", 2): (32, 32, 64),
-    ("log_forward", 4): (32, 32, 64),
+    ("log_forward", 2): (32, 16, 128),
+    ("log_forward", 4): (32, 16, 128),
     ("log_forward", 8): (16, 16, 128),
     ("backward", 2): (16, 32, 64),
     ("backward", 4): (16, 32, 64),
@@ -51,8 +48,9 @@ RULES = {
 }
 # Exceptions: (pass, bytes of an element of x, length class), where a length class is a power of two
 # and holds the lengths up to it and above the one before.
-TUNED: dict[tuple[str, int, int], Choice] = {
-}
+TUNED: dict[tuple[str, int, int], Choice] = {}
+# Of its registers a pass gives one in so many to rows: the others hold what it computes from them.
+SHARE = {"forward": 2, "log_forward": 2, "backward": 2, "log_backward": 4, "hard_topk": 4}
 LENGTHS = (1 << 8, 1 << 17)  # the smallest and the largest length class
 
 
@@ -64,18 +62,18 @@ def default(name: str, itemsize: int, n: int) -> Choice:
     length = length_class(n)
     per_thread, most, maxnreg = RULES[name, itemsize]
     warps = max(1, min(most, length // (32 * per_thread)))
-    return TUNED.get((name, itemsize, length), Choice(warps, per_thread, maxnreg))
+    return TUNED.get((name, itemsize, length), Choice(warps, maxnreg))
 
 
 def choices(name: str, itemsize: int, n: int) -> list[Choice]:
-    """What autotuning tries: the default, fewer and more threads for the same tile, a smaller tile."""
+    """What autotuning tries: the default first, then other numbers of warps and of registers."""
     first = default(name, itemsize, n)
     found = [first]
-    for warps, per_thread in ((2, 0.5), (0.5, 2), (1, 0.5), (0.5, 1)):
-        warps, per_thread = int(first.num_warps * warps), int(first.per_thread * per_thread)
-        if 1 <= warps <= 32 and 4 <= per_thread <= 128:
-            maxnreg = min(255, 65536 // (32 * warps), max(64, first.maxnreg * per_thread // first.per_thread))
-            found.append(Choice(warps, per_thread, maxnreg))
+    for warps in (first.num_warps // 2, first.num_warps, first.num_warps * 2):
+        for maxnreg in (64, 80, 128, 168):
+            choice = Choice(warps, maxnreg)
+            if 1 <= warps <= 32 and warps * 32 * maxnreg <= 65536 and choice not in found:
+                found.append(choice)
     return found
 
 
@@ -83,15 +81,27 @@ def tile(name: str, choice: Choice, itemsize: int, n: int) -> dict[str, int | bo
     """The keyword arguments of a kernel that follow from a choice."""
     if n > MOST:
         raise ValueError(f"x has rows of n={n} elements; the triton backend takes at most {MOST}")
-    block = min(triton.next_power_of_2(n), 32 * choice.num_warps * choice.per_thread)
+    row = triton.next_power_of_2(n)
+    threads = 32 * choice.num_warps
+    words = 2 if itemsize == 8 else 1
+    room = threads * choice.maxnreg // (words * SHARE[name])  # elements that registers hold
     options = dict(num_warps=choice.num_warps, maxnreg=choice.maxnreg)
-    if not name.endswith("forward"):
-        return options | dict(RESIDENT=block >= n, BLOCK=block)
-    # A tile has 16 elements a thread, in whole lanes.
-    one = min(block, max(SCAN, 32 * choice.num_warps * 16))
-    lanes = min(one, max(SCAN, 32 * choice.num_warps))
-    shape = dict(TILES=block // one if block >= n else 0, DEPTH=one // lanes, LANES=lanes)
-    return options | shape | dict(FULL=n % block == 0, BLOCK=min(block, SCAN))
+    if name in ("hard_topk", "log_backward"):
+        room //= 2 if name == "log_backward" else 1
+        block = min(row, previous_power_of_2(room))
+        return options | dict(RESIDENT=block == row, BLOCK=block)
+    if name == "backward":
+        block = min(row, previous_power_of_2(threads * choice.maxnreg // (16 * words)))
+        return options | dict(TILES=row // block if row <= room else 0, KEEP_V=2 * row <= room, BLOCK=block)
+    block = min(row, max(SCAN, previous_power_of_2(threads * choice.maxnreg // (8 * words))))
+    lanes = min(block, max(SCAN, threads))
+    tiles = row // block if row <= room else 0
+    shape = dict(TILES=tiles, DEPTH=block // lanes, LANES=lanes, BLOCK=min(row, SCAN))
+    return options | shape | dict(FULL=n % block == 0 and (tiles == 0 or n == row))
+
+
+def previous_power_of_2(n: int) -> int:
+    return 1 << (n.bit_length() - 1)
 
 
 def run(name: str, kernel, x: Tensor, arguments: tuple, **constants) -> None:

@@ -19,7 +19,6 @@ from softtopk.backends.triton.log_domain import log_backward_kernel, log_densiti
 from softtopk.backends.triton.solve import (
     INF,
     LN_2,
-    chunk,
     densities,
     exponent,
     per_row,
@@ -93,8 +92,8 @@ def forward_kernel(
                 above = values >= r_A
                 t = (values * before - tl.where(above, origin_A, origin_B)) * per_alpha
                 rest = log_of_rest(h * tails(values, r_A, r_B, scale, rate))
-                tail = log_h - tl.abs(t) * 2.0**64
-                weight = tl.where(above, rest, tail) if FORM == "log" else tl.where(above, tail, rest)
+                log_e = log_h - tl.abs(t) * 2.0**64
+                weight = tl.where(above, rest, log_e) if FORM == "log" else tl.where(above, log_e, rest)
                 store_lanes(out, start, n, tl.where(D == D, weight, float("nan")), FULL, DEPTH, LANES)
                 start += STEP
 
@@ -115,17 +114,39 @@ def soft_topk_forward(
     return (None if form == "none" else out), solution
 
 
+@triton.jit
+def read_chunks(pointer, n, LARGEST: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
+    """A row in registers, as a tuple of chunks; one that nothing uses is not read."""
+    chunks = (read(pointer, 0, n, LARGEST, BLOCK, T),)
+    for i in tl.static_range(1, TILES):
+        chunks += (read(pointer, i * BLOCK, n, LARGEST, BLOCK, T),)
+    return chunks
+
+
+@triton.jit
+def one_of(
+    chunks, j: tl.constexpr, KEPT: tl.constexpr, pointer, start, n, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Chunk j of a row that is kept, or the one at start, read again."""
+    if KEPT:
+        x = chunks[j]
+    else:
+        x = read(pointer, start, n, LARGEST, BLOCK, chunks[0].dtype)
+    return x
+
+
 @triton.jit(do_not_specialize=["alpha_bits"])
 def backward_kernel(
     x, x_stride, solution, alpha, alpha_stride, alpha_bits: tl.int64, v, v_stride,
     grad_x, grad_k, grad_alpha, n,
-    LARGEST: tl.constexpr, T: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, T: tl.constexpr,
+    TILES: tl.constexpr, KEEP_V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_row = x + row * x_stride
     v_row = v + row * v_stride
-    x_tile = read(x_row, 0, n, LARGEST, BLOCK, T)
-    v_tile = read(v_row, 0, n, True, BLOCK, T)
+    x_tiles = read_chunks(x_row, n, LARGEST, TILES, BLOCK, T)
+    v_tiles = read_chunks(v_row, n, True, TILES, BLOCK, T)
     r_A = tl.load(solution + row * 5)
     r_B = tl.load(solution + row * 5 + 1)
     P = tl.load(solution + row * 5 + 2)
@@ -140,11 +161,12 @@ def backward_kernel(
     top_B = tl.where(q_B >= q_A, r_B, float("nan"))
     first = tl.full([BLOCK], n, tl.int32)
     start = tl.zeros((), tl.int32)
-    while start < (BLOCK if RESIDENT else n):
-        values = chunk(x_tile, x_row, start, n, LARGEST, RESIDENT, BLOCK)
-        i = start + tl.arange(0, BLOCK)
-        first = tl.minimum(first, tl.where((values == top_A) | (values == top_B), i, n))
-        start += BLOCK
+    while start < (TILES * BLOCK if TILES > 0 else n):
+        for j in tl.static_range(max(TILES, 1)):
+            values = one_of(x_tiles, j, TILES > 0, x_row, start, n, LARGEST, BLOCK)
+            i = start + tl.arange(0, BLOCK)
+            first = tl.minimum(first, tl.where((values == top_A) | (values == top_B), i, n))
+            start += BLOCK
     pivot = tl.min(first)
     v_pivot = tl.load(v_row + pivot, mask=pivot < n, other=0).to(T)
     x_pivot = tl.where(q_A >= q_B, r_A, r_B)
@@ -154,31 +176,38 @@ def backward_kernel(
     part_v = tl.zeros([BLOCK], T)
     part_t = tl.zeros([BLOCK], T)
     start = tl.zeros((), tl.int32)
-    while start < (BLOCK if RESIDENT else n):
-        values = chunk(x_tile, x_row, start, n, LARGEST, RESIDENT, BLOCK)
-        incoming = chunk(v_tile, v_row, start, n, True, RESIDENT, BLOCK)
-        q = tl.where(values >= r_A, q_A, q_B) * tails(values, r_A, r_B, scale, rate)
-        part_v += tl.where(q == 0, 0, q * (incoming - v_pivot))
-        part_t += tl.where(q == 0, 0, q * ((values - x_pivot) * scale * rate))
-        start += BLOCK
+    while start < (TILES * BLOCK if TILES > 0 else n):
+        for j in tl.static_range(max(TILES, 1)):
+            values = one_of(x_tiles, j, TILES > 0, x_row, start, n, LARGEST, BLOCK)
+            incoming = one_of(v_tiles, j, KEEP_V, v_row, start, n, True, BLOCK)
+            q = tl.where(values >= r_A, q_A, q_B) * tails(values, r_A, r_B, scale, rate)
+            part_v += tl.where(q == 0, 0, q * (incoming - v_pivot))
+            part_t += tl.where(q == 0, 0, q * ((values - x_pivot) * scale * rate))
+            start += BLOCK
     mean_v, mean_t = sums(part_v, part_t)
 
+    if (TILES > 0) & (not KEEP_V):
+        # Read again, so that q is computed again: there are no registers to keep all of it.
+        r_A = tl.load(solution + row * 5, volatile=True)
+        r_B = tl.load(solution + row * 5 + 1, volatile=True)
+        x_pivot = tl.where(q_A >= q_B, r_A, r_B)
     products = tl.zeros([BLOCK], T)
     start = tl.zeros((), tl.int32)
-    while start < (BLOCK if RESIDENT else n):
-        values = chunk(x_tile, x_row, start, n, LARGEST, RESIDENT, BLOCK)
-        incoming = chunk(v_tile, v_row, start, n, True, RESIDENT, BLOCK)
-        q = tl.where(values >= r_A, q_A, q_B) * tails(values, r_A, r_B, scale, rate)
-        dv = tl.where(q == 0, 0, incoming - v_pivot - mean_v)
-        dt = tl.where(q == 0, 0, (values - x_pivot) * scale * rate - mean_t)
-        products += q * dt * dv
-        gradient = tl.where(R == 0, 0, (q * R * scale) * (dv * slope))
-        if not LARGEST:
-            gradient = -gradient
-        gradient = tl.where(D == D, gradient, float("nan"))
-        i = start + tl.arange(0, BLOCK)
-        tl.store(grad_x + row * n + i, gradient.to(grad_x.dtype.element_ty), mask=i < n)
-        start += BLOCK
+    while start < (TILES * BLOCK if TILES > 0 else n):
+        for j in tl.static_range(max(TILES, 1)):
+            values = one_of(x_tiles, j, TILES > 0, x_row, start, n, LARGEST, BLOCK)
+            incoming = one_of(v_tiles, j, KEEP_V, v_row, start, n, True, BLOCK)
+            q = tl.where(values >= r_A, q_A, q_B) * tails(values, r_A, r_B, scale, rate)
+            dv = tl.where(q == 0, 0, incoming - v_pivot - mean_v)
+            dt = tl.where(q == 0, 0, (values - x_pivot) * scale * rate - mean_t)
+            products += q * dt * dv
+            gradient = tl.where(R == 0, 0, (q * R * scale) * (dv * slope))
+            if not LARGEST:
+                gradient = -gradient
+            gradient = tl.where(D == D, gradient, float("nan"))
+            i = start + tl.arange(0, BLOCK)
+            tl.store(grad_x + row * n + i, gradient.to(grad_x.dtype.element_ty), mask=i < n)
+            start += BLOCK
     covariance = tl.sum(products)
 
     bound = (P == 0) & (Q == 0)  # k outside its range, or no finite element
