@@ -42,7 +42,7 @@ CASES = [
 def compile_kernel(name, kernel, arch, dtype, n, largest, tensors, form):
     compute = compute_dtype(dtype)
     name = name.split()[0]
-    tile = launch.tile(name, launch.default(name, dtype.itemsize, n), dtype.itemsize, n)
+    tile = dict(launch.tile(name, launch.default(name, dtype.itemsize, n), dtype.itemsize, n))
     options = {option: tile.pop(option) for option in ("num_warps", "maxnreg")}
     types = dict.fromkeys(("x", "v", "out", "mask", "grad_x"), POINTERS[dtype])
     types |= dict.fromkeys(("solution", "grad_k", "grad_alpha"), POINTERS[compute])

@@ -1,12 +1,13 @@
 """How a kernel is launched: tile sizes, per-row arguments, the current device.
 
-The tile sizes are those of TUNED, measured on an H200, or follow from RULES. With
-SOFTTOPK_AUTOTUNE=1 in the environment they are measured instead, see autotune.py.
+The tile sizes follow from RULES and TUNED, meant for an H200. With SOFTTOPK_AUTOTUNE=1 in the
+environment they are measured instead, see autotune.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
 from typing import NamedTuple
 
@@ -48,7 +49,12 @@ RULES = {
 }
 # Exceptions: (pass, bytes of an element of x, length class), where a length class is a power of two
 # and holds the lengths up to it and above the one before.
-TUNED: dict[tuple[str, int, int], Choice] = {}
+TUNED: dict[tuple[str, int, int], Choice] = {
+    ("forward", 2, 65536): Choice(16, 64),
+    ("forward", 2, 131072): Choice(16, 64),
+    ("forward", 4, 65536): Choice(16, 64),
+    ("forward", 4, 131072): Choice(16, 64),
+}
 # Of its registers a pass gives one in so many to rows: the others hold what it computes from them.
 SHARE = {"forward": 2, "log_forward": 2, "backward": 2, "log_backward": 4, "hard_topk": 4}
 LENGTHS = (1 << 8, 1 << 17)  # the smallest and the largest length class
@@ -58,6 +64,7 @@ def length_class(n: int) -> int:
     return min(max(triton.next_power_of_2(n), LENGTHS[0]), LENGTHS[1])
 
 
+@functools.lru_cache
 def default(name: str, itemsize: int, n: int) -> Choice:
     length = length_class(n)
     per_thread, most, maxnreg = RULES[name, itemsize]
@@ -77,6 +84,7 @@ def choices(name: str, itemsize: int, n: int) -> list[Choice]:
     return found
 
 
+@functools.lru_cache
 def tile(name: str, choice: Choice, itemsize: int, n: int) -> dict[str, int | bool]:
     """The keyword arguments of a kernel that follow from a choice."""
     if n > MOST:
@@ -94,7 +102,7 @@ def tile(name: str, choice: Choice, itemsize: int, n: int) -> dict[str, int | bo
         block = min(row, previous_power_of_2(threads * choice.maxnreg // (16 * words)))
         return options | dict(TILES=row // block if row <= room else 0, KEEP_V=2 * row <= room, BLOCK=block)
     block = min(row, max(SCAN, previous_power_of_2(threads * choice.maxnreg // (8 * words))))
-    lanes = min(block, max(SCAN, threads))
+    lanes = min(block, SCAN if threads <= SCAN // 4 else 2 * SCAN)
     tiles = row // block if row <= room else 0
     shape = dict(TILES=tiles, DEPTH=block // lanes, LANES=lanes, BLOCK=min(row, SCAN))
     return options | shape | dict(FULL=n % block == 0 and (tiles == 0 or n == row))

@@ -1,7 +1,7 @@
 """Device functions: sweeps over a row, the count search, and the solution of the soft top-k.
 
-Notation and derivation: backends/reference.py. A sweep reduces the row: from the tile in registers
-when that is all of it (RESIDENT), else reading it again in chunks of BLOCK. It keeps one partial
+Notation and derivation: backends/reference.py. A sweep reduces the row: its first BLOCK elements
+are a tile in registers, and where that is not all (RESIDENT) the others are read again in chunks. It keeps one partial
 result per place of a chunk and reduces those once, at its end: a reduction costs a barrier. The
 order of a sum does not depend on the row's place in the batch. Elements beyond n read as -inf, the value
 that the operator leaves out. Exponents are in base 2, and a difference is taken before it is
@@ -93,42 +93,47 @@ def extents(count, low, high):
 
 
 @triton.jit
+def statistics_of(x):
+    inside = tl.abs(x) < INF
+    low = tl.where(inside, x, INF)
+    high = tl.where(inside, x, -INF)
+    return (x != x).to(tl.int32), (x == INF).to(tl.int32), inside.to(tl.int32), low, high
+
+
+@triton.jit
 def statistics(tile, pointer, n, LARGEST: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr):
     """Whether there is a NaN, the numbers of +inf and of finite elements, and the finite min and max."""
-    nan = tl.zeros([BLOCK], tl.int32)
-    plus = tl.zeros([BLOCK], tl.int32)
-    finite = tl.zeros([BLOCK], tl.int32)
-    low = tl.full([BLOCK], INF, tile.dtype)
-    high = tl.full([BLOCK], -INF, tile.dtype)
-    start = tl.zeros((), tl.int32)
-    while start < (BLOCK if RESIDENT else n):
-        x = chunk(tile, pointer, start, n, LARGEST, RESIDENT, BLOCK)
-        inside = tl.abs(x) < INF
-        nan += (x != x).to(tl.int32)
-        plus += (x == INF).to(tl.int32)
-        finite += inside.to(tl.int32)
-        low = tl.minimum(low, tl.where(inside, x, INF))
-        high = tl.maximum(high, tl.where(inside, x, -INF))
-        start += BLOCK
+    nan, plus, finite, low, high = statistics_of(tile)
+    if not RESIDENT:
+        start = tl.zeros((), tl.int32) + BLOCK
+        while start < n:
+            x = read(pointer, start, n, LARGEST, BLOCK, tile.dtype)
+            nans, pluses, more, lower, higher = statistics_of(x)
+            nan += nans
+            plus += pluses
+            finite, low, high = join_extents(finite, low, high, more, lower, higher)
+            start += BLOCK
     nans, plus = sums(nan, plus)
     finite, low, high = extents(finite, low, high)
     return nans > 0, plus, finite, low, high
 
 
 @triton.jit
+def split_of(x, c):
+    above = x >= c
+    return above.to(tl.int32), tl.where(above, x, INF), tl.where(above, -INF, x)
+
+
+@triton.jit
 def split(tile, pointer, n, c, LARGEST: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr):
     """A = {x >= c}: |A|, r_A = min A and r_B = max of the rest; +inf and -inf where there is none."""
-    count = tl.zeros([BLOCK], tl.int32)
-    r_A = tl.full([BLOCK], INF, tile.dtype)
-    r_B = tl.full([BLOCK], -INF, tile.dtype)
-    start = tl.zeros((), tl.int32)
-    while start < (BLOCK if RESIDENT else n):
-        x = chunk(tile, pointer, start, n, LARGEST, RESIDENT, BLOCK)
-        above = x >= c
-        count += above.to(tl.int32)
-        r_A = tl.minimum(r_A, tl.where(above, x, INF))
-        r_B = tl.maximum(r_B, tl.where(above, -INF, x))
-        start += BLOCK
+    count, r_A, r_B = split_of(tile, c)
+    if not RESIDENT:
+        start = tl.zeros((), tl.int32) + BLOCK
+        while start < n:
+            more, lower, higher = split_of(read(pointer, start, n, LARGEST, BLOCK, tile.dtype), c)
+            count, r_A, r_B = join_extents(count, r_A, r_B, more, lower, higher)
+            start += BLOCK
     return extents(count, r_A, r_B)
 
 
@@ -154,22 +159,28 @@ def add(total, lost, term):
 
 
 @triton.jit
+def tails_of(x, r_A, r_B, scale, rate):
+    e = tails(x, r_A, r_B, scale, rate)
+    return tl.where(x >= r_A, e, 0), tl.where(x >= r_A, 0, e)
+
+
+@triton.jit
 def tail_sums(
     tile, pointer, n, r_A, r_B, scale, rate,
     LARGEST: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """P and Q."""
-    P = tl.zeros([BLOCK], tile.dtype)
-    Q = tl.zeros([BLOCK], tile.dtype)
-    lost_P = tl.zeros([BLOCK], tile.dtype)
-    lost_Q = tl.zeros([BLOCK], tile.dtype)
-    start = tl.zeros((), tl.int32)
-    while start < (BLOCK if RESIDENT else n):
-        x = chunk(tile, pointer, start, n, LARGEST, RESIDENT, BLOCK)
-        e = tails(x, r_A, r_B, scale, rate)
-        P, lost_P = add(P, lost_P, tl.where(x >= r_A, e, 0))
-        Q, lost_Q = add(Q, lost_Q, tl.where(x >= r_A, 0, e))
-        start += BLOCK
+    P, Q = tails_of(tile, r_A, r_B, scale, rate)
+    if not RESIDENT:
+        lost_P = tl.zeros([BLOCK], tile.dtype)
+        lost_Q = tl.zeros([BLOCK], tile.dtype)
+        start = tl.zeros((), tl.int32) + BLOCK
+        while start < n:
+            x = read(pointer, start, n, LARGEST, BLOCK, tile.dtype)
+            above, below = tails_of(x, r_A, r_B, scale, rate)
+            P, lost_P = add(P, lost_P, above)
+            Q, lost_Q = add(Q, lost_Q, below)
+            start += BLOCK
     return sums(P, Q)
 
 
@@ -274,6 +285,43 @@ def count_search(
 
 
 @triton.jit
+def narrow(tile, rank, low, high, count_low, tolerance):
+    """(c, found): c has exactly `rank` elements of the tile at or above it, or is at most `tolerance` above
+    the rank-th largest, or little is missing; found is false where more is.
+
+    low <= v <= high for the rank-th largest element v. Three trials quarter the bracket in one sweep: the
+    counts share a word, so the tile has fewer than 1024 elements.
+    """
+    count_high = rank * 0
+    steps = rank * 0
+    while (steps < 7) & (high - low > tolerance) & (count_low > rank):
+        quarter = (high - low) * 0.25
+        c_1 = low + quarter
+        c_2 = low + quarter * 2
+        c_3 = high - quarter
+        counts = (tile >= c_1).to(tl.int32) + ((tile >= c_2).to(tl.int32) << 10)
+        counts = tl.sum(counts + ((tile >= c_3).to(tl.int32) << 20))
+        above_1 = counts & 1023
+        above_2 = (counts >> 10) & 1023
+        above_3 = counts >> 20
+        if above_2 >= rank:
+            upper = above_3 >= rank
+            low = tl.where(upper, c_3, c_2)
+            count_low = tl.where(upper, above_3, above_2)
+            high = tl.where(upper, high, c_3)
+            count_high = tl.where(upper, count_high, above_3)
+        else:
+            upper = above_1 >= rank
+            low = tl.where(upper, c_1, low)
+            count_low = tl.where(upper, above_1, count_low)
+            high = tl.where(upper, c_2, c_1)
+            count_high = tl.where(upper, above_2, above_1)
+        steps += 1
+    near = high - low <= tolerance
+    return tl.where(near, high, low), near | (count_low - count_high <= 8)
+
+
+@triton.jit
 def exponent(alpha, T: tl.constexpr):
     """(scale, rate) in T: exp(-d / alpha) = exp2(-d * scale * rate) for every alpha > 0 that T holds.
 
@@ -330,13 +378,14 @@ def solve(
     A down to `high`; every trial lies between, so each one that fails settles an element.
     """
     T: tl.constexpr = top.dtype
+    tile = read(pointer, 0, m, LARGEST, BLOCK, T)
     nan = tail != tail  # a NaN is no candidate, so it is in the tail
     plus = tl.zeros((), tl.int32)
     finite = plus + m
     lowest = floor
     highest = top
     if not found:
-        nan, plus, finite, lowest, highest = statistics(top, pointer, m, LARGEST, False, BLOCK)
+        nan, plus, finite, lowest, highest = statistics(tile, pointer, m, LARGEST, False, BLOCK)
     clamped = tl.minimum(tl.maximum(k, plus.to(tl.float64)), (plus + finite).to(tl.float64))
     whole = tl.floor(clamped + 0.5)
     part = (clamped - whole).to(T)  # |A| - k is then right to the last place of T
@@ -348,10 +397,16 @@ def solve(
 
     rank = tl.minimum(tl.maximum(whole, plus + 1), plus + finite)
     total = tl.where(found, n, finite)
-    c, _ = count_search(
-        top, pointer, m, rank, plus, finite, total, lowest, highest, tl.where(settled, INF, alpha),
-        LARGEST, False, BLOCK,
-    )  # fmt: skip
+    tolerance = tl.where(settled, INF, alpha)
+    c = highest
+    searching = settled == 0
+    if searching & found & (m <= BLOCK):
+        c, near = narrow(tile, rank, floor, highest, m, tolerance)
+        searching = near == 0
+    if searching:
+        c, _ = count_search(
+            tile, pointer, m, rank, plus, finite, total, lowest, highest, tolerance, LARGEST, False, BLOCK
+        )
 
     low = tl.where(found, floor, -INF).to(T)
     high = tl.full((), INF, T)
@@ -371,8 +426,8 @@ def solve(
     D = tl.zeros((), T)
     searching = finite >= 0
     while searching:
-        count, r_A, r_B = split(top, pointer, m, c, LARGEST, False, BLOCK)
-        P, Q = tail_sums(top, pointer, m, r_A, r_B, scale, rate, LARGEST, False, BLOCK)
+        count, r_A, r_B = split(tile, pointer, m, c, LARGEST, False, BLOCK)
+        P, Q = tail_sums(tile, pointer, m, r_A, r_B, scale, rate, LARGEST, False, BLOCK)
         # Below c there may be no candidate, and then r_B is not known; but the lowest one is in B.
         within = found & (r_B > -INF)
         Q += tl.where(within, tail * tl.exp2(-((r_B - floor) * scale) * rate), 0)
