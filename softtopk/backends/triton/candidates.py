@@ -17,7 +17,8 @@ row at once keeps several intermediate results of all of it.
 import triton
 import triton.language as tl
 
-from softtopk.backends.triton.solve import INF, add, extents, middle
+from softtopk.backends.triton.search import middle
+from softtopk.backends.triton.sweeps import INF, add, extents
 
 
 @triton.jit

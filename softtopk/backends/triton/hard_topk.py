@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from softtopk.backends.triton import launch
-from softtopk.backends.triton.solve import INF, chunk, count_search, per_row, read, statistics
+from softtopk.backends.triton.search import count_search
+from softtopk.backends.triton.sweeps import INF, chunk, per_row, read, statistics
 
 
 @triton.jit

@@ -130,7 +130,7 @@ def run(name: str, kernel, x: Tensor, arguments: tuple, **constants) -> None:
 
 
 def per_row(value: float | Tensor) -> tuple[Tensor | None, int, int]:
-    """(pointer, stride, bits) of a number or a (rows,) tensor, for `solve.per_row`.
+    """(pointer, stride, bits) of a number or a (rows,) tensor, for `sweeps.per_row`.
 
     A Python float would reach the kernel as float32, so a number travels as its 64 bits.
     """

@@ -6,7 +6,7 @@ The mathematics and the names are those of log_backward and log_densities in bac
 import triton
 import triton.language as tl
 
-from softtopk.backends.triton.solve import INF, LN_2, chunk, exponent, per_row, read, scale_in, tails
+from softtopk.backends.triton.sweeps import INF, LN_2, chunk, exponent, per_row, read, scale_in, tails
 
 
 @triton.jit

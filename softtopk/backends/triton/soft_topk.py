@@ -16,18 +16,8 @@ from softtopk.backends.reference import compute_dtype
 from softtopk.backends.triton import launch
 from softtopk.backends.triton.candidates import find_candidates, lanes, read_tiles, store_lanes
 from softtopk.backends.triton.log_domain import log_backward_kernel, log_densities, log_of_rest, steps
-from softtopk.backends.triton.solve import (
-    INF,
-    LN_2,
-    densities,
-    exponent,
-    per_row,
-    read,
-    scale_in,
-    solve,
-    sums,
-    tails,
-)
+from softtopk.backends.triton.solve import densities, solve
+from softtopk.backends.triton.sweeps import INF, LN_2, exponent, per_row, read, scale_in, sums, tails
 
 
 @triton.jit(do_not_specialize=["k_bits", "alpha_bits"])
