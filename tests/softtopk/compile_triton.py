@@ -36,6 +36,7 @@ CASES = [
     (90, torch.float64, 300, True, True, "log"),
     (80, torch.float64, 300_000, False, False, "p"),
     (90, torch.float32, 32768, True, True, "p"),
+    (90, torch.float32, 1, True, False, "p"),
 ]
 
 

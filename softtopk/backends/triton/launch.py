@@ -89,7 +89,7 @@ def tile(name: str, choice: Choice, itemsize: int, n: int) -> dict[str, int | bo
     """The keyword arguments of a kernel that follow from a choice."""
     if n > MOST:
         raise ValueError(f"x has rows of n={n} elements; the triton backend takes at most {MOST}")
-    row = triton.next_power_of_2(n)
+    row = max(32, triton.next_power_of_2(n))  # one lane, for one, does not compile
     threads = 32 * choice.num_warps
     words = 2 if itemsize == 8 else 1
     room = threads * choice.maxnreg // (words * SHARE[name])  # elements that registers hold
