@@ -55,6 +55,9 @@ def compile_kernel(name, kernel, arch, dtype, n, largest, tensors, form):
     }  # fmt: skip
     if not tensors:
         constants |= {"k": None, "alpha": None}
+    if n == 1:  # a launch makes an argument that equals 1 a constant
+        ones = ("n", "x_stride", "v_stride", "max_k")
+        constants |= {p.name: 1 for p in kernel.params if p.name in ones and not p.do_not_specialize}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)
