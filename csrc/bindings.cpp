@@ -1,11 +1,15 @@
 // softtopk._C: the launchers of softtopk.h for Python. The only file that includes Python.
 //
-// Pointers and streams are integers. A batch of rows is the tuple (data, type, rows, n, stride,
-// largest), a per-row argument (data, type, stride, number): softtopk/backends/native.py makes both
-// from tensors that Python has checked. The GIL is released around every call.
+// A launcher takes numbers alone, in the order of its prototype: pointers and streams are integers,
+// a batch of rows is (data, type, rows, n, stride, largest), a per-row argument (data, type,
+// stride, number); softtopk/backends/native.py makes them from tensors that Python has checked.
+// They are read from the interpreter's own array of arguments (METH_FASTCALL): for a small call
+// pybind11's conversions take as long as the kernel. The GIL is released around every launcher.
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
 #include <tuple>
+#include <type_traits>
 
 #include "softtopk.h"
 
@@ -13,108 +17,102 @@ namespace py = pybind11;
 
 namespace {
 
-using softtopk::Form;
 using softtopk::PerRow;
 using softtopk::Rows;
-using softtopk::Type;
-using RowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, bool>;
-using PerRowTuple = std::tuple<uintptr_t, int, int64_t, double>;
 
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+// The arguments of one call, from left to right. A wrong type is a Python error, to be looked for
+// once all have been taken.
+class Arguments {
+ public:
+  Arguments(PyObject* const* first, Py_ssize_t count) : next_(first), left_(count) {}
 
-Rows rows(const RowsTuple& from) {
-  const auto& [data, type, rows, n, stride, largest] = from;
-  return {pointer(data), static_cast<Type>(type), rows, n, stride, largest};
+  template <typename T>
+  T take() {
+    if constexpr (std::is_same_v<T, Rows>) {
+      return {take<const void*>(), take<softtopk::Type>(), take<int64_t>(),
+              take<int64_t>(),     take<int64_t>(),        take<bool>()};
+    } else if constexpr (std::is_same_v<T, PerRow>) {
+      return {take<const void*>(), take<softtopk::Type>(), take<int64_t>(), take<double>()};
+    } else {
+      if (left_-- <= 0) return {};
+      PyObject* const given = *next_++;
+      if constexpr (std::is_pointer_v<T>) {
+        return static_cast<T>(PyLong_AsVoidPtr(given));
+      } else if constexpr (std::is_same_v<T, double>) {
+        return PyFloat_AsDouble(given);
+      } else {
+        return static_cast<T>(PyLong_AsLongLong(given));
+      }
+    }
+  }
+
+  // Whether every argument has been taken, and no other is there; otherwise a Python error is set.
+  bool complete() const {
+    if (left_ != 0) PyErr_SetString(PyExc_TypeError, "softtopk._C: wrong number of arguments");
+    return !PyErr_Occurred();
+  }
+
+ private:
+  PyObject* const* next_;
+  Py_ssize_t left_;
+};
+
+template <auto launcher>
+struct Call;
+
+template <typename... A, void (*launcher)(A...)>
+struct Call<launcher> {
+  static PyObject* from_python(PyObject*, PyObject* const* first, Py_ssize_t count) {
+    Arguments arguments(first, count);
+    // Braces: taken in this order.
+    const std::tuple<std::decay_t<A>...> taken{arguments.take<std::decay_t<A>>()...};
+    if (!arguments.complete()) return nullptr;
+    try {
+      py::gil_scoped_release released;
+      std::apply(launcher, taken);
+    } catch (const std::bad_alloc&) {
+      return PyErr_NoMemory();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+      return nullptr;
+    }
+    Py_RETURN_NONE;
+  }
+};
+
+template <auto launcher>
+PyMethodDef method(const char* name) {
+  const auto function = reinterpret_cast<void (*)()>(&Call<launcher>::from_python);
+  return {name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, nullptr};
 }
 
-PerRow per_row(const PerRowTuple& from) {
-  const auto& [data, type, stride, number] = from;
-  return {pointer(data), static_cast<Type>(type), stride, number};
-}
+#define SOFTTOPK_LAUNCHERS(device)                                                        \
+  {                                                                                       \
+    method<&softtopk::device::soft_topk_forward>("soft_topk_forward"),                    \
+        method<&softtopk::device::soft_topk_backward>("soft_topk_backward"),              \
+        method<&softtopk::device::hard_topk_mask>("hard_topk_mask"),                      \
+        method<&softtopk::device::hard_topk_indices>("hard_topk_indices"), PyMethodDef {} \
+  }
 
-void define_cpu(py::module_ m) {
-  namespace cpu = softtopk::cpu;
-  const py::call_guard<py::gil_scoped_release> released;
-  m.def(
-      "soft_topk_forward",
-      [](const RowsTuple& x, const PerRowTuple& k, const PerRowTuple& alpha, int form,
-         uintptr_t out, uintptr_t solution, int threads) {
-        cpu::soft_topk_forward(rows(x), per_row(k), per_row(alpha), static_cast<Form>(form),
-                               pointer(out), pointer(solution), threads);
-      },
-      released);
-  m.def(
-      "soft_topk_backward",
-      [](const RowsTuple& x, uintptr_t solution, const PerRowTuple& alpha, int form, uintptr_t v,
-         int64_t v_stride, uintptr_t grad_x, uintptr_t grad_k, uintptr_t grad_alpha, int threads) {
-        cpu::soft_topk_backward(rows(x), pointer(solution), per_row(alpha), static_cast<Form>(form),
-                                pointer(v), v_stride, pointer(grad_x), pointer(grad_k),
-                                pointer(grad_alpha), threads);
-      },
-      released);
-  m.def(
-      "hard_topk_mask",
-      [](const RowsTuple& x, const PerRowTuple& k, uintptr_t mask, int threads) {
-        cpu::hard_topk_mask(rows(x), per_row(k), pointer(mask), threads);
-      },
-      released);
-  m.def(
-      "hard_topk_indices",
-      [](const RowsTuple& x, const PerRowTuple& k, int64_t max_k, uintptr_t indices,
-         uintptr_t counts, int threads) {
-        cpu::hard_topk_indices(rows(x), per_row(k), max_k, static_cast<int64_t*>(pointer(indices)),
-                               static_cast<int64_t*>(pointer(counts)), threads);
-      },
-      released);
+void define(py::module_ m, PyMethodDef* launchers) {
+  if (PyModule_AddFunctions(m.ptr(), launchers)) throw py::error_already_set();
 }
-
-#ifdef SOFTTOPK_WITH_CUDA
-void define_cuda(py::module_ m) {
-  namespace cuda = softtopk::cuda;
-  const py::call_guard<py::gil_scoped_release> released;
-  m.def(
-      "soft_topk_forward",
-      [](const RowsTuple& x, const PerRowTuple& k, const PerRowTuple& alpha, int form,
-         uintptr_t out, uintptr_t solution, int device, uintptr_t stream) {
-        cuda::soft_topk_forward(rows(x), per_row(k), per_row(alpha), static_cast<Form>(form),
-                                pointer(out), pointer(solution), device, pointer(stream));
-      },
-      released);
-  m.def(
-      "soft_topk_backward",
-      [](const RowsTuple& x, uintptr_t solution, const PerRowTuple& alpha, int form, uintptr_t v,
-         int64_t v_stride, uintptr_t grad_x, uintptr_t grad_k, uintptr_t grad_alpha, int device,
-         uintptr_t stream) {
-        cuda::soft_topk_backward(rows(x), pointer(solution), per_row(alpha),
-                                 static_cast<Form>(form), pointer(v), v_stride, pointer(grad_x),
-                                 pointer(grad_k), pointer(grad_alpha), device, pointer(stream));
-      },
-      released);
-  m.def(
-      "hard_topk_mask",
-      [](const RowsTuple& x, const PerRowTuple& k, uintptr_t mask, int device, uintptr_t stream) {
-        cuda::hard_topk_mask(rows(x), per_row(k), pointer(mask), device, pointer(stream));
-      },
-      released);
-  m.def(
-      "hard_topk_indices",
-      [](const RowsTuple& x, const PerRowTuple& k, int64_t max_k, uintptr_t indices,
-         uintptr_t counts, int device, uintptr_t stream) {
-        cuda::hard_topk_indices(rows(x), per_row(k), max_k, static_cast<int64_t*>(pointer(indices)),
-                                static_cast<int64_t*>(pointer(counts)), device, pointer(stream));
-      },
-      released);
-}
-#endif
 
 }  // namespace
 
 // setup.py defines SOFTTOPK_CUDA_ARCHITECTURES ("80;90;120+PTX") with SOFTTOPK_WITH_CUDA, and
 // SOFTTOPK_CUDA_REASON (why it was not built) without.
 PYBIND11_MODULE(_C, m) {
-  define_cpu(m.def_submodule("cpu"));
+  static PyMethodDef cpu[] = SOFTTOPK_LAUNCHERS(cpu);
+  define(m.def_submodule("cpu"), cpu);
+  // As os.environ.get does, at a tenth of its time.
+  m.def("backend_is_set", [] {
+    const char* name = std::getenv("SOFTTOPK_BACKEND");
+    return name != nullptr && *name != '\0';
+  });
 #ifdef SOFTTOPK_WITH_CUDA
-  define_cuda(m.def_submodule("cuda"));
+  static PyMethodDef cuda[] = SOFTTOPK_LAUNCHERS(cuda);
+  define(m.def_submodule("cuda"), cuda);
   m.attr("has_cuda") = true;
   m.attr("cuda_architectures") = SOFTTOPK_CUDA_ARCHITECTURES;
   m.attr("cuda_reason") = "";

@@ -37,7 +37,7 @@ struct PerRow {
 
 namespace cpu {
 
-// out (rows, n) in x's type; solution (rows, 5) = r_A, r_B, P, Q, D.
+// out (rows, n) in x's type; solution (rows, 5) = r_A, r_B, P, Q, D, not written where it is null.
 void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, Form form, void* out,
                        void* solution, int threads);
 

@@ -1,63 +1,67 @@
-"""The native module (csrc/bindings.cpp). Addresses, streams, and softtopk.h's Type and Form are integers."""
+"""The native module (csrc/bindings.cpp). Addresses, streams, and softtopk.h's Type and Form are integers.
 
-from typing import TypeAlias
-
-Rows: TypeAlias = tuple[int, int, int, int, int, bool]  # data, type, rows, n, stride, largest
-PerRow: TypeAlias = tuple[int, int, int, float]  # data (0: take the number), type, stride, number
+A value per row is read from its address or, where that is 0, is the number.
+"""
 
 has_cuda: bool
 cuda_architectures: str  # as "80;90;120+PTX"; empty without CUDA
 cuda_reason: str  # why CUDA was not built; empty with it
 
+def backend_is_set() -> bool: ...  # whether SOFTTOPK_BACKEND is there and not empty
+
 class cpu:
     @staticmethod
     def soft_topk_forward(
-        x: Rows, k: PerRow, alpha: PerRow, form: int, out: int, solution: int, threads: int, /
-    ) -> None: ...
+        x: int, x_type: int, rows: int, n: int, x_stride: int, largest: bool,
+        k: int, k_type: int, k_stride: int, k_number: float,
+        alpha: int, alpha_type: int, alpha_stride: int, alpha_number: float,
+        form: int, out: int, solution: int, threads: int, /,
+    ) -> None: ...  # fmt: skip
     @staticmethod
     def soft_topk_backward(
-        x: Rows,
+        x: int, x_type: int, rows: int, n: int, x_stride: int, largest: bool,
         solution: int,
-        alpha: PerRow,
-        form: int,
-        v: int,
-        v_stride: int,
-        grad_x: int,
-        grad_k: int,
-        grad_alpha: int,
-        threads: int,
-        /,
-    ) -> None: ...
+        alpha: int, alpha_type: int, alpha_stride: int, alpha_number: float,
+        form: int, v: int, v_stride: int, grad_x: int, grad_k: int, grad_alpha: int, threads: int, /,
+    ) -> None: ...  # fmt: skip
     @staticmethod
-    def hard_topk_mask(x: Rows, k: PerRow, mask: int, threads: int, /) -> None: ...
+    def hard_topk_mask(
+        x: int, x_type: int, rows: int, n: int, x_stride: int, largest: bool,
+        k: int, k_type: int, k_stride: int, k_number: float,
+        mask: int, threads: int, /,
+    ) -> None: ...  # fmt: skip
     @staticmethod
     def hard_topk_indices(
-        x: Rows, k: PerRow, max_k: int, indices: int, counts: int, threads: int, /
-    ) -> None: ...
+        x: int, x_type: int, rows: int, n: int, x_stride: int, largest: bool,
+        k: int, k_type: int, k_stride: int, k_number: float,
+        max_k: int, indices: int, counts: int, threads: int, /,
+    ) -> None: ...  # fmt: skip
 
 class cuda:
     @staticmethod
     def soft_topk_forward(
-        x: Rows, k: PerRow, alpha: PerRow, form: int, out: int, solution: int, device: int, stream: int, /
-    ) -> None: ...
+        x: int, x_type: int, rows: int, n: int, x_stride: int, largest: bool,
+        k: int, k_type: int, k_stride: int, k_number: float,
+        alpha: int, alpha_type: int, alpha_stride: int, alpha_number: float,
+        form: int, out: int, solution: int, device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
     @staticmethod
     def soft_topk_backward(
-        x: Rows,
+        x: int, x_type: int, rows: int, n: int, x_stride: int, largest: bool,
         solution: int,
-        alpha: PerRow,
-        form: int,
-        v: int,
-        v_stride: int,
-        grad_x: int,
-        grad_k: int,
-        grad_alpha: int,
-        device: int,
-        stream: int,
-        /,
-    ) -> None: ...
+        alpha: int, alpha_type: int, alpha_stride: int, alpha_number: float,
+        form: int, v: int, v_stride: int, grad_x: int, grad_k: int, grad_alpha: int,
+        device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
     @staticmethod
-    def hard_topk_mask(x: Rows, k: PerRow, mask: int, device: int, stream: int, /) -> None: ...
+    def hard_topk_mask(
+        x: int, x_type: int, rows: int, n: int, x_stride: int, largest: bool,
+        k: int, k_type: int, k_stride: int, k_number: float,
+        mask: int, device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
     @staticmethod
     def hard_topk_indices(
-        x: Rows, k: PerRow, max_k: int, indices: int, counts: int, device: int, stream: int, /
-    ) -> None: ...
+        x: int, x_type: int, rows: int, n: int, x_stride: int, largest: bool,
+        k: int, k_type: int, k_stride: int, k_number: float,
+        max_k: int, indices: int, counts: int, device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from softtopk import ops
+from softtopk import calls
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -67,10 +67,12 @@ def soft_topk(
     >>> soft_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
     tensor([1.0000e+00, 3.3690e-03, 9.9663e-01, 1.5295e-07])
     """
-    rows = Rows(x, dim, backend, largest=largest, hard=hard, return_threshold=return_threshold)
+    if not (type(largest) is type(hard) is type(return_threshold) is bool):
+        refuse_flags(largest=largest, hard=hard, return_threshold=return_threshold)
+    rows = Rows(x, dim, backend)
     k, alpha = rows.budget(k), rows.scale(alpha)
     form = "hard" if hard else "p"
-    p, solution = ops.soft_topk_op(rows.x, *ops.split(k), *ops.split(alpha), largest, form, backend)
+    p, solution = calls.soft_topk(rows.x, k, alpha, largest, form, backend, return_threshold)
     p = rows.restore(p)
     return (p, threshold(solution, alpha, largest)) if return_threshold else p
 
@@ -109,10 +111,12 @@ def log_soft_topk(
     >>> log_soft_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
     tensor([-1.5295e-07, -5.6931e+00, -3.3747e-03, -1.5693e+01])
     """
-    rows = Rows(x, dim, backend, largest=largest, complement=complement)
+    if not (type(largest) is type(complement) is bool):
+        refuse_flags(largest=largest, complement=complement)
+    rows = Rows(x, dim, backend)
     k, alpha = rows.budget(k), rows.scale(alpha)
     form = "log_complement" if complement else "log"
-    y, _ = ops.soft_topk_op(rows.x, *ops.split(k), *ops.split(alpha), largest, form, backend)
+    y, _ = calls.soft_topk(rows.x, k, alpha, largest, form, backend, False)
     return rows.restore(y)
 
 
@@ -151,30 +155,37 @@ def hard_topk(
     >>> hard_topk(torch.tensor([3.0, 1.0, 2.0, 0.0]), 2)
     tensor([1., 0., 1., 0.])
     """
-    rows = Rows(x, dim, backend, largest=largest, return_indices=return_indices)
+    if not (type(largest) is type(return_indices) is bool):
+        refuse_flags(largest=largest, return_indices=return_indices)
+    rows = Rows(x, dim, backend)
     budget = rows.budget(k)
     if not return_indices:
         if max_k is not None:
             raise ValueError(f"max_k={max_k!r} has a meaning only with return_indices=True")
-        return rows.restore(ops.mask_op(rows.x, *ops.split(budget), largest, backend))
+        return rows.restore(calls.mask(rows.x, budget, largest, backend))
     if max_k is None:
         if isinstance(budget, Tensor):
             raise ValueError("max_k=None: give max_k when k is a tensor")
         max_k = math.floor(budget + 0.5)
     elif isinstance(max_k, bool) or not isinstance(max_k, int) or max_k < 0:
         raise ValueError(f"max_k={max_k!r} must be an integer >= 0")
-    indices, counts = ops.indices_op(rows.x, *ops.split(budget), max_k, largest, backend)
+    indices, counts = calls.indices(rows.x, budget, max_k, largest, backend)
     values = torch.where(indices < 0, 0, rows.x.gather(-1, indices.clamp(min=0)))
     return rows.restore(values), rows.restore(indices), counts
+
+
+def refuse_flags(**flags: bool):
+    """Raise for the first that is not a bool."""
+    name, value = next((n, v) for n, v in flags.items() if not isinstance(v, bool))
+    raise TypeError(f"{name}={value!r} must be True or False")
 
 
 class Rows:
     """A checked x with `dim` moved to the end, and the arguments that have one value per row of it."""
 
-    def __init__(self, x: Tensor, dim: int, backend: str | None, **flags: bool):
-        for name, value in flags.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}={value!r} must be True or False")
+    __slots__ = "given", "dim", "n", "last", "x"
+
+    def __init__(self, x: Tensor, dim: int, backend: str | None):
         if not (backend is None or isinstance(backend, str)):
             raise TypeError(f"backend={backend!r} must be a string or None")
         if not isinstance(x, Tensor):
@@ -183,30 +194,32 @@ class Rows:
             raise TypeError(f"x has dtype {x.dtype}; float16, bfloat16, float32 or float64 is needed")
         if x.layout != torch.strided:
             raise TypeError(f"x has layout {x.layout}; a strided tensor is needed")
-        if x.dim() == 0:
+        shape = x.shape
+        rank = len(shape)
+        if rank == 0:
             raise ValueError("x has shape (): at least one dimension is needed")
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise TypeError(f"dim={dim!r} must be an integer")
-        if not -x.dim() <= dim < x.dim():
-            raise IndexError(f"dim={dim} is out of range for x of shape {tuple(x.shape)}")
-        if x.shape[dim] == 0:
-            raise ValueError(f"x of shape {tuple(x.shape)} has no element along dim={dim}")
-        self.given, self.dim = x, dim
-        self.last = dim in (-1, x.dim() - 1)
+        if not -rank <= dim < rank:
+            raise IndexError(f"dim={dim} is out of range for x of shape {tuple(shape)}")
+        if shape[dim] == 0:
+            raise ValueError(f"x of shape {tuple(shape)} has no element along dim={dim}")
+        self.given, self.dim, self.n = x, dim, shape[dim]
+        self.last = dim == -1 or dim == rank - 1
         self.x = x if self.last else x.movedim(dim, -1)  # (*shape, n)
-        self.shape = self.x.shape[:-1]
-        self.n = self.x.shape[-1]
 
     def budget(self, k: float | Tensor) -> float | Tensor:
         """k, checked: a float, or a tensor with a value for every row."""
-        k = self.argument("k", k)
+        if type(k) is not float:
+            k = self.argument("k", k)
         if not isinstance(k, Tensor) and not 0 <= k <= self.n:
             raise ValueError(f"k={k} must lie between 0 and {self.n}")
         return k
 
     def scale(self, alpha: float | Tensor) -> float | Tensor:
         """alpha, checked: a float, or a tensor with a value for every row."""
-        alpha = self.argument("alpha", alpha)
+        if type(alpha) is not float:
+            alpha = self.argument("alpha", alpha)
         if not isinstance(alpha, Tensor) and not 0 < alpha < math.inf:
             raise ValueError(f"alpha={alpha} must be > 0 and finite")
         return alpha
@@ -214,27 +227,34 @@ class Rows:
     def argument(self, name: str, value: float | Tensor) -> float | Tensor:
         """A number as a float; a tensor of a fitting shape as float32 or float64 of the rows' shape, never
         rounded to half."""
+        if type(value) is int:
+            return float(value)
         if isinstance(value, Tensor):
-            if value.dtype not in FLOATS + INTEGERS:
-                raise TypeError(f"{name} has dtype {value.dtype}; a float or integer dtype is needed")
-            if value.device != self.x.device:
-                raise ValueError(f"{name} is on {value.device}, x on {self.x.device}")
-            try:
-                fits = value.dim() == 0 or torch.broadcast_shapes(value.shape, self.shape) == self.shape
-            except RuntimeError:
-                fits = False
-            if not fits:
-                raise ValueError(
-                    f"{name} of shape {tuple(value.shape)} does not broadcast to {tuple(self.shape)},"
-                    f" the shape of x, {tuple(self.given.shape)}, without dim={self.dim}"
-                )
-            if value.dtype != torch.float32:
-                half = value.dtype in (torch.float16, torch.bfloat16)
-                value = value.to(torch.float32 if half else torch.float64)
-            return value.expand(self.shape)
+            return self.tensor(name, value)
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number or a tensor, not {type(value).__name__}")
         return float(value)
+
+    def tensor(self, name: str, value: Tensor) -> Tensor:
+        if value.dtype not in FLOATS + INTEGERS:
+            raise TypeError(f"{name} has dtype {value.dtype}; a float or integer dtype is needed")
+        if value.device != self.x.device:
+            raise ValueError(f"{name} is on {value.device}, x on {self.x.device}")
+        shape = self.x.shape[:-1]
+        same = value.shape == shape
+        try:
+            fits = same or value.dim() == 0 or torch.broadcast_shapes(value.shape, shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{name} of shape {tuple(value.shape)} does not broadcast to {tuple(shape)},"
+                f" the shape of x, {tuple(self.given.shape)}, without dim={self.dim}"
+            )
+        if value.dtype != torch.float32 and value.dtype != torch.float64:
+            half = value.dtype in (torch.float16, torch.bfloat16)
+            value = value.to(torch.float32 if half else torch.float64)
+        return value if same else value.expand(shape)
 
     def restore(self, last: Tensor) -> Tensor:
         """(*shape, m) back to x's order of dimensions, with m along `dim`."""

@@ -17,7 +17,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from softtopk import derivatives, dispatch
+from softtopk import derivatives, direct, dispatch
 from softtopk.backends.reference import compute_dtype
 from softtopk.derivatives import Direction
 from softtopk.layout import by_rows
@@ -33,15 +33,20 @@ class Rule(Function):
 
     @staticmethod
     def forward(operator, *arguments):
-        with torch._C._AutoDispatchBelowAutograd(), outer_levels():
+        with torch._C._AutoDispatchBelowAutograd():
+            if torch._C._are_functorch_transforms_active():
+                with outer_levels():
+                    return operator(*arguments)
             return operator(*arguments)
 
     @classmethod
     def apply(cls, *arguments):
         """Function.apply at the level of torch.func that the dispatcher is at: the operators bring the
         other levels, and the rule for vmap, along."""
-        with enable_single_level_autograd_function():
-            return super(Function, cls).apply(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return super(Function, cls).apply(*arguments)
+        return super(Function, cls).apply(*arguments)
 
 
 def requires_grad(argument) -> bool:
@@ -105,7 +110,7 @@ class SoftTopK(Rule):
         if v is None:
             return (None,) * 9
         x, k, alpha, solution = ctx.saved_tensors
-        to_x, to_k, to_alpha = backward_op(x, k, alpha, ctx.alpha_number, solution, v, *ctx.options)
+        to_x, to_k, to_alpha = backward(x, k, alpha, ctx.alpha_number, solution, v, *ctx.options)
         return None, to_x, given(k, to_k), None, given(alpha, to_alpha), None, None, None, None
 
     @staticmethod
@@ -114,6 +119,14 @@ class SoftTopK(Rule):
         direction = (x_dot, k_dot, alpha_dot)
         with outer_levels():
             return tangent_op(x, k, alpha, ctx.alpha_number, solution, *direction, *ctx.options), None
+
+
+class DirectSoftTopK(SoftTopK):
+    """With a native backend's kernels in the operator's place."""
+
+    @staticmethod
+    def forward(kernels, *arguments):
+        return solve(kernels, *arguments)
 
 
 class SoftTopKBackward(Rule):
@@ -177,10 +190,15 @@ class SoftTopKTangent(Rule):
 
 
 def keep(ctx, *tensors: Tensor | None):
-    """Save for both modes; absent gradients and tangents stay None."""
+    """Save for the modes that there are; absent gradients and tangents stay None."""
     ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
+    if in_forward_mode():
+        ctx.save_for_forward(*tensors)
     ctx.set_materialize_grads(False)
+
+
+def in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def vmap_rule(operator):
@@ -216,8 +234,7 @@ def register(schema: str, fake=None, autograd: type[Rule] = NoGradient):
         torch.library.register_vmap(f"softtopk::{name}", vmap_rule(operator), lib=library)
 
         def with_autograd(*arguments):
-            forward_mode = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-            if forward_mode or (torch.is_grad_enabled() and any(map(requires_grad, arguments))):
+            if in_forward_mode() or (torch.is_grad_enabled() and any(map(requires_grad, arguments))):
                 return autograd.apply(operator, *arguments)
             return Rule.forward(operator, *arguments)
 
@@ -234,7 +251,28 @@ def primals(ctx) -> list[Tensor | None]:
 
 def given(argument: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     """The gradient where the argument was a tensor, in its dtype."""
-    return None if argument is None or gradient is None else gradient.to(argument.dtype)
+    if argument is None or gradient is None or gradient.dtype == argument.dtype:
+        return None if argument is None else gradient
+    return gradient.to(argument.dtype)
+
+
+def solve(kernels, x, k, k_number, alpha, alpha_number, largest, form, _backend=None):
+    """y and the solution, by a backend's kernels."""
+    k, alpha = either(k, k_number), either(alpha, alpha_number)
+    if form != "hard":
+        return kernels.soft_topk_forward(x, k, alpha, largest, form)
+    _, solution = kernels.soft_topk_forward(x, k, alpha, largest, "none")
+    return kernels.hard_topk_mask(x, k, largest), solution
+
+
+def backward(x, k, alpha, alpha_number, solution, v, largest, form, backend):
+    """backward_op, past the dispatcher where direct.py allows it."""
+    if not torch.is_grad_enabled():
+        scale = either(alpha, alpha_number)
+        kernels = direct.kernels(backend, x, scale)
+        if kernels is not None and direct.plain(solution) and direct.plain(v) and v.is_contiguous():
+            return kernels.soft_topk_backward(x, solution, scale, v, largest, form)
+    return backward_op(x, k, alpha, alpha_number, solution, v, largest, form, backend)
 
 
 def either(tensor: Tensor | None, number: float) -> Tensor | float:
@@ -258,11 +296,7 @@ def soft_topk_op(x, k, k_number, alpha, alpha_number, largest, form, backend):
 
     def kernel(elements, values):
         (rows,), (k, alpha) = elements, values
-        k, alpha = either(k, k_number), either(alpha, alpha_number)
-        if form == "hard":
-            _, solution = kernels.soft_topk_forward(rows, k, alpha, largest, "none")
-            return [kernels.hard_topk_mask(rows, k, largest)], [solution]
-        y, solution = kernels.soft_topk_forward(rows, k, alpha, largest, form)
+        y, solution = solve(kernels, rows, k, k_number, alpha, alpha_number, largest, form)
         return [y], [solution]
 
     (y,), (solution,) = by_rows(kernel, kernels.reads, [x], [k, alpha])
@@ -359,8 +393,3 @@ def indices_op(x, k, k_number, max_k, largest, backend):
 
     _, (indices, counts) = by_rows(kernel, kernels.reads, [x], [k])
     return indices, counts
-
-
-def split(value: Tensor | float) -> tuple[Tensor | None, float]:
-    """(tensor, 0) or (None, number)."""
-    return (value, 0.0) if isinstance(value, Tensor) else (None, value)

@@ -29,7 +29,7 @@ int64_t budget(double k, int64_t plus, int64_t most, int64_t max_k) {
 }
 
 template <typename T>
-Cut<T> cut(const Sweeps<T>& sweeps, const Row& row, double k, int64_t max_k) {
+Cut<T> cut(const RowSweeps<T>& sweeps, const Row& row, double k, int64_t max_k) {
   constexpr T inf = std::numeric_limits<T>::infinity();
   const Range<T> range = sweeps.range(row);
   if (range.nan || std::isnan(k)) return {inf, 0, 0, true};
@@ -45,7 +45,7 @@ Cut<T> cut(const Sweeps<T>& sweeps, const Row& row, double k, int64_t max_k) {
 
   T candidates[kCandidates + kGatherRoom];
   const T below = std::nextafter(lo, -inf);
-  const int64_t count = sweeps.gather(row, below, hi, candidates, kCandidates);
+  const int64_t count = sweeps.gather(row, below, hi, candidates);
   T* const wanted = candidates + (K - from_hi - 1);
   std::nth_element(candidates, wanted, candidates + count, [](T a, T b) { return a > b; });
   const int64_t larger =
@@ -57,8 +57,8 @@ template <typename F>
 void for_cuts(const Rows& x, const PerRow& k, int64_t max_k, int threads, F f) {
   with_compute_type(x.type, [&](auto zero) {
     using T = decltype(zero);
-    const Sweeps<T>& row_sweeps = sweeps<T>(x.type);
-    for_rows(x, threads, [&](int64_t row) {
+    for_rows(x, threads, [&](int64_t row, Team* team) {
+      const RowSweeps<T> row_sweeps(x.type, team);
       const Row elements = row_at(x, row);
       f(row_sweeps, elements, row, cut(row_sweeps, elements, value_at(k, row), max_k));
     });

@@ -39,7 +39,7 @@ struct Lanes<float> {
   static constexpr float infinity = __builtin_inff();
   static constexpr float rounder = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr int mantissa = 23;
-  static constexpr float underflow = -126;
+  static constexpr float underflow = -126, smallest = 0x1p-126f;
 };
 
 template <>
@@ -50,7 +50,7 @@ struct Lanes<double> {
   static constexpr double infinity = __builtin_inf();
   static constexpr double rounder = 6755399441055744.;  // 1.5 * 2^52
   static constexpr int mantissa = 52;
-  static constexpr double underflow = -1022;
+  static constexpr double underflow = -1022, smallest = 0x1p-1022;
 };
 
 template <typename T>
@@ -174,6 +174,12 @@ INLINE void for_blocks(const Row& row, F f) {
   }
 }
 
+// How many elements of the last block are not the row's.
+template <typename T>
+INLINE int64_t filling(const Row& row) {
+  return (kBlock<T> - row.n % kBlock<T>) % kBlock<T>;
+}
+
 template <typename T, typename In>
 INLINE Block<T> load_at(const Row& row, int64_t first, int64_t count) {
   const In* data = static_cast<const In*>(row.data) + first;
@@ -274,6 +280,14 @@ template <typename T>
 INLINE Vector<T> exponent(Vector<T> x, Mask<T> above, const Scale<T>& scale) {
   const Vector<T> d = above ? scale.origin_A - x : x - scale.origin_B;
   return (d * scale.s1) * scale.s2;
+}
+
+// q of Pivot and LogPivot.
+template <typename T, typename P>
+INLINE Vector<T> weight(Vector<T> e, Mask<T> above, const P& pivot) {
+  const Vector<T> least = above ? Vector<T>{} + pivot.e_A : Vector<T>{} + pivot.e_B;
+  const Vector<T> unit = above ? Vector<T>{} + pivot.q_A : Vector<T>{} + pivot.q_B;
+  return unit * (e >= least ? e : Vector<T>{});
 }
 
 template <typename T>

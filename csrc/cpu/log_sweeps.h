@@ -82,6 +82,7 @@ void log_probabilities(const Row& row, const Scale<T>& scale, const LogOutput<T>
 template <typename T, typename In>
 LogMeans log_means(const Row& row, const Row& v, const Scale<T>& scale, const LogPivot<T>& pivot) {
   using V = Vector<T>;
+  constexpr T least_q = Lanes<T>::smallest * T(0x1p64);  // q dt is in units of 2^64
   Sum<T> u_sum, t_sum, rest_q, rest_v;
   int blocks = 0;
   for_blocks<T, In>(row, [&](const Block<T>& x, int64_t first, int64_t count) LAMBDA_INLINE {
@@ -89,12 +90,12 @@ LogMeans log_means(const Row& row, const Row& v, const Scale<T>& scale, const Lo
     if (!at.tails && !any_minor(at)) return false;  // nothing here depends on v
     const Block<T> g = load_at<T, In>(v, first, count);
     for (int j = 0; j < kVectors; ++j) {
-      const V q = (at.above[j] ? V{} + pivot.q_A : V{} + pivot.q_B) * at.e.v[j];
+      const V q = weight<T>(at.e.v[j], at.above[j], pivot);
       const V h = (at.above[j] ? V{} + pivot.h_A : V{} + pivot.h_B) * at.e.v[j];
       const V dt = offset(x.v[j], V{} + pivot.x, pivot.steps);
       const Mask<T> rest = q <= pivot.dominant;
       u_sum.lanes[j] += at.minor[j] | (q == T(0)) ? V{} : q * (g.v[j] / (T(1) - h) - pivot.u);
-      t_sum.lanes[j] += q == T(0) ? V{} : q * dt;
+      t_sum.lanes[j] += q * (q >= least_q ? dt : V{});
       rest_q.lanes[j] += rest ? q : V{};
       rest_v.lanes[j] += at.minor[j] & rest ? g.v[j] : V{};
     }
@@ -119,17 +120,20 @@ double log_gradient(const Row& row, const Row& v, const Scale<T>& scale, const L
       const Block<T> incoming = load_at<T, In>(v, first, count);
       for (int j = 0; j < kVectors; ++j) {
         const V w = incoming.v[j], e = at.e.v[j];
-        const V q = (at.above[j] ? V{} + pivot.q_A : V{} + pivot.q_B) * e;
+        const V q = weight<T>(e, at.above[j], pivot);
         const V h = (at.above[j] ? V{} + pivot.h_A : V{} + pivot.h_B) * e;
+        const Mask<T> none = (q == T(0)) & (h == T(0));
         const V u = w / (T(1) - h);
-        const V centred =
-            q <= pivot.dominant ? w - q * moments.V : w * moments.rest_q - q * moments.rest_v;
+        const Mask<T> dominant = q > pivot.dominant;
+        V centred = w - q * moments.V;
+        if (any<T>(dominant))  // elsewhere the products with so small a rest would be denormal
+          centred = dominant ? w * moments.rest_q - q * moments.rest_v : centred;
         const V minor = q == T(0) ? w : centred - h * moments.M;
         const V major = h * ((u - pivot.u) + moments.shift) - q * moments.V;
-        const V z = at.minor[j] ? minor : (q == T(0) ? V{} : major);
-        const V g = at.minor[j] ? w : (q == T(0) ? V{} : h * u);
+        const V z = at.minor[j] ? minor : (none ? V{} : major);
+        const V g = at.minor[j] ? w : (none ? V{} : h * u);
         const V dt = offset(x.v[j], V{} + pivot.x, pivot.steps) - moments.t;
-        covariance.lanes[j] += at.minor[j] | (q != T(0)) ? g * dt : V{};
+        covariance.lanes[j] += at.minor[j] | ~none ? g * dt : V{};
         out.v[j] = (z * pivot.steps.after) * pivot.steps.rate * sign;
       }
       if (++blocks % kBlocksPerSum == 0) covariance.flush();

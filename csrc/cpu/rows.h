@@ -3,11 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cfenv>
 #include <cstdint>
 #include <functional>
 
-#include "sweeps.h"
+#include "pieces.h"
 #include "threads.h"
 
 namespace softtopk::cpu {
@@ -17,10 +16,6 @@ inline double value_at(const PerRow& argument, int64_t row) {
   const int64_t i = row * argument.stride;
   return argument.type == Type::float64 ? static_cast<const double*>(argument.data)[i]
                                         : static_cast<const float*>(argument.data)[i];
-}
-
-inline int64_t element_size(Type type) {
-  return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
 }
 
 inline Row row_at(const Rows& x, int64_t row) {
@@ -42,36 +37,29 @@ void with_compute_type(Type type, F f) {
     f(float{});
 }
 
-// The default floating-point environment while it lives: torch.set_flush_denormal, or a caller's
-// rounding mode, would change results, and a search that steps to the next number might stand
-// still.
-class DefaultEnvironment {
- public:
-  DefaultEnvironment() {
-    std::fegetenv(&before_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultEnvironment() { std::fesetenv(&before_); }
-  DefaultEnvironment(const DefaultEnvironment&) = delete;
-
- private:
-  std::fenv_t before_;
-};
-
-// f(row) for every row, on up to `threads` threads.
+// f(row, team) for every row, on up to `threads` threads: on one each where there are enough rows.
+// Of long rows those left over when every thread has had as many are done one by one, each by a
+// team of all threads, unless that keeps fewer than half of them waiting.
 template <typename F>
 void for_rows(const Rows& x, int threads, F f) {
-  const int64_t size = 1 + 4096 / x.n, chunks = (x.rows + size - 1) / size;
+  const int64_t over = x.n > 2 * kPiece && threads > 1 ? x.rows % threads : 0;
+  const int64_t shared = 2 * over <= threads ? over : 0, rows = x.rows - shared;
+  const int64_t size = 1 + 4096 / x.n, chunks = (rows + size - 1) / size;
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     const DefaultEnvironment environment;
     for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
-      for (int64_t row = chunk * size; row < std::min(x.rows, (chunk + 1) * size); ++row) f(row);
+      for (int64_t row = chunk * size; row < std::min(rows, (chunk + 1) * size); ++row)
+        f(row, nullptr);
   };
   if (threads > 1 && chunks > 1)
-    on_threads(threads, x.rows * x.n, std::ref(work));
+    on_threads(threads, rows * x.n, std::ref(work));
   else
     work();
+  if (shared > 0)
+    Team::run(threads, shared * x.n, [&](Team& team) {
+      for (int64_t row = rows; row < x.rows; ++row) f(row, &team);
+    });
 }
 
 }  // namespace softtopk::cpu

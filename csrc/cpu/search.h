@@ -10,8 +10,9 @@
 // Once at most kCandidates elements remain inside, they are copied to the stack, the others are
 // collapsed into one sum on each side, and the row is not read again. No row is ever sorted.
 // Where alpha is small the root is near the k-th largest element: then the bracket is first taken
-// from counts and only assumed. The sums show at the end whether it held; if not, the search goes
-// on from what they proved.
+// from counts and only assumed; where S is smooth, from the root of a sample and the steps of the
+// closed form. The sums show at the end whether it held; if not, the search goes on from what they
+// proved.
 #pragma once
 
 #include <algorithm>
@@ -38,10 +39,14 @@ Scale<T> scale_of(T r_A, T r_B, T alpha) {
 }
 
 template <typename T>
+Solution<double> solve(const RowSweeps<T>& sweeps, const RowSweeps<T>& stack_sweeps, const Row& row,
+                       double k, T alpha);
+
+template <typename T>
 class Search {
  public:
   // 0 < k < n after the infinite elements of `range` are taken away on both sides.
-  Search(const Sweeps<T>& sweeps, const Sweeps<T>& stack_sweeps, const Row& row,
+  Search(const RowSweeps<T>& sweeps, const RowSweeps<T>& stack_sweeps, const Row& row,
          const Range<T>& range, double k, T alpha)
       : row_sweeps_(sweeps),
         stack_sweeps_(stack_sweeps),
@@ -61,13 +66,18 @@ class Search {
 
   Solution<double> run() {
     if (above_lo_ - from_hi_ > kCandidates) {
-      const Guesses<T> guesses(*sweeps_, row_, (k_ - least_) / (most_ - least_));
-      const bool staircase = guesses.spread > 2 * alpha_;
-      if (staircase ? assume(guesses) : guesses.low > -kInfinity && trial(guesses.low))
-        return solution_;
+      Guesses<T> guesses(*sweeps_, row_, (k_ - least_) / (most_ - least_));
+      if (guesses.spread > 2 * alpha_) {
+        if (assume(guesses)) return solution_;
+      } else if (guesses.low > -kInfinity && guesses.high < kInfinity) {
+        if (approach(guesses)) return solution_;
+      } else if (guesses.low > -kInfinity) {
+        if (trial(guesses.low)) return solution_;
+      }
     }
     for (int step = 0;; ++step) {
-      if (!collapsed_ && above_lo_ - from_hi_ <= kCandidates) collapse();
+      if (!collapsed_ && above_lo_ - from_hi_ <= kCandidates)
+        collapse(sweeps_->tails(row_, scale_of(hi_, lo_, alpha_)));
       if (trial(next(step))) return solution_;
     }
   }
@@ -93,7 +103,11 @@ class Search {
     // An element that is known stays where it is: two trials can disagree about one whose t is
     // within rounding of 0, and then either side gives the same p.
     const double at_A = D - P / 2 + Q * g / 2, at_B = D - P * g / 2 + Q / 2;
-    if (assumed_ && ((at_A > 0 && r_A == upper_) || (at_B <= 0 && r_B == lower_))) release();
+    const bool beyond = (at_A > 0 && r_A == upper_) || (at_B <= 0 && r_B == lower_);
+    // The ends of a window are no elements: nothing is solved or proved by them.
+    if (window_ && (beyond || (at_A <= 0 && at_B > 0 && (r_A == upper_ || r_B == lower_))))
+      return release(), trial(c);
+    if (assumed_ && beyond) release();
     if (at_A > 0 && r_A < hi_) {
       rise(r_A, count, k_ + at_A);
       step_ = closed_form_step(solution_, alpha, true);
@@ -134,6 +148,45 @@ class Search {
     return false;
   }
 
+  // Where S is smooth and the sample holds elements on both sides of the root: takes the closed
+  // form's steps from the sample's root until one leads to within a window of a few hundred
+  // elements, assumes that and collapses what is outside. True when solved: the root lies beyond
+  // all elements.
+  bool approach(Guesses<T>& guesses) {
+    guesses.sort();
+    const Row sample{guesses.values, guesses.size, false};
+    const double alpha = alpha_, share = (k_ - least_) / (most_ - least_);
+    double c = root(solve<T>(stack_sweeps_, stack_sweeps_, sample, share * guesses.size, alpha_));
+    double half = 0, error = kInfinity, slope = 0;
+    for (int step = 0; step < 3 && !(error < half); ++step) {
+      const T r_A = std::min(std::max(static_cast<T>(c), min_), max_);
+      const T r_B = std::nextafter(r_A, -kInfinity);
+      const Tails tails = sweeps_->tails(row_, scale_of(r_A, r_B, alpha_));
+      const Solution<double> at{static_cast<double>(r_A), static_cast<double>(r_B), tails.P,
+                                tails.Q, static_cast<double>(tails.count) - k_};
+      c = root(at), slope = densities(at, alpha).R / alpha;
+      if ((r_A == max_ && c > max_) || (r_A == min_ && c < min_)) return trial(static_cast<T>(c));
+      half = guesses.width(c, kCandidates / 4 / (most_ - least_));
+      const double moved = std::abs(c - static_cast<double>(r_A)) / alpha;
+      error = moved * moved * moved * alpha;  // of the elements that the step passes
+    }
+    const T lo = static_cast<T>(c - half), hi = static_cast<T>(c + half);
+    if (!(error < half && lo < hi)) return false;
+    const Tails outside = sweeps_->tails(row_, scale_of(hi, lo, alpha_));
+    const int64_t inside = row_.n - outside.count - outside.below;
+    if (inside > kCandidates) return false;
+    rise(lo, outside.count + inside + 1, k_ + slope * half);
+    fall(hi, outside.count, k_ - slope * half);
+    step_ = c, assumed_ = window_ = true;
+    collapse(outside);
+    return false;
+  }
+
+  // The root, if the split of `s` is right.
+  double root(const Solution<double>& s) const {
+    return closed_form_step(s, static_cast<double>(alpha_), s.D >= 0);
+  }
+
   // Back to the whole row and to nothing known: the assumed bracket does not hold the root.
   void release() {
     row_ = whole_row_, sweeps_ = &row_sweeps_;
@@ -141,13 +194,13 @@ class Search {
     P_upper_ = Q_lower_ = 0, collapsed_above_ = 0;
     above_lo_ = static_cast<int64_t>(most_), from_hi_ = static_cast<int64_t>(least_);
     S_lo_ = most_, S_hi_ = least_;
-    assumed_ = collapsed_ = false;
+    assumed_ = collapsed_ = window_ = false, step_ = std::nan("");
   }
 
-  void collapse() {
+  // `outside`: the tails from hi up and from lo down.
+  void collapse(const Tails& outside) {
     collapsed_ = true;
-    const Tails outside = sweeps_->tails(row_, scale_of(hi_, lo_, alpha_));
-    const int64_t count = sweeps_->gather(row_, lo_, hi_, candidates_, kCandidates);
+    const int64_t count = sweeps_->gather(row_, lo_, hi_, candidates_);
     P_upper_ = outside.P, upper_ = hi_, collapsed_above_ = outside.count;
     Q_lower_ = outside.Q, lower_ = lo_;
     row_ = {candidates_, count, false};
@@ -162,7 +215,7 @@ class Search {
     double c;
     if (step % 4 == 3)
       c = step % 8 == 3 ? middle(low, high) : (static_cast<double>(low) + high) / 2;
-    else if (step % 2 == 1 || std::isnan(step_))
+    else if (step % 2 == 1 || std::isnan(step_) || static_cast<double>(high) - low > 4 * alpha_)
       c = bracket.interpolate(k_, collapsed_ ? 0 : kCandidates / 4);
     else
       c = step_;
@@ -170,9 +223,9 @@ class Search {
     return std::min(std::max(static_cast<T>(c), first), hi_);
   }
 
-  const Sweeps<T>&row_sweeps_, &stack_sweeps_;
+  const RowSweeps<T>&row_sweeps_, &stack_sweeps_;
   const Row whole_row_;
-  const Sweeps<T>* sweeps_;
+  const RowSweeps<T>* sweeps_;
   Row row_;  // the elements that are still looked at
   const T min_, max_;
   const double k_, least_, most_;  // S lies between least (the +inf) and most (all but the -inf)
@@ -183,7 +236,7 @@ class Search {
   double S_lo_, S_hi_;          // S at lo and hi, or a bound
   double step_ = std::nan("");  // the closed form's proposal after the last trial
 
-  bool collapsed_ = false, assumed_ = false;
+  bool collapsed_ = false, assumed_ = false, window_ = false;
   T upper_ = kInfinity, lower_ = -kInfinity;  // everything beyond is in the sums
   double P_upper_ = 0, Q_lower_ = 0;          // relative to upper, lower
   int64_t collapsed_above_ = 0;               // |{x >= upper}|
@@ -193,7 +246,7 @@ class Search {
 
 // The solution of a row by the conventions of laplace.h.
 template <typename T>
-Solution<double> solve(const Sweeps<T>& sweeps, const Sweeps<T>& stack_sweeps, const Row& row,
+Solution<double> solve(const RowSweeps<T>& sweeps, const RowSweeps<T>& stack_sweeps, const Row& row,
                        double k, T alpha) {
   constexpr double inf = std::numeric_limits<double>::infinity();
   const Range<T> range = sweeps.range(row);

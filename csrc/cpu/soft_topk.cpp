@@ -3,8 +3,8 @@
 //
 // The forward reads a row once to find its range, a few times more while its elements are split
 // (mostly from cache), and once to write p or its logarithm. The backward reads x and v twice, and
-// v only near the threshold and, in the log domain, on the minor side. One row is one task; no sum
-// depends on the number of threads.
+// v only near the threshold and, in the log domain, on the minor side. One row is one task, or
+// each of its sweeps is shared out (rows.h, pieces.h); no sum depends on the number of threads.
 #include <cmath>
 
 #include "../laplace.h"
@@ -18,15 +18,18 @@ template <typename T>
 constexpr Type kType = sizeof(T) == 8 ? Type::float64 : Type::float32;
 
 template <typename T>
-void forward_row(const Rows& x, int64_t i, double k, T alpha, Form form, void* result,
-                 T* solution) {
-  const Sweeps<T>& row_sweeps = sweeps<T>(x.type);
+void forward_row(const Rows& x, int64_t i, double k, T alpha, Form form, void* result, T* solution,
+                 Team* team) {
+  const RowSweeps<T> row_sweeps(x.type, team);
   const Row row = row_at(x, i);
-  const Solution<double> solved = solve<T>(row_sweeps, sweeps<T>(kType<T>), row, k, alpha);
+  const Solution<double> solved =
+      solve<T>(row_sweeps, RowSweeps<T>(kType<T>, nullptr), row, k, alpha);
   const Solution<T> s{static_cast<T>(solved.r_A), static_cast<T>(solved.r_B),
                       static_cast<T>(solved.P), static_cast<T>(solved.Q), static_cast<T>(solved.D)};
-  solution[0] = s.r_A, solution[1] = s.r_B, solution[2] = s.P, solution[3] = s.Q;
-  solution[4] = s.D;
+  if (solution != nullptr) {
+    solution[0] = s.r_A, solution[1] = s.r_B, solution[2] = s.P, solution[3] = s.Q;
+    solution[4] = s.D;
+  }
   if (form == Form::none) return;
   void* out = output_at(x, result, i);
   if (std::isnan(s.D)) return row_sweeps.fill(row, s.D, out);
@@ -44,10 +47,16 @@ void forward_row(const Rows& x, int64_t i, double k, T alpha, Form form, void* r
       out);
 }
 
+// The least e for which unit * e is a normal number; infinity for 0.
+template <typename T>
+T least_e(T unit) {
+  return std::numeric_limits<T>::min() / unit;
+}
+
 template <typename T>
 void backward_row(const Rows& x, int64_t i, const T* solution, T alpha, const Row& v, void* grad_x,
-                  T* grad_k, T* grad_alpha) {
-  const Sweeps<T>& row_sweeps = sweeps<T>(x.type);
+                  T* grad_k, T* grad_alpha, Team* team) {
+  const RowSweeps<T> row_sweeps(x.type, team);
   const Row row = row_at(x, i);
   const Solution<double> s{solution[0], solution[1], solution[2], solution[3], solution[4]};
   const double scale = alpha;
@@ -55,6 +64,8 @@ void backward_row(const Rows& x, int64_t i, const T* solution, T alpha, const Ro
   const Steps<T> step = steps(alpha);
   Pivot<T> pivot{static_cast<T>(d.q_A),
                  static_cast<T>(d.q_B),
+                 least_e(static_cast<T>(d.q_A)),
+                 least_e(static_cast<T>(d.q_B)),
                  static_cast<T>(d.h_A * step.rate),
                  static_cast<T>(d.h_B * step.rate),
                  step.after,
@@ -72,8 +83,8 @@ void backward_row(const Rows& x, int64_t i, const T* solution, T alpha, const Ro
 // The names are those of log_backward in softtopk/backends/reference.py.
 template <typename T>
 void log_backward_row(const Rows& x, int64_t i, const T* solution, T alpha, bool complement,
-                      const Row& v, void* grad_x, T* grad_k, T* grad_alpha) {
-  const Sweeps<T>& row_sweeps = sweeps<T>(x.type);
+                      const Row& v, void* grad_x, T* grad_k, T* grad_alpha, Team* team) {
+  const RowSweeps<T> row_sweeps(x.type, team);
   const Row row = row_at(x, i);
   const Solution<double> s{solution[0], solution[1], solution[2], solution[3], solution[4]};
   const LogDensities d = log_densities(s, static_cast<double>(alpha));
@@ -82,6 +93,8 @@ void log_backward_row(const Rows& x, int64_t i, const T* solution, T alpha, bool
   LogPivot<T> pivot{complement,
                     static_cast<T>(q_A),
                     static_cast<T>(q_B),
+                    least_e(static_cast<T>(q_A)),
+                    least_e(static_cast<T>(q_B)),
                     static_cast<T>(std::exp(d.log_h_A)),
                     static_cast<T>(std::exp(d.log_h_B)),
                     pivot_above ? solution[0] : solution[1],
@@ -115,9 +128,9 @@ void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, Form
                        void* solution, int threads) {
   with_compute_type(x.type, [&](auto zero) {
     using T = decltype(zero);
-    for_rows(x, threads, [&](int64_t row) {
+    for_rows(x, threads, [&](int64_t row, Team* team) {
       forward_row<T>(x, row, value_at(k, row), scale_in<T>(value_at(alpha, row)), form, out,
-                     static_cast<T*>(solution) + 5 * row);
+                     solution == nullptr ? nullptr : static_cast<T*>(solution) + 5 * row, team);
     });
   });
 }
@@ -128,21 +141,21 @@ void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha
   const Rows incoming{v, x.type, x.rows, x.n, v_stride, true};
   with_compute_type(x.type, [&](auto zero) {
     using T = decltype(zero);
-    for_rows(x, threads, [&](int64_t row) {
+    for_rows(x, threads, [&](int64_t row, Team* team) {
       const T* solved = static_cast<const T*>(solution) + 5 * row;
       const T scale = scale_in<T>(value_at(alpha, row));
       void* to_x = output_at(x, grad_x, row);
       T *to_k = static_cast<T*>(grad_k) + row, *to_alpha = static_cast<T*>(grad_alpha) + row;
       if (!(solved[2] > 0 || solved[3] > 0)) {  // a NaN row, or nothing that k or x could move
         *to_k = *to_alpha = std::isnan(solved[4]) ? solved[4] : T(0);
-        return sweeps<T>(x.type).fill(row_at(x, row), *to_k, to_x);
+        return RowSweeps<T>(x.type, team).fill(row_at(x, row), *to_k, to_x);
       }
       const Row v_row = row_at(incoming, row);
       if (form == Form::p)
-        backward_row<T>(x, row, solved, scale, v_row, to_x, to_k, to_alpha);
+        backward_row<T>(x, row, solved, scale, v_row, to_x, to_k, to_alpha, team);
       else
         log_backward_row<T>(x, row, solved, scale, form == Form::log_complement, v_row, to_x, to_k,
-                            to_alpha);
+                            to_alpha, team);
     });
   });
 }

@@ -38,7 +38,7 @@ Range<T> range(const Row& row) {
     out.plus = sum_of(plus[j], out.plus);
     out.minus = sum_of(minus[j], out.minus);
   }
-  out.minus -= (kBlock<T> - row.n % kBlock<T>) % kBlock<T>;  // the filling of the last block
+  out.minus -= filling<T>(row);
   return out;
 }
 
@@ -72,16 +72,18 @@ template <typename T, typename In>
 Tails tails(const Row& row, const Scale<T>& scale) {
   using V = Vector<T>;
   Sum<T> P, Q;
-  Mask<T> count[kVectors] = {};
+  Mask<T> count[kVectors] = {}, below[kVectors] = {};
   int blocks = 0;
   for_blocks<T, In>(row, [&](const Block<T>& x, int64_t, int64_t) LAMBDA_INLINE {
     Block<T> y;
     Mask<T> above[kVectors];
     for (int j = 0; j < kVectors; ++j) {
       above[j] = x.v[j] >= scale.r_A;
+      const Mask<T> under = x.v[j] <= scale.r_B;
       count[j] -= above[j];
+      below[j] -= under;
       const V exact = exponent<T>(x.v[j], above[j], scale);
-      y.v[j] = above[j] | (x.v[j] <= scale.r_B) ? exact : V{} - Lanes<T>::infinity;
+      y.v[j] = above[j] | under ? exact : V{} - Lanes<T>::infinity;
     }
     if (all_underflow(y)) return false;
     for (int j = 0; j < kVectors; ++j) {
@@ -93,8 +95,10 @@ Tails tails(const Row& row, const Scale<T>& scale) {
     return false;
   });
   P.flush(), Q.flush();
-  Tails out{P.sum, Q.sum, 0};
+  Tails out{P.sum, Q.sum, 0, 0};
   for (const auto& lanes : count) out.count = sum_of(lanes, out.count);
+  for (const auto& lanes : below) out.below = sum_of(lanes, out.below);
+  out.below -= filling<T>(row);
   return out;
 }
 
@@ -119,6 +123,19 @@ T element(const Row& row, int64_t i) {
     return true;
   });
   return value;
+}
+
+template <typename T, typename In>
+void sample(const Row& row, T* out) {
+  In places[kPlaces];
+  for (int i = 0; i < kPlaces; ++i)
+    places[i] =
+        static_cast<const In*>(row.data)[row.n / kPlaces * i + row.n % kPlaces * i / kPlaces];
+  for_blocks<T, In>({places, kPlaces, row.negate},
+                    [&](const Block<T>& x, int64_t first, int64_t) LAMBDA_INLINE {
+                      store(x, out + first);
+                      return false;
+                    });
 }
 
 template <typename T, typename In>
@@ -173,7 +190,7 @@ Means means(const Row& row, const Row& v, const Scale<T>& scale, const Pivot<T>&
     if (all_underflow(y)) return false;  // so v is not read where nothing depends on it
     const Block<T> g = load_at<T, In>(v, first, count);
     for (int j = 0; j < kVectors; ++j) {
-      const V q = (above[j] ? V{} + pivot.q_A : V{} + pivot.q_B) * exp2_nonpositive<T>(y.v[j]);
+      const V q = weight<T>(exp2_nonpositive<T>(y.v[j]), above[j], pivot);
       const V dt = ((x.v[j] - pivot.x) * scale.s1) * scale.s2;
       sum_v.lanes[j] += q == T(0) ? V{} : q * (g.v[j] - pivot.v);
       sum_t.lanes[j] += q == T(0) ? V{} : q * dt;
@@ -205,9 +222,9 @@ double gradient(const Row& row, const Row& v, const Scale<T>& scale, const Pivot
       const Block<T> g = load_at<T, In>(v, first, count);
       for (int j = 0; j < kVectors; ++j) {
         const V e = exp2_nonpositive<T>(y.v[j]);
-        const V q = (above[j] ? V{} + pivot.q_A : V{} + pivot.q_B) * e;
+        const V q = weight<T>(e, above[j], pivot);
         const V s = (above[j] ? V{} + pivot.s_A : V{} + pivot.s_B) * e;
-        const V dv = (q == T(0) ? V{} : g.v[j] - pivot.v) - mean_v;
+        const V dv = (e == T(0) ? V{} : g.v[j] - pivot.v) - mean_v;
         const V dt = ((x.v[j] - pivot.x) * scale.s1) * scale.s2 - mean_t;
         covariance.lanes[j] += q == T(0) ? V{} : q * dt * dv;
         out.v[j] = (e == T(0)) | (s == T(0)) ? V{} : s * dv * unit;
@@ -219,6 +236,24 @@ double gradient(const Row& row, const Row& v, const Scale<T>& scale, const Pivot
   });
   covariance.flush();
   return covariance.sum;
+}
+
+template <typename T, typename In>
+Counts counts(const Row& row, T value) {
+  Mask<T> above[kVectors] = {}, equal[kVectors] = {};
+  for_blocks<T, In>(row, [&](const Block<T>& x, int64_t, int64_t) LAMBDA_INLINE {
+    for (int j = 0; j < kVectors; ++j) {
+      above[j] -= x.v[j] > value;
+      equal[j] -= x.v[j] == value;
+    }
+    return false;
+  });
+  Counts out{0, 0};
+  for (int j = 0; j < kVectors; ++j) {
+    out.above = sum_of(above[j], out.above);
+    out.equal = sum_of(equal[j], out.equal);
+  }
+  return out;
 }
 
 template <typename T, typename In>
@@ -274,9 +309,23 @@ void fill(const Row& row, T value, void* out) {
 
 template <typename T, typename In>
 constexpr Sweeps<T> kTable{
-    range<T, In>,     split<T, In>,         tails<T, In>, gather<T, In>,   element<T, In>,
-    find<T, In>,      probabilities<T, In>, means<T, In>, gradient<T, In>, log_probabilities<T, In>,
-    log_means<T, In>, log_gradient<T, In>,  mask<T, In>,  indices<T, In>,  fill<T, In>,
+    range<T, In>,
+    split<T, In>,
+    tails<T, In>,
+    gather<T, In>,
+    element<T, In>,
+    sample<T, In>,
+    find<T, In>,
+    probabilities<T, In>,
+    means<T, In>,
+    gradient<T, In>,
+    log_probabilities<T, In>,
+    log_means<T, In>,
+    log_gradient<T, In>,
+    counts<T, In>,
+    mask<T, In>,
+    indices<T, In>,
+    fill<T, In>,
 };
 
 extern const Sweeps<float> from_float32 = kTable<float, float>;

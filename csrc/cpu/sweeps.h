@@ -42,14 +42,15 @@ struct Scale {
 };
 
 struct Tails {
-  double P, Q;    // sums of exp(-|x - r| / alpha) over x >= r_A and over x <= r_B
-  int64_t count;  // |{x >= r_A}|
+  double P, Q;           // sums of exp(-|x - r| / alpha) over x >= r_A and over x <= r_B
+  int64_t count, below;  // |{x >= r_A}|, |{x <= r_B}|
 };
 
 // What the two sweeps of the backward share.
 template <typename T>
 struct Pivot {
   T q_A, q_B;  // q = q_A e above, q_B e below
+  T e_A, e_B;  // and 0 where e is less than these: arithmetic on denormal numbers is slow
   T s_A, s_B;  // h / alpha likewise, in units of s; as one number it may overflow
   T s;
   T x, v;  // the element of the largest q, and its incoming gradient
@@ -72,7 +73,8 @@ template <typename T>
 struct LogPivot {
   bool complement;
   T q_A, q_B;  // q = q_A e above, q_B e below
-  T h_A, h_B;  // h likewise
+  T e_A, e_B;  // and 0 where e is less than these
+  T h_A, h_B;  // h = h_A e, h_B e
   T x, u;      // the element of the largest q; its v / (1 - h) if it is on the major side, else 0
   T dominant;  // a q above this is that of the one element which outweighs all others
   Steps<T> steps;
@@ -90,7 +92,12 @@ struct LogMoments {
   T t;
 };
 
+struct Counts {
+  int64_t above, equal;  // |{x > value}|, |{x == value}|
+};
+
 constexpr int kGatherRoom = 16;
+constexpr int kPlaces = 128;
 
 template <typename T>
 struct Sweeps {
@@ -101,6 +108,8 @@ struct Sweeps {
   // `capacity` when they are more. `out` has room for capacity + kGatherRoom.
   int64_t (*gather)(const Row& row, T lo, T hi, T* out, int64_t capacity);
   T (*element)(const Row& row, int64_t i);
+  // kPlaces elements at places that are spread evenly.
+  void (*sample)(const Row& row, T* out);
   // The first i with x_i == value, which must be there.
   int64_t (*find)(const Row& row, T value);
 
@@ -120,6 +129,7 @@ struct Sweeps {
   double (*log_gradient)(const Row& row, const Row& v, const Scale<T>& scale,
                          const LogPivot<T>& pivot, const LogMoments<T>& moments, void* grad_x);
 
+  Counts (*counts)(const Row& row, T value);
   // 1 where x > value and at the first `ties` elements equal to it, 0 elsewhere.
   void (*mask)(const Row& row, T value, int64_t ties, void* out);
   // The indices of the same elements, ascending.

@@ -67,7 +67,53 @@ void on_threads(int threads, int64_t elements, const std::function<void()>& work
     return;
   }
 #endif
-  on_started_threads(static_cast<int>(std::min<int64_t>(threads, elements / 32768)), work);
+  on_started_threads(static_cast<int>(std::min<int64_t>(threads, elements / 65536)), work);
+}
+
+// Returns once f() is true; sweeps take microseconds, so at first without giving up the core.
+template <typename F>
+static void wait_until(F f) {
+  for (int turn = 0; !f(); ++turn)
+    if (turn > 4096) std::this_thread::yield();
+}
+
+void Team::run(int threads, int64_t elements, const std::function<void(Team&)>& lead) {
+  Team team;
+  std::atomic<bool> led{false};
+  const auto work = [&] {
+    const DefaultEnvironment environment;
+    if (led.exchange(true)) return team.help();
+    lead(team);
+    team.over_ = true;
+  };
+  on_threads(threads, elements, std::ref(work));
+}
+
+void Team::share(int64_t count, const std::function<void(int64_t)>& piece) {
+  const uint64_t number = (state_.load(std::memory_order_relaxed) >> 32) + 1;
+  piece_ = &piece, count_ = count;
+  done_.store(0, std::memory_order_relaxed);
+  state_.store(number << 32 | static_cast<uint64_t>(count), std::memory_order_release);
+  while (work()) {
+  }
+  wait_until([&] { return done_.load(std::memory_order_acquire) == count; });
+}
+
+// Does one piece; false where all are taken.
+bool Team::work() {
+  uint64_t state = state_.load(std::memory_order_acquire);
+  do
+    if ((state & 0xffffffff) == 0) return false;
+  while (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel,
+                                       std::memory_order_acquire));
+  (*piece_)(count_ - static_cast<int64_t>(state & 0xffffffff));
+  done_.fetch_add(1, std::memory_order_release);
+  return true;
+}
+
+void Team::help() {
+  const auto over = [&] { return over_.load(std::memory_order_acquire); };
+  while (!over()) wait_until([&] { return over() || work(); });
 }
 
 }  // namespace softtopk::cpu

@@ -4,16 +4,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <type_traits>
 
-#include "sweeps.h"
+#include "pieces.h"
 
 namespace softtopk::cpu {
-
-// A row with more elements than this inside the bracket is searched as a whole; with fewer, they
-// are copied to the stack.
-constexpr int kCandidates = 1024;
 
 // The value half-way between two finite ones in the order of their bit patterns, where -0 = +0.
 template <typename T>
@@ -59,25 +56,42 @@ struct Bracket {
 // elements at fixed places. A wrong guess costs a trial, nothing else.
 template <typename T>
 struct Guesses {
+  T values[kPlaces];  // the finite ones of the sample; the largest first once they are sorted
+  int size = 0;
   T low = -std::numeric_limits<T>::infinity(), high = std::numeric_limits<T>::infinity();
   T spread = 0;  // from the one to the other, or to the end of the sample
 
   Guesses() = default;
-  Guesses(const Sweeps<T>& sweeps, const Row& row, double share) {
-    constexpr int kPlaces = 128;
-    T values[kPlaces];
-    int size = 0;
-    for (int i = 0; i < kPlaces; ++i) {
-      const T x = sweeps.element(row, row.n / kPlaces * i + row.n % kPlaces * i / kPlaces);
-      if (!std::isinf(x)) values[size++] = x;
-    }
+  Guesses(const RowSweeps<T>& sweeps, const Row& row, double share) {
+    sweeps.sample(row, values);
+    T* const end = std::remove_if(values, values + kPlaces, [](T x) { return std::isinf(x); });
+    size = static_cast<int>(end - values);
     if (size == 0) return;
-    std::sort(values, values + size, [](T a, T b) { return a > b; });
     const double margin = 3 * std::sqrt(size * share * (1 - share)) + 1;
     const double below = std::ceil(size * share + margin), above = size * share - margin;
-    if (below < size) low = values[static_cast<int>(below)];
-    if (above >= 0) high = values[static_cast<int>(above)];
-    spread = std::min(high, values[0]) - std::max(low, values[size - 1]);
+    T* const from_low = values + std::min(static_cast<int>(below), size);
+    if (from_low < end) {
+      std::nth_element(values, from_low, end, std::greater<T>());
+      low = *from_low;
+    }
+    if (above >= 0) {
+      T* const from_high = values + static_cast<int>(above);
+      std::nth_element(values, from_high, from_low, std::greater<T>());
+      high = *from_high;
+    }
+    spread = (above >= 0 ? high : *std::max_element(values, end)) -
+             (from_low < end ? low : *std::min_element(values, end));
+  }
+
+  void sort() { std::sort(values, values + size, std::greater<T>()); }
+
+  // Of the sorted ones: how far apart are two values near x with as large a share of the row's
+  // elements in between.
+  double width(double x, double share) const {
+    const int place =
+        std::lower_bound(values, values + size, x, [](T a, double b) { return a > b; }) - values;
+    const int first = std::max(place - 8, 0), last = std::min(place + 8, size - 1);
+    return (static_cast<double>(values[first]) - values[last]) / (last - first) * size * share;
   }
 };
 
@@ -91,7 +105,7 @@ struct CountBracket {
 
 // Counts until at most kCandidates elements are left in [lo, hi), or only those equal to lo.
 template <typename T>
-CountBracket<T> bracket_by_counts(const Sweeps<T>& sweeps, const Row& row, const Range<T>& range,
+CountBracket<T> bracket_by_counts(const RowSweeps<T>& sweeps, const Row& row, const Range<T>& range,
                                   int64_t K, const Guesses<T>& guesses) {
   constexpr T inf = std::numeric_limits<T>::infinity();
   const int64_t most = row.n - range.minus;
@@ -119,9 +133,9 @@ CountBracket<T> bracket_by_counts(const Sweeps<T>& sweeps, const Row& row, const
                           static_cast<double>(range.plus),
                           static_cast<double>(most)};
     double c = middle(b.lo, high);
-    if (step % 4 == 2)
+    if (step % 6 == 4)
       c = (static_cast<double>(b.lo) + high) / 2;
-    else if (step % 4 != 3)
+    else if (step % 6 != 5)
       c = bracket.interpolate(static_cast<double>(K), kCandidates / 4);
     split(std::min(std::max(static_cast<T>(c), std::nextafter(b.lo, inf)), top));
   }

@@ -1,6 +1,7 @@
 """The CUDA backend: csrc/cuda, on the tensor's device and torch's current stream there."""
 
 import torch
+from torch import Tensor
 
 from softtopk.backends.native import _C, Kernels, reads
 
@@ -40,7 +41,13 @@ def serves(architecture: str, capability: tuple[int, int]) -> bool:
 if (why := reason()) is not None:
     raise ImportError(why)
 
-kernels = Kernels(_C.cuda, lambda x: (x.device.index, torch.cuda.current_stream(x.device).cuda_stream))
+
+def device_and_stream(x: Tensor) -> tuple[int, int]:
+    index = x.get_device()
+    return index, torch._C._cuda_getCurrentRawStream(index)  # current_stream(x.device).cuda_stream, quicker
+
+
+kernels = Kernels(_C.cuda, device_and_stream, needs_solution=True)
 __all__ = ["hard_topk_indices", "hard_topk_mask", "reads", "soft_topk_backward", "soft_topk_forward"]
 soft_topk_forward = kernels.soft_topk_forward
 soft_topk_backward = kernels.soft_topk_backward

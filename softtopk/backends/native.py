@@ -2,7 +2,8 @@
 
 The four functions of a backend differ only in where they run, so they are written once, on top of
 a submodule of softtopk._C and a function that gives its last arguments (threads, or device and
-stream) for a tensor.
+stream) for a tensor. They take more than the backends' contract has: where x (..., n) is contiguous
+it may be of any rank, and the results are of that shape (softtopk/direct.py).
 """
 
 from __future__ import annotations
@@ -29,24 +30,38 @@ FORMS = {"p": 0, "log": 1, "log_complement": 2, "none": 3}
 
 
 class Kernels:
-    """The four functions of backends/reference.py on one submodule of softtopk._C."""
+    """The four functions of backends/reference.py on one submodule of softtopk._C.
 
-    def __init__(self, launchers: ModuleType, where: Callable[[Tensor], tuple[int, ...]]):
-        self.launchers, self.where = launchers, where
+    `needs_solution`: the forward has a place for the solution even where nobody reads it.
+    """
+
+    backend_is_set = staticmethod(_C.backend_is_set)
+
+    def __init__(
+        self, launchers: ModuleType, where: Callable[[Tensor], tuple[int, ...]], needs_solution: bool
+    ):
+        self.launchers, self.where, self.needs_solution = launchers, where, needs_solution
 
     def soft_topk_forward(
-        self, x: Tensor, k: float | Tensor, alpha: float | Tensor, largest: bool = True, form: str = "p"
-    ) -> tuple[Tensor | None, Tensor]:
+        self,
+        x: Tensor,
+        k: float | Tensor,
+        alpha: float | Tensor,
+        largest: bool = True,
+        form: str = "p",
+        solved: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Without `solved` the solution may be None."""
         x = unit_stride(x)
-        out = None if form == "none" else x.new_empty(x.shape)
-        solution = x.new_empty((x.shape[0], 5), dtype=compute_dtype(x.dtype))
+        out = None if form == "none" else torch.empty_like(x)
+        solution = per_row_result(x, 5) if solved or self.needs_solution else None
         self.launchers.soft_topk_forward(
-            rows(x, largest),
-            per_row(k),
-            per_row(alpha),
+            *rows(x, largest),
+            *per_row(k),
+            *per_row(alpha),
             FORMS[form],
             0 if out is None else out.data_ptr(),
-            solution.data_ptr(),
+            0 if solution is None else solution.data_ptr(),
             *self.where(x),
         )
         return out, solution
@@ -61,16 +76,14 @@ class Kernels:
         form: str = "p",
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, v, solution = unit_stride(x), unit_stride(v), solution.contiguous()
-        grad_x = x.new_empty(x.shape)
-        grad_k = solution.new_empty((x.shape[0],))
-        grad_alpha = torch.empty_like(grad_k)
+        grad_x, grad_k, grad_alpha = torch.empty_like(x), per_row_result(x), per_row_result(x)
         self.launchers.soft_topk_backward(
-            rows(x, largest),
+            *rows(x, largest),
             solution.data_ptr(),
-            per_row(alpha),
+            *per_row(alpha),
             FORMS[form],
             v.data_ptr(),
-            v.stride(0),
+            v.shape[-1] if v.is_contiguous() else v.stride(0),
             grad_x.data_ptr(),
             grad_k.data_ptr(),
             grad_alpha.data_ptr(),
@@ -80,19 +93,19 @@ class Kernels:
 
     def hard_topk_mask(self, x: Tensor, k: float | Tensor, largest: bool = True) -> Tensor:
         x = unit_stride(x)
-        mask = x.new_empty(x.shape)
-        self.launchers.hard_topk_mask(rows(x, largest), per_row(k), mask.data_ptr(), *self.where(x))
+        mask = torch.empty_like(x)
+        self.launchers.hard_topk_mask(*rows(x, largest), *per_row(k), mask.data_ptr(), *self.where(x))
         return mask
 
     def hard_topk_indices(
         self, x: Tensor, k: float | Tensor, max_k: int, largest: bool = True
     ) -> tuple[Tensor, Tensor]:
         x = unit_stride(x)
-        indices = x.new_empty((x.shape[0], max_k), dtype=torch.int64)
-        counts = x.new_empty((x.shape[0],), dtype=torch.int64)
+        indices = per_row_result(x, max_k, dtype=torch.int64)
+        counts = per_row_result(x, dtype=torch.int64)
         self.launchers.hard_topk_indices(
-            rows(x, largest),
-            per_row(k),
+            *rows(x, largest),
+            *per_row(k),
             max_k,
             indices.data_ptr(),
             counts.data_ptr(),
@@ -107,15 +120,30 @@ def reads(x: Tensor) -> bool:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    return x if reads(x) else x.contiguous()
+    return x if x.is_contiguous() or (x.dim() == 2 and reads(x)) else x.contiguous()
 
 
 def rows(x: Tensor, largest: bool) -> tuple[int, int, int, int, int, bool]:
-    return x.data_ptr(), TYPES[x.dtype], x.shape[0], x.shape[1], x.stride(0), largest
+    n = x.shape[-1]
+    if n and x.is_contiguous():
+        return x.data_ptr(), TYPES[x.dtype], x.numel() // n, n, n, largest
+    return x.data_ptr(), TYPES[x.dtype], x.shape[0], n, x.stride(0), largest
 
 
 def per_row(value: float | Tensor) -> tuple[int, int, int, float]:
-    """A number, or a float32 or float64 tensor (rows,) of any stride."""
+    """A number, or a float32 or float64 tensor: (rows,) of any stride, or as direct.strides_fit says."""
     if isinstance(value, Tensor):
-        return value.data_ptr(), TYPES[value.dtype], value.stride(0), 0.0
+        stride = value.stride(0) if value.dim() == 1 else int(value.is_contiguous())
+        return value.data_ptr(), TYPES[value.dtype], stride, 0.0
     return 0, 0, 0, value
+
+
+def per_row_result(x: Tensor, *more: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised result (..., *more) for the rows of x, in the compute dtype."""
+    shape = (*x.shape[:-1], *more)
+    if dtype is None and x.dtype != torch.float32:
+        dtype = compute_dtype(x.dtype)
+    # Sizes one by one, and a dtype only where it is another: half the time of the other spelling.
+    if shape:
+        return x.new_empty(*shape) if dtype is None else x.new_empty(*shape, dtype=dtype)
+    return x.new_empty((), dtype=dtype)

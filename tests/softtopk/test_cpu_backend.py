@@ -67,6 +67,38 @@ def test_number_of_threads_changes_no_bit(dtype, threads):
     assert_same_bits(results[2], results[0])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows_shared_among_threads(dtype, rows, threads):
+    """Fewer rows than threads: one row's sweeps go to several threads, in pieces."""
+    n = 200_003
+    x, k, alpha, v = batch(dtype, rows, n)
+    x[-1, -5:], x[-1, n // 2] = inf, -inf
+    tied = (x * 8).round() / 8  # the last of the selected ones lie in any piece
+    for values in (x, tied, x.relu()):
+        results = []
+        for count in (1, 2, 3, 8):
+            threads(count)
+            results.append(everything(values, k, alpha, v))
+        for got in results[1:]:
+            assert_same_bits(got, results[0])
+    alone = everything(x[-1:], k[-1:], alpha[-1:], v[-1:])
+    assert_same_bits([t[-1:] for t in everything(x, k, alpha, v)], alone)
+
+
+@pytest.mark.parametrize("family", ["normal", "relu", "tied", "constant", "two_values"])
+def test_hard_topk_of_a_long_row(family, threads):
+    """Ties are taken from the first pieces on, and indices ascend over all of them."""
+    x = make(family, 1, 100_001)
+    threads(4)
+    for k in (1.0, 64.0, 20_000.0, 60_000.0, 100_000.0):
+        assert torch.equal(cpu.hard_topk_mask(x, k), reference.hard_topk_mask(x, k))
+        for got, want in zip(
+            cpu.hard_topk_indices(x, k, 70_000), reference.hard_topk_indices(x, k, 70_000), strict=True
+        ):
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("n", [1, 63, 1000, 5000])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_position_and_alignment_change_no_bit(dtype, n):
@@ -137,7 +169,7 @@ def test_zero_rows_and_max_k_zero():
     assert indices.shape == (3, 0) and counts.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("n", [4, 3000])
+@pytest.mark.parametrize("n", [4, 3000, 100_001])
 def test_a_bad_row_stays_alone(n):
     x = make("normal", 7, n)
     x[1, 2], x[2] = nan, inf
@@ -179,6 +211,26 @@ def test_long_rows_with_outliers(k):
         want, _ = reference.soft_topk_forward(x.double(), float(k), alpha)
         assert (p - want).abs().max() <= 1e-6
     assert torch.equal(cpu.hard_topk_mask(x, float(k)), reference.hard_topk_mask(x, float(k)))
+
+
+@pytest.mark.parametrize("n", [1500, 4096, 20_001])
+@pytest.mark.parametrize("scale", [0.05, 0.3, 1.0])
+def test_a_sample_that_misleads(scale, n):
+    """The search starts from elements at 128 fixed places (trials.h): here these tell nothing, or lies."""
+    places = torch.arange(128) * (n // 128) + n % 128 * torch.arange(128) // 128
+    x = make("normal", 7, n) * scale
+    sampled = x[:, places]
+    x[1, places], x[2, places], x[3, places] = sampled[1] + 1, sampled[2] - 0.4, sampled[3] * 0.01
+    x[4, places] = 0.3 * (torch.arange(128) % 2)  # two values, and nothing of the row near the root
+    x[5] = torch.where(x[5] > 0, x[5] + 1, x[5] - 1)
+    x[6] = (x[6] * 20).round() / 20
+    for share in (0.01, 0.125, 0.5, 0.9):
+        for alpha in (1.0, 0.1, 1e-2, 1e-4):
+            got, solution = cpu.soft_topk_forward(x, n * share + 0.3, alpha)
+            want, _ = reference.soft_topk_forward(x.double(), n * share + 0.3, alpha)
+            assert (got - want).abs().max() <= 1e-6
+            split = solution[:, :2].isinf() | (x[:, None] == solution[:, :2, None]).any(2)
+            assert split.all()  # r_A and r_B are elements
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 has three sets of sweeps")

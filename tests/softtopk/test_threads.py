@@ -71,9 +71,12 @@ def run(script: str, path: Path):
 
 
 @needs_fork
-def test_fork_after_use(tmp_path):
+@pytest.mark.parametrize("shape", ["48, 4096", "1, 300000"])
+def test_fork_after_use(shape, tmp_path):
     """The child and its own child give the same bits, and so does the parent afterwards."""
-    script = """
+    script = (
+        f"inputs = batch({shape})"
+        + """
 want = serial()
 assert everything(*inputs) == want
 same = lambda: everything(*inputs) == want
@@ -81,6 +84,7 @@ assert succeeds_in_child(same)
 assert succeeds_in_child(lambda: same() and succeeds_in_child(same))
 assert same()
 """
+    )
     run(script, tmp_path)
 
 
@@ -232,7 +236,7 @@ def test_many_python_threads_at_once():
     g = torch.Generator().manual_seed(0)
     inputs = []
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        for rows, n in ((24, 3000), (3, 20000), (5, 100)):
+        for rows, n in ((24, 3000), (3, 20000), (5, 100), (1, 80000)):
             x, v = torch.randn(2, rows, n, generator=g).to(dtype)
             inputs.append((x, torch.rand(rows, generator=g) * n, v))
     before = torch.get_num_threads()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -22,13 +24,25 @@ DEVICE = device_of("triton")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def tiny_chunks(monkeypatch):
-    """Rows of more than 16 float32 elements are swept 16 at a time."""
+def small_tiles(name: str, choice, itemsize: int, n: int, kept: bool) -> dict[str, int | bool]:
+    """launch.tile with tiles of 16 elements: of a row that is kept, or of one that is read again."""
+    options = dict(num_warps=choice.num_warps, maxnreg=choice.maxnreg, BLOCK=16)
+    tiles = 1 << (-(-n // 16) - 1).bit_length() if kept else 0
+    if name in ("forward", "log_forward"):
+        return options | dict(
+            TILES=tiles, DEPTH=2, LANES=8, FULL=n % 16 == 0 and (not kept or n == 16 * tiles)
+        )
+    if name == "backward":
+        return options | dict(TILES=tiles, KEEP_V=False)
+    return options | dict(RESIDENT=False)
+
+
+@pytest.fixture(params=["read again", "kept"])
+def tiny_chunks(request, monkeypatch):
+    """Rows are swept 16 elements at a time, and soft_topk finds candidates by the maxima of 8 lanes."""
     from softtopk.backends.triton import launch
 
-    monkeypatch.setattr(launch, "RESIDENT_BYTES", 64)
-    monkeypatch.setattr(launch, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(launch, "tile", functools.partial(small_tiles, kept=request.param == "kept"))
     return launch
 
 
@@ -41,11 +55,10 @@ def case(family: str, n: int):
 
 @pytest.mark.parametrize("alpha", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("family", ["relu", "tied", "outlier", "narrow"])
-@pytest.mark.parametrize("n", [17, 75])
+@pytest.mark.parametrize("n", [17, 64, 75])
 @pytest.mark.parametrize("form", FORMS)
 def test_chunked_rows_meet_the_bars(tiny_chunks, form, family, n, alpha):
     x, k, v = case(family, n)
-    assert tiny_chunks.tile(n, x.dtype).CHUNKS == -(-n // 16)
     got, want = run(kernels, x, k, alpha, v, form=form), oracle(x, k, alpha, v, form=form)
     over = {name: r for name, r in ratios(got, want, k, alpha, v, form).items() if not r <= 1}
     assert not over, f"times the bar: {over}"
@@ -53,7 +66,10 @@ def test_chunked_rows_meet_the_bars(tiny_chunks, form, family, n, alpha):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("form", FORMS)
-def test_chunked_rows_equal_resident_rows(request, form, dtype):
+@pytest.mark.parametrize("kept", [True, False])
+def test_chunked_rows_equal_resident_rows(form, dtype, kept):
+    from softtopk.backends.triton import launch
+
     x, k, v = case("relu", 75)
     x, v = x.to(dtype), v.to(dtype)
 
@@ -61,8 +77,9 @@ def test_chunked_rows_equal_resident_rows(request, form, dtype):
         return run(kernels, x, k, 0.1, v, True, form), run(kernels, x, 7.5, 0.1, v, False, form)
 
     resident = both()
-    request.getfixturevalue("tiny_chunks")
-    chunked = both()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "tile", functools.partial(small_tiles, kept=kept))
+        chunked = both()
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, 2 * torch.finfo(dtype).eps)
     for a, b in zip(resident, chunked, strict=True):
         for name, one in vars(a).items():
@@ -142,6 +159,101 @@ def test_more_than_two_billion_elements():
     assert (p[:-1] == p[0, 0]).all() and p[0, 0].item() == 32 / n
 
 
+@pytest.fixture
+def tuner(monkeypatch, tmp_path):
+    """Autotuning switched on, with an empty cache and a timer by which the last choice is fastest."""
+    from softtopk.backends.triton import autotune
+
+    timed = []
+
+    def milliseconds(run):
+        run()
+        timed.append(run)
+        return 1 / len(timed)
+
+    monkeypatch.setenv("SOFTTOPK_AUTOTUNE", "1")
+    monkeypatch.setenv("SOFTTOPK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(autotune, "chosen", {})
+    monkeypatch.setattr(autotune, "can_time", lambda x: True)
+    monkeypatch.setattr(autotune, "milliseconds", milliseconds)
+    monkeypatch.setattr(autotune, "timed", timed, raising=False)
+    return autotune
+
+
+def test_autotuning_times_once_and_remembers(tuner, monkeypatch, tmp_path):
+    from softtopk.backends.triton import launch
+
+    x, k, v = case("relu", 75)
+    first, _ = kernels.soft_topk_forward(x, k, 0.1)
+    number = len(tuner.timed)
+    options = launch.choices("forward", 4, 75)
+    assert number == len(options) > 1 and options[0] == launch.default("forward", 4, 75)
+    (key, stored), *others = json.loads((tmp_path / "triton.json").read_text()).items()
+    assert "forward|float32|256" in key and tuple(stored) == options[-1] and not others
+    again, _ = kernels.soft_topk_forward(x, k, 0.1)
+    assert len(tuner.timed) == number and torch.equal(first, again)
+
+    monkeypatch.setattr(tuner, "chosen", {})  # as another process would start
+    kernels.soft_topk_forward(x, k, 0.1)
+    assert len(tuner.timed) == number and list(tuner.chosen.values()) == [options[-1]]
+    kernels.soft_topk_forward(x.double(), k, 0.1)  # another dtype
+    assert len(tuner.timed) > number and len(json.loads((tmp_path / "triton.json").read_text())) == 2
+
+
+def test_autotuning_takes_the_default_where_it_cannot_time(tuner, monkeypatch, tmp_path):
+    """As while a CUDA graph is captured. A later call does not time either: the bits would change."""
+    from softtopk.backends.triton import launch
+
+    x, k, _ = case("relu", 75)
+    monkeypatch.setattr(tuner, "can_time", lambda x: False)
+    kernels.soft_topk_forward(x, k, 0.1)
+    monkeypatch.setattr(tuner, "can_time", lambda x: True)
+    kernels.soft_topk_forward(x, k, 0.1)
+    assert list(tuner.chosen.values()) == [launch.default("forward", 4, 75)]
+    assert not tuner.timed and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{", '{"KEY": [3, 64]}', '{"KEY": "x"}', '{"KEY": null}'])
+def test_autotuning_ignores_a_spoilt_cache(tuner, tmp_path, text):
+    x, k, _ = case("relu", 75)
+    kernels.soft_topk_forward(x, k, 0.1)
+    (key,) = tuner.chosen
+    number = len(tuner.timed)
+    (tmp_path / "triton.json").write_text(text.replace("KEY", key))
+    tuner.chosen.clear()
+    kernels.soft_topk_forward(x, k, 0.1)
+    assert len(tuner.timed) == 2 * number
+
+
+def test_without_autotuning_nothing_is_timed(tuner, monkeypatch, tmp_path):
+    monkeypatch.delenv("SOFTTOPK_AUTOTUNE")
+    x, k, _ = case("relu", 75)
+    kernels.soft_topk_forward(x, k, 0.1)
+    assert not tuner.timed and not tuner.chosen and not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+def test_autotuning_on_a_gpu(monkeypatch, tmp_path):
+    """Really timed; and in a process that captures a graph first, not at all."""
+    from softtopk.backends.triton import autotune
+
+    monkeypatch.setenv("SOFTTOPK_AUTOTUNE", "1")
+    monkeypatch.setenv("SOFTTOPK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(autotune, "chosen", {})
+    x, k, v = case("relu", 4096)
+    want = reference.soft_topk_forward(x.double(), k, 0.1)[0]
+    assert (kernels.soft_topk_forward(x, k, 0.1)[0] - want).abs().max() <= 1e-6
+    assert len(json.loads((tmp_path / "triton.json").read_text())) == 1
+    autotune.chosen.clear()
+    (tmp_path / "triton.json").unlink()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        p, _ = kernels.soft_topk_forward(x, k, 0.1)
+    graph.replay()
+    assert (p - want).abs().max() <= 1e-6
+    assert not list(tmp_path.iterdir()) and len(autotune.chosen) == 1
+
+
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     command = [sys.executable, *arguments]
@@ -159,4 +271,4 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     script = str(Path(__file__).with_name("compile_triton.py"))
     done = python(script, TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("bytes") == 30
+    assert done.stdout.count("bytes") == 40

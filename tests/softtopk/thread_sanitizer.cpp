@@ -98,7 +98,10 @@ int main() {
     cases.push_back(make(type, 40, 2500, true, false, Form::p));
     cases.push_back(make(type, 40, 2500, true, false, Form::log));
     cases.push_back(make(type, 8, 12011, false, true, Form::log));  // a row per chunk
-    cases.push_back(make(type, 9000, 11, true, true, Form::p));     // many rows per chunk
+    // Long enough for threads within a row, which on three or four take two rows in turn.
+    cases.push_back(make(type, 2, 270001, true, false, Form::p));
+    cases.push_back(make(type, 1, 400003, false, false, Form::log));
+    cases.push_back(make(type, 9000, 11, true, true, Form::p));  // many rows per chunk
     cases.push_back(make(type, 9000, 11, true, true, Form::log_complement));
     cases.push_back(make(type, 12, 100, false, false, Form::p));  // too small for threads
   }

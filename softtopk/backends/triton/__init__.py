@@ -1,8 +1,10 @@
 """The Triton backend: the same four functions as backends/reference.py, one program per row.
 
-A row is read once into registers where it fits, and swept in chunks otherwise; nothing is
-sorted, and no scratch memory, host synchronisation or atomic is used. With TRITON_INTERPRET=1 in
-the environment before triton is first imported, the kernels run on the CPU, slowly, for tests.
+A row is read once into registers where it fits, and swept in chunks otherwise; nothing is sorted,
+no host synchronisation, atomic or inline assembly is used, and no scratch memory but the output. With
+SOFTTOPK_AUTOTUNE=1 in the environment tile sizes are measured on first use and remembered, see
+autotune.py. With TRITON_INTERPRET=1 there before triton is first imported, the kernels run on the
+CPU, slowly, for tests.
 """
 
 from __future__ import annotations

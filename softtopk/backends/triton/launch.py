@@ -1,8 +1,13 @@
-"""How a kernel is launched: tile sizes, per-row arguments, the current device."""
+"""How a kernel is launched: tile sizes, per-row arguments, the current device.
+
+The tile sizes follow from RULES and TUNED, meant for an H200. With SOFTTOPK_AUTOTUNE=1 in the
+environment they are measured instead, see autotune.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
 from typing import NamedTuple
 
@@ -11,44 +16,121 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Bytes of a row, in the compute dtype, that one program keeps in registers; a longer row is read
-# again in every sweep, CHUNK_BYTES at a time.
-RESIDENT_BYTES = 1 << 17
-CHUNK_BYTES = 1 << 15
-MOST = (1 << 31) - CHUNK_BYTES  # the places of the last chunk, those beyond n too, count in 32 bits
+from softtopk.backends.triton import autotune
+
+MOST = (1 << 31) - (1 << 18)  # the places of the last tile, those beyond n too, count in 32 bits
+SCAN = 512  # elements of a chunk of candidates, and the fewest lanes of a longer row
 
 
-class Tile(NamedTuple):
-    """Keyword arguments of every kernel. A row is CHUNKS blocks; each CHUNKS is compiled apart."""
+class Choice(NamedTuple):
+    """Warps of a program, and the registers a thread may use, which decide what of a row is kept there."""
 
-    BLOCK: int
-    CHUNKS: int
     num_warps: int
     maxnreg: int
 
 
-def tile(n: int, dtype: torch.dtype, arrays: int = 1, per_thread: int = 16) -> Tile:
-    """The tile for rows of n elements when `arrays` such rows are kept, in the compute dtype.
+# Pass and bytes of an element of x: elements of a row per thread, most warps, registers.
+RULES = {
+    ("forward", 2): (64, 16, 128),
+    ("forward", 4): (64, 16, 128),
+    ("forward", 8): (32, 16, 128),
+    ("log_forward", 2): (32, 16, 128),
+    ("log_forward", 4): (32, 16, 128),
+    ("log_forward", 8): (16, 16, 128),
+    ("backward", 2): (16, 32, 64),
+    ("backward", 4): (16, 32, 64),
+    ("backward", 8): (16, 16, 128),
+    ("log_backward", 2): (8, 32, 64),
+    ("log_backward", 4): (8, 32, 64),
+    ("log_backward", 8): (8, 16, 128),
+    ("hard_topk", 2): (16, 32, 64),
+    ("hard_topk", 4): (16, 32, 64),
+    ("hard_topk", 8): (16, 16, 128),
+}
+# Exceptions: (pass, bytes of an element of x, length class), where a length class is a power of two
+# and holds the lengths up to it and above the one before.
+TUNED: dict[tuple[str, int, int], Choice] = {
+    ("forward", 2, 65536): Choice(16, 64),
+    ("forward", 2, 131072): Choice(16, 64),
+    ("forward", 4, 65536): Choice(16, 64),
+    ("forward", 4, 131072): Choice(16, 64),
+}
+# Of its registers a pass gives one in so many to rows: the others hold what it computes from them.
+SHARE = {"forward": 2, "log_forward": 2, "backward": 2, "log_backward": 4, "hard_topk": 4}
+LENGTHS = (1 << 8, 1 << 17)  # the smallest and the largest length class
 
-    16 elements a thread and 64 registers (128 in float64) fill a multiprocessor's register file
-    with 65,536 bytes of row per array; ptxas reports next to no spills up to there. A kernel that
-    needs more registers beside its row has fewer elements `per_thread`, and shorter rows in registers.
-    """
+
+def length_class(n: int) -> int:
+    return min(max(triton.next_power_of_2(n), LENGTHS[0]), LENGTHS[1])
+
+
+@functools.lru_cache
+def default(name: str, itemsize: int, n: int) -> Choice:
+    length = length_class(n)
+    per_thread, most, maxnreg = RULES[name, itemsize]
+    warps = max(1, min(most, length // (32 * per_thread)))
+    return TUNED.get((name, itemsize, length), Choice(warps, maxnreg))
+
+
+def choices(name: str, itemsize: int, n: int) -> list[Choice]:
+    """What autotuning tries: the default first, then other numbers of warps and of registers."""
+    first = default(name, itemsize, n)
+    found = [first]
+    for warps in (first.num_warps // 2, first.num_warps, first.num_warps * 2):
+        for maxnreg in (64, 80, 128, 168):
+            choice = Choice(warps, maxnreg)
+            if 1 <= warps <= 32 and warps * 32 * maxnreg <= 65536 and choice not in found:
+                found.append(choice)
+    return found
+
+
+@functools.lru_cache
+def tile(name: str, choice: Choice, itemsize: int, n: int) -> dict[str, int | bool]:
+    """The keyword arguments of a kernel that follow from a choice."""
     if n > MOST:
         raise ValueError(f"x has rows of n={n} elements; the triton backend takes at most {MOST}")
-    size = dtype.itemsize
-    block = triton.next_power_of_2(n)
-    if block * size * arrays * 16 > RESIDENT_BYTES * per_thread:
-        block = CHUNK_BYTES // size
-    return Tile(block, triton.cdiv(n, block), max(1, min(128 // size, block // (32 * per_thread))), 16 * size)
+    row = max(32, triton.next_power_of_2(n))  # one lane, for one, does not compile
+    threads = 32 * choice.num_warps
+    words = 2 if itemsize == 8 else 1
+    room = threads * choice.maxnreg // (words * SHARE[name])  # elements that registers hold
+    options = dict(num_warps=choice.num_warps, maxnreg=choice.maxnreg)
+    if name in ("hard_topk", "log_backward"):
+        room //= 2 if name == "log_backward" else 1
+        block = min(row, previous_power_of_2(room))
+        return options | dict(RESIDENT=block == row, BLOCK=block)
+    if name == "backward":
+        block = min(row, previous_power_of_2(threads * choice.maxnreg // (16 * words)))
+        return options | dict(TILES=row // block if row <= room else 0, KEEP_V=2 * row <= room, BLOCK=block)
+    block = min(row, max(SCAN, previous_power_of_2(threads * choice.maxnreg // (8 * words))))
+    lanes = min(block, SCAN if threads <= SCAN // 4 else 2 * SCAN)
+    tiles = row // block if row <= room else 0
+    shape = dict(TILES=tiles, DEPTH=block // lanes, LANES=lanes, BLOCK=min(row, SCAN))
+    return options | shape | dict(FULL=n % block == 0 and (tiles == 0 or n == row))
 
 
-def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def previous_power_of_2(n: int) -> int:
+    return 1 << (n.bit_length() - 1)
+
+
+def run(name: str, kernel, x: Tensor, arguments: tuple, **constants) -> None:
+    """Launch a kernel with one program per row of x."""
+    rows, n = x.shape
+    itemsize = x.element_size()
+    dtype = tl.float64 if itemsize == 8 else tl.float32
+
+    def start(choice: Choice) -> None:
+        kernel[(rows,)](*arguments, **constants, T=dtype, **tile(name, choice, itemsize, n))
+
+    with on_device(x):
+        first = default(name, itemsize, n)
+        if autotune.enabled():
+            key = (name, str(x.dtype).removeprefix("torch."), length_class(n))
+            first = Choice(*autotune.choose(key, x, first, choices(name, itemsize, n), start))
+        start(first)
 
 
 def per_row(value: float | Tensor) -> tuple[Tensor | None, int, int]:
-    """(pointer, stride, bits) of a number or a (rows,) tensor, for `solve.per_row`.
+    """(pointer, stride, bits) of a number or a (rows,) tensor, for `sweeps.per_row`.
 
     A Python float would reach the kernel as float32, so a number travels as its 64 bits.
     """
@@ -74,4 +156,6 @@ def rows_of(x: Tensor) -> Tensor:
 
 def on_device(x: Tensor):
     """Triton launches on the current device: make it x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)

@@ -6,7 +6,7 @@ The mathematics and the names are those of log_backward and log_densities in bac
 import triton
 import triton.language as tl
 
-from softtopk.backends.triton.solve import INF, LN_2, chunk, exponent, per_row, read, scale_in, tails
+from softtopk.backends.triton.sweeps import INF, LN_2, chunk, exponent, per_row, read, scale_in, tails
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def log_backward_kernel(
     x, x_stride, solution, alpha, alpha_stride, alpha_bits: tl.int64, v, v_stride,
     grad_x, grad_k, grad_alpha, n,
     COMPLEMENT: tl.constexpr, LARGEST: tl.constexpr,
-    T: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    T: tl.constexpr, BLOCK: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_row = x + row * x_stride
@@ -94,10 +94,12 @@ def log_backward_kernel(
     at_A = q_A >= q_B
     x_pivot = tl.where(at_A, r_A, r_B)
     pivot = tl.zeros((), tl.int32) + n
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        values = chunk(x_tile, x_row, start, n, LARGEST, CHUNKS, BLOCK)
+    start = tl.zeros((), tl.int32)
+    while start < (BLOCK if RESIDENT else n):
+        values = chunk(x_tile, x_row, start, n, LARGEST, RESIDENT, BLOCK)
         i = start + tl.arange(0, BLOCK)
         pivot = tl.minimum(pivot, tl.min(tl.where(values == x_pivot, i, n)))
+        start += BLOCK
     v_pivot = tl.load(v_row + pivot, mask=pivot < n, other=0).to(T)
     pivot_major = q_A < q_B if COMPLEMENT else q_A >= q_B
     u_pivot = tl.where(pivot_major, v_pivot / (1 - tl.where(at_A, h_A, h_B)), 0)
@@ -108,9 +110,10 @@ def log_backward_kernel(
     mean_t = tl.zeros((), T)
     rest_q = tl.zeros((), T)
     rest_v = tl.zeros((), T)
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        values = chunk(x_tile, x_row, start, n, LARGEST, CHUNKS, BLOCK)
-        incoming = chunk(v_tile, v_row, start, n, True, CHUNKS, BLOCK)
+    start = tl.zeros((), tl.int32)
+    while start < (BLOCK if RESIDENT else n):
+        values = chunk(x_tile, x_row, start, n, LARGEST, RESIDENT, BLOCK)
+        incoming = chunk(v_tile, v_row, start, n, True, RESIDENT, BLOCK)
         above = values >= r_A
         minor = (above == COMPLEMENT) & (tl.abs(values) < INF)
         e = tails(values, r_A, r_B, scale, base_2)
@@ -120,15 +123,17 @@ def log_backward_kernel(
         mean_t += tl.sum(tl.where(q == 0, 0, q * ((values * before - x_pivot * before) * rate)))
         rest_q += tl.sum(tl.where(q <= dominant, q, 0))
         rest_v += tl.sum(tl.where(minor & (q <= dominant), incoming, 0))
+        start += BLOCK
     M = u_pivot * w_major + mean_u
     shift = u_pivot * w_minor - mean_u
     V = rest_v + tl.where(dominates, v_pivot, 0)
 
     sign = -1 if COMPLEMENT else 1
     covariance = tl.zeros((), T)
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        values = chunk(x_tile, x_row, start, n, LARGEST, CHUNKS, BLOCK)
-        incoming = chunk(v_tile, v_row, start, n, True, CHUNKS, BLOCK)
+    start = tl.zeros((), tl.int32)
+    while start < (BLOCK if RESIDENT else n):
+        values = chunk(x_tile, x_row, start, n, LARGEST, RESIDENT, BLOCK)
+        incoming = chunk(v_tile, v_row, start, n, True, RESIDENT, BLOCK)
         above = values >= r_A
         minor = (above == COMPLEMENT) & (tl.abs(values) < INF)
         e = tails(values, r_A, r_B, scale, base_2)
@@ -147,6 +152,7 @@ def log_backward_kernel(
         gradient = tl.where(D == D, tl.where(free, gradient, 0), float("nan"))
         i = start + tl.arange(0, BLOCK)
         tl.store(grad_x + row * n + i, gradient.to(grad_x.dtype.element_ty), mask=i < n)
+        start += BLOCK
 
     to_k = sign * (tl.where(V == 0, 0, V.to(tl.float64) / R) + M)
     to_alpha = -sign * (covariance.to(tl.float64) / a) * 2.0**64

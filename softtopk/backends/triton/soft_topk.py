@@ -1,7 +1,7 @@
 """soft_topk forward and backward in Triton, one program per row.
 
 Bytes: the forward reads x and writes p, the backward reads x and v and writes grad_x, once each
-where a row fits into registers (launch.RESIDENT_BYTES); a longer row is read again in every sweep.
+where a row fits into registers (launch.py); a longer row is read three times.
 The first place to look: softtopk/backends/reference.py, the same in plain PyTorch.
 """
 
@@ -14,34 +14,36 @@ from torch import Tensor
 
 from softtopk.backends.reference import compute_dtype
 from softtopk.backends.triton import launch
+from softtopk.backends.triton.candidates import find_candidates, lanes, read_tiles, store_lanes
 from softtopk.backends.triton.log_domain import log_backward_kernel, log_densities, log_of_rest, steps
-from softtopk.backends.triton.solve import (
-    INF,
-    LN_2,
-    chunk,
-    densities,
-    exponent,
-    per_row,
-    read,
-    scale_in,
-    solve,
-    tails,
-)
+from softtopk.backends.triton.solve import densities, solve
+from softtopk.backends.triton.sweeps import INF, LN_2, exponent, per_row, read, scale_in, sums, tails
 
 
-@triton.jit(do_not_specialize=["k_bits", "alpha_bits"])
+# n = 1 as a constant is one that Triton 3.6 cannot compile here, and nothing gains by n divisible by 16.
+@triton.jit(do_not_specialize=["n", "k_bits", "alpha_bits"])
 def forward_kernel(
     x, x_stride, k, k_stride, k_bits: tl.int64, alpha, alpha_stride, alpha_bits: tl.int64,
     out, solution, n,
-    FORM: tl.constexpr, LARGEST: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    FORM: tl.constexpr, LARGEST: tl.constexpr, T: tl.constexpr,
+    FULL: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     pointer = x + row * x_stride
-    tile = read(pointer, 0, n, LARGEST, BLOCK, T)
+    out += row * n
+    tiles = read_tiles(pointer, n, LARGEST, FULL, TILES, DEPTH, LANES, T)
     budget = per_row(k, k_stride, k_bits, row)
     a = scale_in(per_row(alpha, alpha_stride, alpha_bits, row), T)
     scale, rate = exponent(a, T)
-    r_A, r_B, P, Q, D = solve(tile, pointer, n, budget, a.to(T), scale, rate, LARGEST, CHUNKS, BLOCK)
+    m, floor, tail, top, found = find_candidates(
+        tiles, pointer, n, out, budget, scale, rate, LARGEST, FULL, TILES, DEPTH, LANES
+    )
+    view = pointer
+    if found:
+        view = out
+    r_A, r_B, P, Q, D = solve(
+        view, tl.where(found, m, n), n, floor, tail, top, found, budget, a.to(T), scale, rate, LARGEST, BLOCK
+    )
     solved = solution + row * 5
     tl.store(solved, r_A)
     tl.store(solved + 1, r_B)
@@ -49,17 +51,21 @@ def forward_kernel(
     tl.store(solved + 3, Q)
     tl.store(solved + 4, D)
 
+    STEP: tl.constexpr = DEPTH * LANES
+    start = tl.zeros((), tl.int32)
     if FORM == "p":
         R, q_A, q_B = densities(r_A, r_B, P, Q, D, a)
-        h_A = R * q_A
-        h_B = R * q_B
-        for start in range(0, CHUNKS * BLOCK, BLOCK):
-            values = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
-            e = tails(values, r_A, r_B, scale, rate)
-            weight = tl.where(values >= r_A, 1 - h_A * e, h_B * e)
-            weight = tl.where(D == D, weight, float("nan"))
-            i = start + tl.arange(0, BLOCK)
-            tl.store(out + row * n + i, weight.to(out.dtype.element_ty), mask=i < n)
+        one = tl.where(D == D, 1, float("nan")).to(T)
+        h_A = -R * q_A
+        h_B = R * q_B * one
+        while start < (TILES * STEP if TILES > 0 else n):
+            for i in tl.static_range(max(TILES, 1)):
+                values = lanes(tiles, i, pointer, start, n, LARGEST, FULL, TILES, DEPTH, LANES)
+                above = values >= r_A
+                e = tails(values, r_A, r_B, scale, rate)
+                weight = tl.where(above, one, 0) + tl.where(above, h_A, h_B) * e
+                store_lanes(out, start, n, weight, FULL, DEPTH, LANES)
+                start += STEP
     elif FORM != "none":
         _, _, _, log_h_A, log_h_B = log_densities(r_A, r_B, P, Q, D, a)
         if FORM == "log":
@@ -71,16 +77,16 @@ def forward_kernel(
         before, per_alpha, _ = steps(a, T)
         origin_A = tl.where(tl.abs(r_A) < INF, r_A, 0) * before
         origin_B = tl.where(tl.abs(r_B) < INF, r_B, 0) * before
-        for start in range(0, CHUNKS * BLOCK, BLOCK):
-            values = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
-            above = values >= r_A
-            t = (values * before - tl.where(above, origin_A, origin_B)) * per_alpha
-            rest = log_of_rest(h * tails(values, r_A, r_B, scale, rate))
-            log_tail = log_h - tl.abs(t) * 2.0**64
-            weight = tl.where(above, rest, log_tail) if FORM == "log" else tl.where(above, log_tail, rest)
-            weight = tl.where(D == D, weight, float("nan"))
-            i = start + tl.arange(0, BLOCK)
-            tl.store(out + row * n + i, weight.to(out.dtype.element_ty), mask=i < n)
+        while start < (TILES * STEP if TILES > 0 else n):
+            for i in tl.static_range(max(TILES, 1)):
+                values = lanes(tiles, i, pointer, start, n, LARGEST, FULL, TILES, DEPTH, LANES)
+                above = values >= r_A
+                t = (values * before - tl.where(above, origin_A, origin_B)) * per_alpha
+                rest = log_of_rest(h * tails(values, r_A, r_B, scale, rate))
+                log_e = log_h - tl.abs(t) * 2.0**64
+                weight = tl.where(above, rest, log_e) if FORM == "log" else tl.where(above, log_e, rest)
+                store_lanes(out, start, n, tl.where(D == D, weight, float("nan")), FULL, DEPTH, LANES)
+                start += STEP
 
 
 def soft_topk_forward(
@@ -89,31 +95,49 @@ def soft_topk_forward(
     """What `form` names, (rows, n) in x's dtype, and the solution (rows, 5) in the compute dtype."""
     rows, n = x.shape
     dtype = compute_dtype(x.dtype)
-    out = None if form == "none" else torch.empty((rows, n), dtype=x.dtype, device=x.device)
+    out = torch.empty((rows, n), dtype=x.dtype, device=x.device)  # the kernel's scratch memory, too
     solution = torch.empty((rows, 5), dtype=dtype, device=x.device)
-    if rows == 0:
-        return out, solution
-    x = launch.rows_of(x)
-    tile = launch.tile(n, dtype)
-    with launch.on_device(x):
-        forward_kernel[(rows,)](
-            x, x.stride(0), *launch.per_row(k), *launch.per_row(alpha),
-            out, solution, n, FORM=form, LARGEST=largest, T=launch.triton_dtype(dtype), **tile._asdict(),
-        )  # fmt: skip
-    return out, solution
+    if rows > 0:
+        x = launch.rows_of(x)
+        arguments = (x, x.stride(0), *launch.per_row(k), *launch.per_row(alpha), out, solution, n)
+        name = "forward" if form in ("p", "none") else "log_forward"
+        launch.run(name, forward_kernel, x, arguments, FORM=form, LARGEST=largest)
+    return (None if form == "none" else out), solution
+
+
+@triton.jit
+def read_chunks(pointer, n, LARGEST: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
+    """A row in registers, as a tuple of chunks; one that nothing uses is not read."""
+    chunks = (read(pointer, 0, n, LARGEST, BLOCK, T),)
+    for i in tl.static_range(1, TILES):
+        chunks += (read(pointer, i * BLOCK, n, LARGEST, BLOCK, T),)
+    return chunks
+
+
+@triton.jit
+def one_of(
+    chunks, j: tl.constexpr, KEPT: tl.constexpr, pointer, start, n, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Chunk j of a row that is kept, or the one at start, read again."""
+    if KEPT:
+        x = chunks[j]
+    else:
+        x = read(pointer, start, n, LARGEST, BLOCK, chunks[0].dtype)
+    return x
 
 
 @triton.jit(do_not_specialize=["alpha_bits"])
 def backward_kernel(
     x, x_stride, solution, alpha, alpha_stride, alpha_bits: tl.int64, v, v_stride,
     grad_x, grad_k, grad_alpha, n,
-    LARGEST: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    LARGEST: tl.constexpr, T: tl.constexpr,
+    TILES: tl.constexpr, KEEP_V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_row = x + row * x_stride
     v_row = v + row * v_stride
-    x_tile = read(x_row, 0, n, LARGEST, BLOCK, T)
-    v_tile = read(v_row, 0, n, True, BLOCK, T)
+    x_tiles = read_chunks(x_row, n, LARGEST, TILES, BLOCK, T)
+    v_tiles = read_chunks(v_row, n, True, TILES, BLOCK, T)
     r_A = tl.load(solution + row * 5)
     r_B = tl.load(solution + row * 5 + 1)
     P = tl.load(solution + row * 5 + 2)
@@ -126,40 +150,56 @@ def backward_kernel(
     # The largest q is at r_A or r_B; the pivot is the first such element. Without one, v = 0 will do.
     top_A = tl.where(q_A >= q_B, r_A, float("nan"))
     top_B = tl.where(q_B >= q_A, r_B, float("nan"))
-    pivot = tl.zeros((), tl.int32) + n
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        values = chunk(x_tile, x_row, start, n, LARGEST, CHUNKS, BLOCK)
-        i = start + tl.arange(0, BLOCK)
-        top = (values == top_A) | (values == top_B)
-        pivot = tl.minimum(pivot, tl.min(tl.where(top, i, n)))
+    first = tl.full([BLOCK], n, tl.int32)
+    start = tl.zeros((), tl.int32)
+    while start < (TILES * BLOCK if TILES > 0 else n):
+        for j in tl.static_range(max(TILES, 1)):
+            values = one_of(x_tiles, j, TILES > 0, x_row, start, n, LARGEST, BLOCK)
+            i = start + tl.arange(0, BLOCK)
+            first = tl.minimum(first, tl.where((values == top_A) | (values == top_B), i, n))
+            start += BLOCK
+    pivot = tl.min(first)
     v_pivot = tl.load(v_row + pivot, mask=pivot < n, other=0).to(T)
     x_pivot = tl.where(q_A >= q_B, r_A, r_B)
 
     # t is in units of alpha ln 2: the base of `rate`.
     slope = rate * LN_2  # 1 / alpha = scale * slope, which as one number may overflow
-    mean_v = tl.zeros((), T)
-    mean_t = tl.zeros((), T)
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        values = chunk(x_tile, x_row, start, n, LARGEST, CHUNKS, BLOCK)
-        incoming = chunk(v_tile, v_row, start, n, True, CHUNKS, BLOCK)
-        q = tl.where(values >= r_A, q_A, q_B) * tails(values, r_A, r_B, scale, rate)
-        mean_v += tl.sum(tl.where(q == 0, 0, q * (incoming - v_pivot)))
-        mean_t += tl.sum(tl.where(q == 0, 0, q * ((values - x_pivot) * scale * rate)))
+    part_v = tl.zeros([BLOCK], T)
+    part_t = tl.zeros([BLOCK], T)
+    start = tl.zeros((), tl.int32)
+    while start < (TILES * BLOCK if TILES > 0 else n):
+        for j in tl.static_range(max(TILES, 1)):
+            values = one_of(x_tiles, j, TILES > 0, x_row, start, n, LARGEST, BLOCK)
+            incoming = one_of(v_tiles, j, KEEP_V, v_row, start, n, True, BLOCK)
+            q = tl.where(values >= r_A, q_A, q_B) * tails(values, r_A, r_B, scale, rate)
+            part_v += tl.where(q == 0, 0, q * (incoming - v_pivot))
+            part_t += tl.where(q == 0, 0, q * ((values - x_pivot) * scale * rate))
+            start += BLOCK
+    mean_v, mean_t = sums(part_v, part_t)
 
-    covariance = tl.zeros((), T)
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        values = chunk(x_tile, x_row, start, n, LARGEST, CHUNKS, BLOCK)
-        incoming = chunk(v_tile, v_row, start, n, True, CHUNKS, BLOCK)
-        q = tl.where(values >= r_A, q_A, q_B) * tails(values, r_A, r_B, scale, rate)
-        dv = tl.where(q == 0, 0, incoming - v_pivot - mean_v)
-        dt = tl.where(q == 0, 0, (values - x_pivot) * scale * rate - mean_t)
-        covariance += tl.sum(q * dt * dv)
-        gradient = tl.where(R == 0, 0, (q * R * scale) * (dv * slope))
-        if not LARGEST:
-            gradient = -gradient
-        gradient = tl.where(D == D, gradient, float("nan"))
-        i = start + tl.arange(0, BLOCK)
-        tl.store(grad_x + row * n + i, gradient.to(grad_x.dtype.element_ty), mask=i < n)
+    if (TILES > 0) & (not KEEP_V):
+        # Read again, so that q is computed again: there are no registers to keep all of it.
+        r_A = tl.load(solution + row * 5, volatile=True)
+        r_B = tl.load(solution + row * 5 + 1, volatile=True)
+        x_pivot = tl.where(q_A >= q_B, r_A, r_B)
+    products = tl.zeros([BLOCK], T)
+    start = tl.zeros((), tl.int32)
+    while start < (TILES * BLOCK if TILES > 0 else n):
+        for j in tl.static_range(max(TILES, 1)):
+            values = one_of(x_tiles, j, TILES > 0, x_row, start, n, LARGEST, BLOCK)
+            incoming = one_of(v_tiles, j, KEEP_V, v_row, start, n, True, BLOCK)
+            q = tl.where(values >= r_A, q_A, q_B) * tails(values, r_A, r_B, scale, rate)
+            dv = tl.where(q == 0, 0, incoming - v_pivot - mean_v)
+            dt = tl.where(q == 0, 0, (values - x_pivot) * scale * rate - mean_t)
+            products += q * dt * dv
+            gradient = tl.where(R == 0, 0, (q * R * scale) * (dv * slope))
+            if not LARGEST:
+                gradient = -gradient
+            gradient = tl.where(D == D, gradient, float("nan"))
+            i = start + tl.arange(0, BLOCK)
+            tl.store(grad_x + row * n + i, gradient.to(grad_x.dtype.element_ty), mask=i < n)
+            start += BLOCK
+    covariance = tl.sum(products)
 
     bound = (P == 0) & (Q == 0)  # k outside its range, or no finite element
     to_k = tl.where(bound, 0, v_pivot + mean_v)
@@ -183,18 +223,17 @@ def soft_topk_backward(
     grad_x = torch.empty((rows, n), dtype=x.dtype, device=x.device)
     grad_k = torch.empty((rows,), dtype=dtype, device=x.device)
     grad_alpha = torch.empty_like(grad_k)
-    if rows == 0:
-        return grad_x, grad_k, grad_alpha
-    x, v = launch.rows_of(x), launch.rows_of(v)
-    tile = launch.tile(n, dtype, arrays=2, per_thread=16 if form == "p" else 8)
-    arguments = (
-        x, x.stride(0), solution.contiguous(), *launch.per_row(alpha),
-        v, v.stride(0), grad_x, grad_k, grad_alpha, n,
-    )  # fmt: skip
-    constants = dict(LARGEST=largest, T=launch.triton_dtype(dtype), **tile._asdict())
-    with launch.on_device(x):
+    if rows > 0:
+        x, v = launch.rows_of(x), launch.rows_of(v)
+        arguments = (
+            x, x.stride(0), solution.contiguous(), *launch.per_row(alpha),
+            v, v.stride(0), grad_x, grad_k, grad_alpha, n,
+        )  # fmt: skip
         if form == "p":
-            backward_kernel[(rows,)](*arguments, **constants)
+            launch.run("backward", backward_kernel, x, arguments, LARGEST=largest)
         else:
-            log_backward_kernel[(rows,)](*arguments, COMPLEMENT=form == "log_complement", **constants)
+            complement = form == "log_complement"
+            launch.run(
+                "log_backward", log_backward_kernel, x, arguments, LARGEST=largest, COMPLEMENT=complement
+            )
     return grad_x, grad_k, grad_alpha

@@ -1,224 +1,13 @@
-"""Device functions: sweeps over a row, the count search, and the solution of the soft top-k.
+"""Device functions: the solution of the soft top-k, and the densities that follow from it.
 
-Notation and derivation: backends/reference.py. A sweep reduces the row: from the tile in registers
-when that is all of it (CHUNKS = 1), else reading CHUNKS chunks of BLOCK again. Each reduction
-follows its operand at once, which halves the registers a kernel needs. Sums are trees within a
-chunk and do not depend on the row's place in the batch. Elements beyond n read as -inf, the value
-that the operator leaves out. Exponents are in base 2, and a difference is taken before it is
-scaled: exp(-d / alpha) = exp2(-d * scale * rate), with the power of two `scale` there so that
-neither 1 / alpha nor alpha can overflow or underflow.
+Notation and derivation: backends/reference.py; sweeps and exponents: sweeps.py.
 """
 
 import triton
 import triton.language as tl
 
-INF = tl.constexpr(float("inf"))
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def per_row(pointer, stride, bits, row):
-    """One row's k or alpha in float64: from a tensor, or the number whose bits are given."""
-    if pointer is None:
-        value = bits.to(tl.int64).to(tl.float64, bitcast=True)
-    else:
-        value = tl.load(pointer + row * stride).to(tl.float64)
-    return value
-
-
-@triton.jit
-def scale_in(alpha, T: tl.constexpr):
-    """alpha, in float64, but a positive finite one within what T can hold."""
-    if T == tl.float32:
-        within = tl.minimum(tl.maximum(alpha, 2.0**-149), (2 - 2.0**-23) * 2.0**127)
-        alpha = tl.where((alpha > 0) & (alpha < INF), within, alpha)
-    return alpha
-
-
-@triton.jit
-def read(pointer, start, n, LARGEST: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
-    """Elements start ... start + BLOCK - 1 in the compute dtype, negated for the smallest."""
-    i = start + tl.arange(0, BLOCK)
-    x = tl.load(pointer + i, mask=i < n, other=0).to(T)
-    if not LARGEST:
-        x = -x
-    return tl.where(i < n, x, -INF)
-
-
-@triton.jit
-def chunk(tile, pointer, start, n, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    if CHUNKS == 1:
-        x = tile
-    else:
-        x = read(pointer, start, n, LARGEST, BLOCK, tile.dtype)
-    return x
-
-
-@triton.jit
-def statistics(tile, pointer, n, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether there is a NaN, the numbers of +inf and of finite elements, and the finite min and max."""
-    nan = tl.zeros((), tl.int32)
-    plus = tl.zeros((), tl.int32)
-    finite = tl.zeros((), tl.int32)
-    low = tl.full((), INF, tile.dtype)
-    high = tl.full((), -INF, tile.dtype)
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        x = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
-        inside = tl.abs(x) < INF
-        nan += tl.sum((x != x).to(tl.int32))
-        plus += tl.sum((x == INF).to(tl.int32))
-        finite += tl.sum(inside.to(tl.int32))
-        low = tl.minimum(low, tl.min(tl.where(inside, x, INF)))
-        high = tl.maximum(high, tl.max(tl.where(inside, x, -INF)))
-    return nan > 0, plus, finite, low, high
-
-
-@triton.jit
-def split(tile, pointer, n, c, LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """A = {x >= c}: |A|, r_A = min A and r_B = max of the rest; +inf and -inf where there is none."""
-    count = tl.zeros((), tl.int32)
-    r_A = tl.full((), INF, tile.dtype)
-    r_B = tl.full((), -INF, tile.dtype)
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        x = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
-        above = x >= c
-        count += tl.sum(above.to(tl.int32))
-        r_A = tl.minimum(r_A, tl.min(tl.where(above, x, INF)))
-        r_B = tl.maximum(r_B, tl.max(tl.where(above, -INF, x)))
-    return count, r_A, r_B
-
-
-@triton.jit
-def tails(x, r_A, r_B, scale, rate):
-    """exp(-|x - r| / alpha) with each element's own reference; 0 for an infinite element."""
-    distance = tl.where(x >= r_A, x - r_A, r_B - x)
-    return tl.where(tl.abs(x) < INF, tl.exp2(-(distance * scale) * rate), 0)
-
-
-@triton.jit
-def tail_sums(
-    tile, pointer, n, r_A, r_B, scale, rate,
-    LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """P and Q."""
-    P = tl.zeros((), tile.dtype)
-    Q = tl.zeros((), tile.dtype)
-    for start in range(0, CHUNKS * BLOCK, BLOCK):
-        x = chunk(tile, pointer, start, n, LARGEST, CHUNKS, BLOCK)
-        e = tails(x, r_A, r_B, scale, rate)
-        P += tl.sum(tl.where(x >= r_A, e, 0))
-        Q += tl.sum(tl.where(x >= r_A, 0, e))
-    return P, Q
-
-
-@triton.jit
-def ordered(x):
-    """The integer with the order of x's values: -0 and +0 are one. Its own inverse on bits."""
-    if x.dtype == tl.float64:
-        bits = x.to(tl.int64, bitcast=True)
-        key = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-    else:
-        bits = x.to(tl.int32, bitcast=True)
-        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(x == 0, 0, key)
-
-
-@triton.jit
-def from_ordered(key, T: tl.constexpr):
-    if T == tl.float64:
-        x = (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(T, bitcast=True)
-    else:
-        x = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(T, bitcast=True)
-    return x
-
-
-@triton.jit
-def middle(low, high):
-    """The value half way between, counted in representable values: low < middle <= high."""
-    a = ordered(low)
-    b = ordered(high)
-    return from_ordered((a | b) - ((a ^ b) >> 1), low.dtype)
-
-
-@triton.jit
-def next_above(x):
-    return from_ordered(ordered(x) + 1, x.dtype)
-
-
-@triton.jit
-def quantile(count, total):
-    """About the normal quantile of a rank (Tukey's lambda): near linear in x for common rows."""
-    upper = (count.to(tl.float32) + 0.5) / (total + 1)
-    lower = ((total - count).to(tl.float32) + 0.5) / (total + 1)
-    return tl.exp2(0.14 * tl.log2(upper)) - tl.exp2(0.14 * tl.log2(lower))
-
-
-@triton.jit
-def count_search(
-    tile, pointer, n, rank, plus, finite, low, high, tolerance,
-    LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The rank-th largest element v, plus < rank <= plus + finite, and the number of elements above it.
-
-    Elements `low` <= v <= `high` close in on v by regula falsi on counts, with Anderson and
-    Bjorck's weights and the representable middle when a bracket's elements do not halve in two
-    steps. It stops when high - low <= tolerance; the result is then `high` and the number above.
-    """
-    wanted = quantile(rank - plus, finite)
-    count_low = finite
-    count_high = finite * 0
-    # Distances of the two ends from the wanted rank; an end that stays has its own shrunk.
-    excess = quantile(count_low, finite) - wanted
-    deficit = wanted - quantile(count_high, finite)
-    last_low = excess
-    last_high = deficit
-    moved = count_low * 0  # 1: low was the last to move, -1: high
-    before = 4 * finite  # elements in the bracket, one step ago and two
-    before_last = 4 * finite
-    bisect = moved > 0
-    while high - low > tolerance:
-        c = high - (high - low) * (deficit / (excess + deficit)).to(tile.dtype)
-        if bisect | (c <= low) | (c > high) | (c != c):
-            c = middle(low, high)
-        count, r_A, r_B = split(tile, pointer, n, c, LARGEST, CHUNKS, BLOCK)
-        count -= plus
-        distance = quantile(count, finite) - wanted
-        if count + plus >= rank:
-            if moved == 1:
-                deficit *= tl.maximum(1 - distance / last_low, 0.1)
-            else:
-                deficit = last_high
-            low = r_A
-            count_low = count
-            excess = distance
-            last_low = distance
-            moved = moved * 0 + 1
-        else:
-            if moved == -1:
-                excess *= tl.maximum(1 + distance / last_high, 0.1)
-            else:
-                excess = last_low
-            high = r_B
-            count_high = count
-            deficit = -distance
-            last_high = -distance
-            moved = moved * 0 - 1
-        bisect = ((count_low - count_high) * 2 > before_last) & (bisect == 0)
-        before_last = before
-        before = count_low - count_high
-    return high, count_high + plus
-
-
-@triton.jit
-def exponent(alpha, T: tl.constexpr):
-    """(scale, rate) in T: exp(-d / alpha) = exp2(-d * scale * rate) for every alpha > 0 that T holds.
-
-    alpha is float64 and the rate is rounded once: an exponent of 60 multiplies every rounding by 60.
-    """
-    big = 2.0**512 if T == tl.float64 else 2.0**64
-    scale = tl.where(alpha < 1 / big, big, tl.where(alpha > big, 1 / big, 1.0)).to(tl.float64)
-    return scale.to(T), (1.0 / (alpha * scale) * LOG2_E).to(T)
+from softtopk.backends.triton.search import count_search, middle, narrow, next_above
+from softtopk.backends.triton.sweeps import INF, LN_2, LOG2_E, read, split, statistics, tail_sums
 
 
 @triton.jit
@@ -255,17 +44,26 @@ def densities(r_A, r_B, P, Q, D, alpha):
 
 @triton.jit
 def solve(
-    tile, pointer, n, k, alpha, scale, rate,
-    LARGEST: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    pointer, m, n, floor, tail, top, found, k, alpha, scale, rate,
+    LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """r_A, r_B, P, Q, D of a row; k in float64, alpha in the compute dtype.
+    """r_A, r_B, P, Q, D of a row of n elements; k in float64, alpha in the compute dtype.
+
+    The m elements at `pointer` are the row or, where `found`, its candidates: see candidates.py.
 
     A trial c splits the row; its r_A belongs in B where S(r_A) > k, its r_B in A where S(r_B) < k,
     and the row is solved when neither does. Elements known to lie in B reach up to `low`, those in
     A down to `high`; every trial lies between, so each one that fails settles an element.
     """
-    T: tl.constexpr = tile.dtype
-    nan, plus, finite, lowest, highest = statistics(tile, pointer, n, LARGEST, CHUNKS, BLOCK)
+    T: tl.constexpr = top.dtype
+    tile = read(pointer, 0, m, LARGEST, BLOCK, T)
+    nan = tail != tail  # a NaN is no candidate, so it is in the tail
+    plus = tl.zeros((), tl.int32)
+    finite = plus + m
+    lowest = floor
+    highest = top
+    if not found:
+        nan, plus, finite, lowest, highest = statistics(tile, pointer, m, LARGEST, False, BLOCK)
     clamped = tl.minimum(tl.maximum(k, plus.to(tl.float64)), (plus + finite).to(tl.float64))
     whole = tl.floor(clamped + 0.5)
     part = (clamped - whole).to(T)  # |A| - k is then right to the last place of T
@@ -276,14 +74,23 @@ def solve(
     settled = bad | empty | full
 
     rank = tl.minimum(tl.maximum(whole, plus + 1), plus + finite)
-    c, _ = count_search(
-        tile, pointer, n, rank, plus, finite, lowest, highest, tl.where(settled, INF, alpha),
-        LARGEST, CHUNKS, BLOCK,
-    )  # fmt: skip
-    c = tl.where(empty, INF, tl.where(full, lowest, c)).to(T)
+    total = tl.where(found, n, finite)
+    tolerance = tl.where(settled, INF, alpha)
+    c = highest
+    searching = settled == 0
+    if searching & found & (m <= BLOCK):
+        c, near = narrow(tile, rank, floor, highest, m, tolerance)
+        searching = near == 0
+    if searching:
+        c, _ = count_search(
+            tile, pointer, m, rank, plus, finite, total, lowest, highest, tolerance, LARGEST, False, BLOCK
+        )
 
-    low = tl.full((), -INF, T)
+    low = tl.where(found, floor, -INF).to(T)
     high = tl.full((), INF, T)
+    c = tl.where(empty, INF, tl.where(full, lowest, c)).to(T)
+    if c <= low:
+        c = next_above(low)
     count_low = plus + finite
     count_high = plus
     before = 4 * finite
@@ -297,15 +104,18 @@ def solve(
     D = tl.zeros((), T)
     searching = finite >= 0
     while searching:
-        count, r_A, r_B = split(tile, pointer, n, c, LARGEST, CHUNKS, BLOCK)
-        P, Q = tail_sums(tile, pointer, n, r_A, r_B, scale, rate, LARGEST, CHUNKS, BLOCK)
+        count, r_A, r_B = split(tile, pointer, m, c, LARGEST, False, BLOCK)
+        P, Q = tail_sums(tile, pointer, m, r_A, r_B, scale, rate, LARGEST, False, BLOCK)
+        # Below c there may be no candidate, and then r_B is not known; but the lowest one is in B.
+        within = found & (r_B > -INF)
+        Q += tl.where(within, tail * tl.exp2(-((r_B - floor) * scale) * rate), 0)
         D = (count - whole).to(T) - part
         half_gap = tl.exp2(-((r_A - r_B) * scale) * rate * 0.5)
         gap = tl.where((P == 0) | (Q == 0), 0, half_gap * half_gap)
         # S - k at r_A and at r_B; within `noise` of its slope it makes no difference to p or q.
         excess = D - 0.5 * P + 0.5 * Q * gap
         deficit = D - 0.5 * P * gap + 0.5 * Q
-        up = (r_A < high) & (excess > noise * (P + Q * gap))
+        up = (r_A < high) & ((excess > noise * (P + Q * gap)) | (found & (r_B == -INF)))
         down = (r_B > low) & (deficit < -noise * (P * gap + Q)) & (up == 0)
         searching = (up | down) & (settled == 0)
         if searching:
