@@ -26,7 +26,7 @@ from benchmarks.environment import RESULTS, ROOT, device_label, write
 FILES = ("cuda_backend", "triton_backend", "log", "edges", "hard_topk")
 LEFT_OUT = (
     *("many_rows", "long_rows", "two_billion", "stream", "compile_without", "without_a_gpu"),
-    *("cpu", "reference"),
+    *("cpu", "reference", "without_clusters", "clusters_grow"),
 )
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # Tool -> environment, tests left out besides, options of pytest.

@@ -1,9 +1,9 @@
-// The forward of rows that one block, or a cluster of blocks, holds in shared memory.
+// The forward of the rows on chip that quick_forward.cuh leaves: large k, infinite elements, NaN, k
+// out of its range, many ties.
 //
-// One pass over memory: the copy engine brings a row, p is written. In between (window.cuh) three
-// sweeps over shared memory: the maxima of groups, whence a window around the threshold; one that
-// collapses what lies outside and collects what lies inside; the output. The search among the few
-// collected is one warp's. Several blocks to a multiprocessor hide each other's waiting.
+// As there, but the window may be that of a sample, closed on both sides (window.cuh), and a block
+// or a whole cluster searches among many candidates. Where that fails too, the general search
+// (threshold.cuh) reads the row from global memory on every sweep.
 #pragma once
 
 #include "window.cuh"

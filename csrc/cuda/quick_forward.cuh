@@ -1,10 +1,22 @@
 // The forward of rows on chip, for what is usual: k of up to some hundreds, finite rows.
 //
 // One pass over memory: the copy engine brings a row, p is written. In between three sweeps over
-// shared memory: the maxima of groups, whence a bound below the threshold; one that collapses what
-// lies below and collects the candidates; the output. The search among the candidates is one warp's
-// (few.cuh). Several blocks to a multiprocessor hide each other's waiting. A row that does not fit
-// the pattern is marked, and left to careful_forward.cuh.
+// shared memory: the maxima of groups, whence a bound below the threshold (window.cuh); one that
+// collapses what lies below and collects the candidates; the output. The search among the
+// candidates is one warp's (few.cuh). Several blocks to a multiprocessor hide each other's waiting.
+// A row that does not fit the pattern is marked, and left to careful_forward.cuh.
+//
+// The ladder, in fractions of the floor (H200, float32, alpha = 1e-2, n = 4096 | 16384 | 65536):
+//   0.19 | 0.18 | 0.12  every sweep of a search by counts over the whole row
+//   0.19 | 0.40 | 0.33  a window and one pass, with a general solver called inside
+//   0.30 | 0.49 | 0.39  ex2 with denormals flushed, threads and raggedness at compile time
+//   0.58 | 0.82 | 0.58  no calls, no local memory: the unusual rows in a kernel of their own
+//   0.71 | 0.91 | 0.65  the split and its sums in one pass over candidates, three trials a sweep
+//   0.75 | 0.95 | 0.65  k + k / 4 maxima instead of 2 k: fewer candidates
+// What did not help: rows in registers and the next one in shared memory (every call spills the
+// row); bringing the next row into the L2 cache ahead of time (0.65 | 0.74 | 0.62). What limits
+// now: while one warp searches, a third of the time, its block's other warps wait, and no more rows
+// fit on chip.
 #pragma once
 
 #include "careful_forward.cuh"

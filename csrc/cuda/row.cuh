@@ -6,8 +6,9 @@
 // with the same bits as a result. Places beyond the end read as -inf.
 //
 // A short row lives in the registers of one warp, several rows to a block; a longer one in shared
-// memory, which leaves the registers to the search and so more rows in flight than registers would
-// hold; the longest is left in global memory and read again on every sweep (launch.cuh chooses).
+// memory; the longest is left in global memory and read again on every sweep (launch.cuh chooses).
+// Longer rows of up to 32 bits an element have kernels of their own (resident.cuh), for p and for
+// hard_topk's indices; the log domain, masks and float64 are served here.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -6,6 +6,11 @@ in float64, or bit for bit with the same rows computed another way.
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,8 +22,9 @@ from tests.cases import make
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# 16-byte chunks at which csrc/cuda/row.cuh's with_layout changes over, one array kept, then two.
-LAYOUT_CHUNKS = (64, 128, 256, 512, 1024, 2048)
+# 16-byte chunks at which csrc/cuda/launch.cuh's with_layout and resident_launch.cuh's plan_resident change
+# over: warps, blocks of 128 and 256 threads, clusters, for one array kept and for two.
+LAYOUT_CHUNKS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @pytest.fixture
@@ -108,6 +114,47 @@ def test_where_shared_memory_ends(cuda, dtype, arrays):
     fits = (limit - 2 * 16 * 64) // step * 512 * (16 // dtype.itemsize)
     for n in (fits, fits + 1):
         assert_right(cuda, *inputs(3, n, dtype))
+
+
+@pytest.mark.parametrize("n", [32769, 65536, 65537, 131072, 131073, 262144, 458753, 524288, 524289])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_clusters_grow_and_end(cuda, dtype, n):
+    """A row shared out over 2, 4, 8 and 16 blocks, and the first that no cluster holds."""
+    assert_right(cuda, *inputs(3, n, dtype))
+
+
+@pytest.mark.parametrize("n", [1100, 4096, 16385, 40000, 131072])
+def test_rows_that_the_quick_kernels_leave(cuda, n):
+    """Rows between usual ones with what csrc/cuda/quick_forward.cuh does not do: NaN, infinite elements, more
+    ties than candidates, k out of range or large, alpha beyond the range of 1 / alpha."""
+    x, _, _, v = inputs(14, n)
+    x[1, n // 2] = torch.nan
+    x[2, 5], x[3] = torch.inf, -torch.inf
+    x[3, : n // 50] = make("normal", 1, n // 50).cuda()
+    x[4, : n // 2] = 3.0
+    x[5, ::2], x[6] = 1e30, 0.25
+    k = torch.tensor([30, 20, 20, 20.5, 40, 12, 33.3, 0, -1, n, n + 2, n / 3, n - 0.25, 25], device="cuda")
+    alpha = torch.full((14,), 0.01, device="cuda")
+    alpha[0], alpha[13] = 1e-40, 1e37
+    want = run(reference, x, k, alpha, v)
+    got = run(cuda, x, k, alpha, v)
+    for name in ("p", "grad_k"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert torch.equal(a.isnan(), b.isnan()), name
+        assert ((a - b).nan_to_num().abs() <= 1e-5 * v.abs().max().item()).all(), name
+    for max_k in (20, 130):
+        found, expected = (m.hard_topk_indices(x, k, max_k) for m in (cuda, reference))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_without_clusters_and_bulk_copies(cuda):
+    """The path of GPUs before sm_90, in a process that is told to take it."""
+    chosen = "where_layouts_change or 20001 or 70001 or shared_memory_ends or quick_kernels_leave"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    environment = os.environ | {"SOFTTOPK_CUDA_PATH": "generic"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(r"\d\d passed", done.stdout), done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
