@@ -62,9 +62,11 @@ def run(tool: str, tests: list[str], seconds: float, gpu: int) -> dict:
     last = re.findall(r"^.* in [\d.]+s.*$", printed, re.M)[-1:] or [""]
     counts = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", last[0])}
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)", printed)
+    # Without a summary, as of a process that was stopped, what had been printed counts.
+    errors = sum(map(int, summaries)) or len(re.findall(r"^========= Error: ", printed, re.M))
     if code != 0:
         print(f"--- {tool}\n{printed[-4000:]}", flush=True)
-    return {"exit_code": code, "tests": counts, "errors": sum(map(int, summaries))}
+    return {"exit_code": code, "tests": counts, "errors": errors}
 
 
 def together(tool: str, parts: list[dict]) -> dict:

@@ -376,6 +376,7 @@ __global__ void __launch_bounds__(H::threads, 4 * 256 / H::threads)
         }
       }
       if (!solved) {
+        __syncthreads();  // the search has read what the general one will reduce in
         if (C::rank() == 0) forward_of_global_row<S>(args, r, shared.block);
         C::sync();  // before the next row's window is written
       } else if (args.form != Form::none) {

@@ -20,6 +20,7 @@ from softtopk.backends.triton import hard_topk, launch, log_domain, soft_topk  #
 KERNELS = {
     "forward": soft_topk.forward_kernel,
     "backward": soft_topk.backward_kernel,
+    "log": log_domain.log_kernel,
     "log_backward": log_domain.log_backward_kernel,
     "hard_topk": hard_topk.mask_kernel,
     "hard_topk indices": hard_topk.indices_kernel,
@@ -51,7 +52,7 @@ def compile_kernel(name, kernel, arch, dtype, n, largest, tensors, form):
     types |= {"k_bits": "i64", "alpha_bits": "i64"}
     constants = {
         "LARGEST": largest, "T": tl.float64 if dtype == torch.float64 else tl.float32,
-        "FORM": form, "COMPLEMENT": form == "log_complement", **tile,
+        "WRITE": form == "p", "COMPLEMENT": form == "log_complement", **tile,
     }  # fmt: skip
     if not tensors:
         constants |= {"k": None, "alpha": None}

@@ -34,9 +34,9 @@ RULES = {
     ("forward", 2): (64, 16, 128),
     ("forward", 4): (64, 16, 128),
     ("forward", 8): (32, 16, 128),
-    ("log_forward", 2): (32, 16, 128),
-    ("log_forward", 4): (32, 16, 128),
-    ("log_forward", 8): (16, 16, 128),
+    ("log", 2): (8, 4, 128),
+    ("log", 4): (8, 4, 128),
+    ("log", 8): (8, 4, 128),
     ("backward", 2): (16, 32, 64),
     ("backward", 4): (16, 32, 64),
     ("backward", 8): (16, 16, 128),
@@ -56,7 +56,7 @@ TUNED: dict[tuple[str, int, int], Choice] = {
     ("forward", 4, 131072): Choice(16, 64),
 }
 # Of its registers a pass gives one in so many to rows: the others hold what it computes from them.
-SHARE = {"forward": 2, "log_forward": 2, "backward": 2, "log_backward": 4, "hard_topk": 4}
+SHARE = {"forward": 2, "backward": 2, "log_backward": 4, "hard_topk": 4}
 LENGTHS = (1 << 8, 1 << 17)  # the smallest and the largest length class
 
 
@@ -92,8 +92,10 @@ def tile(name: str, choice: Choice, itemsize: int, n: int) -> dict[str, int | bo
     row = max(32, triton.next_power_of_2(n))  # one lane, for one, does not compile
     threads = 32 * choice.num_warps
     words = 2 if itemsize == 8 else 1
-    room = threads * choice.maxnreg // (words * SHARE[name])  # elements that registers hold
     options = dict(num_warps=choice.num_warps, maxnreg=choice.maxnreg)
+    if name == "log":
+        return options | dict(BLOCK=min(row, 8 * threads))
+    room = threads * choice.maxnreg // (words * SHARE[name])  # elements that registers hold
     if name in ("hard_topk", "log_backward"):
         room //= 2 if name == "log_backward" else 1
         block = min(row, previous_power_of_2(room))

@@ -1,4 +1,4 @@
-"""The log domain in Triton: the densities by way of logarithms, and the backward kernel.
+"""The log domain in Triton: the densities by way of logarithms, log p and log(1 - p), and the backward.
 
 The mathematics and the names are those of log_backward and log_densities in backends/reference.py.
 """
@@ -60,6 +60,46 @@ def log_of_rest(h):
     return -2 * s * series
 
 
+@triton.jit
+def relative_u(v, h, v_origin, h_origin):
+    """v / (1 - h) - v_origin / (1 - h_origin)"""
+    rest = 1 - h_origin
+    return ((v - v_origin) * rest + v_origin * (h - h_origin)) / ((1 - h) * rest)
+
+
+@triton.jit(do_not_specialize=["alpha_bits"])
+def log_kernel(
+    x, x_stride, solution, alpha, alpha_stride, alpha_bits: tl.int64, out, n,
+    COMPLEMENT: tl.constexpr, LARGEST: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """log p or log(1 - p) from x and the solution."""
+    row = tl.program_id(0).to(tl.int64)
+    r_A = tl.load(solution + row * 5)
+    r_B = tl.load(solution + row * 5 + 1)
+    P = tl.load(solution + row * 5 + 2)
+    Q = tl.load(solution + row * 5 + 3)
+    D = tl.load(solution + row * 5 + 4)
+    a = scale_in(per_row(alpha, alpha_stride, alpha_bits, row), T)
+    scale, rate = exponent(a, T)
+    before, per_alpha, _ = steps(a, T)
+    _, _, _, log_h_A, log_h_B = log_densities(r_A, r_B, P, Q, D, a)
+    log_h = (log_h_A if COMPLEMENT else log_h_B).to(T)
+    h = tl.exp(log_h_B if COMPLEMENT else log_h_A).to(T)
+    origin_A = tl.where(tl.abs(r_A) < INF, r_A, 0) * before
+    origin_B = tl.where(tl.abs(r_B) < INF, r_B, 0) * before
+    start = tl.zeros((), tl.int32)
+    while start < n:
+        values = read(x + row * x_stride, start, n, LARGEST, BLOCK, T)
+        above = values >= r_A
+        t = (values * before - tl.where(above, origin_A, origin_B)) * per_alpha
+        rest = log_of_rest(h * tails(values, r_A, r_B, scale, rate))
+        weight = tl.where(above == COMPLEMENT, log_h - tl.abs(t) * 2.0**64, rest)
+        weight = tl.where(D == D, weight, float("nan"))
+        i = start + tl.arange(0, BLOCK)
+        tl.store(out + row * n + i, weight.to(out.dtype.element_ty), mask=i < n)
+        start += BLOCK
+
+
 @triton.jit(do_not_specialize=["alpha_bits"])
 def log_backward_kernel(
     x, x_stride, solution, alpha, alpha_stride, alpha_bits: tl.int64, v, v_stride,
@@ -102,7 +142,11 @@ def log_backward_kernel(
         start += BLOCK
     v_pivot = tl.load(v_row + pivot, mask=pivot < n, other=0).to(T)
     pivot_major = q_A < q_B if COMPLEMENT else q_A >= q_B
-    u_pivot = tl.where(pivot_major, v_pivot / (1 - tl.where(at_A, h_A, h_B)), 0)
+    # u is taken relative to the pivot's, if that is major; exactly 0 at the pivot, where a difference of
+    # two quotients need not be (a compiler may fuse one with the subtraction).
+    v_origin = tl.where(pivot_major, v_pivot, 0)
+    h_origin = tl.where(pivot_major, tl.where(at_A, h_A, h_B), 0)
+    u_pivot = v_origin / (1 - h_origin)
     dominates = (pivot_major == 0) & (tl.where(at_A, q_A, q_B) > 0.75)
     dominant = tl.where(dominates, 0.75, INF).to(T)
 
@@ -118,7 +162,7 @@ def log_backward_kernel(
         minor = (above == COMPLEMENT) & (tl.abs(values) < INF)
         e = tails(values, r_A, r_B, scale, base_2)
         q = tl.where(above, q_A, q_B) * e
-        du = incoming / (1 - tl.where(above, h_A, h_B) * e) - u_pivot
+        du = relative_u(incoming, tl.where(above, h_A, h_B) * e, v_origin, h_origin)
         mean_u += tl.sum(tl.where(minor | (q == 0), 0, q * du))
         mean_t += tl.sum(tl.where(q == 0, 0, q * ((values * before - x_pivot * before) * rate)))
         rest_q += tl.sum(tl.where(q <= dominant, q, 0))
@@ -141,7 +185,7 @@ def log_backward_kernel(
         h = tl.where(above, h_A, h_B) * e
         u = incoming / (1 - h)
         centred = tl.where(q <= dominant, incoming - q * V, incoming * rest_q - q * rest_v) - h * M
-        on_major = tl.where(q == 0, 0, h * ((u - u_pivot) + shift) - q * V)
+        on_major = tl.where(q == 0, 0, h * (relative_u(incoming, h, v_origin, h_origin) + shift) - q * V)
         z = tl.where(minor, tl.where(q == 0, incoming, centred), on_major)
         g = tl.where(minor, incoming, tl.where(q == 0, 0, h * u))
         dt = tl.where(minor | (q != 0), (values * before - x_pivot * before) * rate - mean_t, 0)

@@ -1,7 +1,8 @@
 """soft_topk forward and backward in Triton, one program per row.
 
 Bytes: the forward reads x and writes p, the backward reads x and v and writes grad_x, once each
-where a row fits into registers (launch.py); a longer row is read three times.
+where a row fits into registers (launch.py); a longer row is read three times. The log domain reads x
+once more.
 The first place to look: softtopk/backends/reference.py, the same in plain PyTorch.
 """
 
@@ -15,9 +16,9 @@ from torch import Tensor
 from softtopk.backends.reference import compute_dtype
 from softtopk.backends.triton import launch
 from softtopk.backends.triton.candidates import find_candidates, lanes, read_tiles, store_lanes
-from softtopk.backends.triton.log_domain import log_backward_kernel, log_densities, log_of_rest, steps
+from softtopk.backends.triton.log_domain import log_backward_kernel, log_kernel
 from softtopk.backends.triton.solve import densities, solve
-from softtopk.backends.triton.sweeps import INF, LN_2, exponent, per_row, read, scale_in, sums, tails
+from softtopk.backends.triton.sweeps import LN_2, exponent, per_row, read, scale_in, sums, tails
 
 
 # n = 1 as a constant is one that Triton 3.6 cannot compile here, and nothing gains by n divisible by 16.
@@ -25,7 +26,7 @@ from softtopk.backends.triton.sweeps import INF, LN_2, exponent, per_row, read, 
 def forward_kernel(
     x, x_stride, k, k_stride, k_bits: tl.int64, alpha, alpha_stride, alpha_bits: tl.int64,
     out, solution, n,
-    FORM: tl.constexpr, LARGEST: tl.constexpr, T: tl.constexpr,
+    WRITE: tl.constexpr, LARGEST: tl.constexpr, T: tl.constexpr,
     FULL: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -53,7 +54,7 @@ def forward_kernel(
 
     STEP: tl.constexpr = DEPTH * LANES
     start = tl.zeros((), tl.int32)
-    if FORM == "p":
+    if WRITE:
         R, q_A, q_B = densities(r_A, r_B, P, Q, D, a)
         one = tl.where(D == D, 1, float("nan")).to(T)
         h_A = -R * q_A
@@ -65,27 +66,6 @@ def forward_kernel(
                 e = tails(values, r_A, r_B, scale, rate)
                 weight = tl.where(above, one, 0) + tl.where(above, h_A, h_B) * e
                 store_lanes(out, start, n, weight, FULL, DEPTH, LANES)
-                start += STEP
-    elif FORM != "none":
-        _, _, _, log_h_A, log_h_B = log_densities(r_A, r_B, P, Q, D, a)
-        if FORM == "log":
-            log_h = log_h_B.to(T)
-            h = tl.exp(log_h_A).to(T)
-        else:
-            log_h = log_h_A.to(T)
-            h = tl.exp(log_h_B).to(T)
-        before, per_alpha, _ = steps(a, T)
-        origin_A = tl.where(tl.abs(r_A) < INF, r_A, 0) * before
-        origin_B = tl.where(tl.abs(r_B) < INF, r_B, 0) * before
-        while start < (TILES * STEP if TILES > 0 else n):
-            for i in tl.static_range(max(TILES, 1)):
-                values = lanes(tiles, i, pointer, start, n, LARGEST, FULL, TILES, DEPTH, LANES)
-                above = values >= r_A
-                t = (values * before - tl.where(above, origin_A, origin_B)) * per_alpha
-                rest = log_of_rest(h * tails(values, r_A, r_B, scale, rate))
-                log_e = log_h - tl.abs(t) * 2.0**64
-                weight = tl.where(above, rest, log_e) if FORM == "log" else tl.where(above, log_e, rest)
-                store_lanes(out, start, n, tl.where(D == D, weight, float("nan")), FULL, DEPTH, LANES)
                 start += STEP
 
 
@@ -100,8 +80,10 @@ def soft_topk_forward(
     if rows > 0:
         x = launch.rows_of(x)
         arguments = (x, x.stride(0), *launch.per_row(k), *launch.per_row(alpha), out, solution, n)
-        name = "forward" if form in ("p", "none") else "log_forward"
-        launch.run(name, forward_kernel, x, arguments, FORM=form, LARGEST=largest)
+        launch.run("forward", forward_kernel, x, arguments, WRITE=form == "p", LARGEST=largest)
+        if form in ("log", "log_complement"):
+            arguments = (x, x.stride(0), solution, *launch.per_row(alpha), out, n)
+            launch.run("log", log_kernel, x, arguments, COMPLEMENT=form == "log_complement", LARGEST=largest)
     return (None if form == "none" else out), solution
 
 
