@@ -1,6 +1,7 @@
 """Run the kernels' tests under compute-sanitizer and write down what it found.
 
-    python -m benchmarks.sanitizers                 # writes results/sanitizers-GPU.json
+    python -m benchmarks.sanitizers                     # writes results/sanitizers-GPU.json
+    python -m benchmarks.sanitizers --tools racecheck --processes 30   # the slowest alone: CPU-bound
 
 memcheck and initcheck run without torch's caching allocator, whose blocks would hide an access
 beyond a tensor or memory that was never written, and so without the tests that capture a CUDA graph;
@@ -11,6 +12,7 @@ kernel (fakes, streams that sleep, forks, compilers) and the largest shapes.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import RESULTS, ROOT, device_label, write
+from benchmarks.environment import RESULTS, ROOT, commit, device_label, write
 
 FILES = ("cuda_backend", "triton_backend", "log", "edges", "hard_topk")
 LEFT_OUT = (
@@ -80,6 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--tools", nargs="+", default=list(TOOLS), choices=TOOLS, help="others keep their rows in the file"
+    )
     parser.add_argument("--processes", type=int, default=4, help="of each tool, side by side")
     parser.add_argument("--seconds", type=float, default=3600, help="limit of each process")
     parser.add_argument("--gpus", type=int, nargs="+", help="which GPUs; default: all")
@@ -87,7 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     gpus = args.gpus or range(torch.cuda.device_count())
     with ThreadPoolExecutor(len(TOOLS) * args.processes) as pool:
-        tests = dict(zip(TOOLS, pool.map(collect, TOOLS), strict=True))
+        tests = dict(zip(args.tools, pool.map(collect, args.tools), strict=True))
         running = {
             tool: [
                 pool.submit(run, tool, names[i :: args.processes], args.seconds, gpus[i % len(gpus)])
@@ -98,7 +103,10 @@ def main() -> None:
         rows = [together(tool, [part.result() for part in parts]) for tool, parts in running.items()]
     for row in rows:
         print(row)
-    write(args.out or RESULTS / f"sanitizers-{device_label('cuda')}.json", rows)
+    path = args.out or RESULTS / f"sanitizers-{device_label('cuda')}.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in kept if row["tool"] not in args.tools]
+    write(path, kept + [row | {"commit": commit()} for row in rows])
     sys.exit(any(row["exit_codes"] != [0] or row["errors"] for row in rows))
 
 

@@ -25,6 +25,7 @@ __device__ __forceinline__ uint32_t key_of(float x) {
 __device__ __forceinline__ float value_of(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
+
 // Bounds of the threshold, and the largest element.
 struct Window {
   float L, U, max;
