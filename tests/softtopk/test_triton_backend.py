@@ -60,6 +60,8 @@ def case(family: str, n: int):
 @pytest.mark.parametrize("n", [17, 64, 75])
 @pytest.mark.parametrize("form", FORMS)
 def test_chunked_rows_meet_the_bars(tiny_chunks, form, family, n, alpha):
+    if DEVICE == "cpu" and (n == 75 or alpha == 1e-2):
+        pytest.skip("too slow in Triton's interpreter")
     x, k, v = case(family, n)
     got, want = run(kernels, x, k, alpha, v, form=form), oracle(x, k, alpha, v, form=form)
     over = {name: r for name, r in ratios(got, want, k, alpha, v, form).items() if not r <= 1}
@@ -70,6 +72,8 @@ def test_chunked_rows_meet_the_bars(tiny_chunks, form, family, n, alpha):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kept", [True, False])
 def test_chunked_rows_equal_resident_rows(form, dtype, kept):
+    if DEVICE == "cpu" and dtype in (torch.float16, torch.float64):
+        pytest.skip("too slow in Triton's interpreter")
     from softtopk.backends.triton import launch
 
     x, k, v = case("relu", 75)
