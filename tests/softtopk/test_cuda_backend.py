@@ -136,12 +136,12 @@ def test_rows_that_the_quick_kernels_leave(cuda, n):
     k = torch.tensor([30, 20, 20, 20.5, 40, 12, 33.3, 0, -1, n, n + 2, n / 3, n - 0.25, 25], device="cuda")
     alpha = torch.full((14,), 0.01, device="cuda")
     alpha[0], alpha[13] = 1e-40, 1e37
-    want = run(reference, x, k, alpha, v)
+    want = oracle(x, k, alpha, v)
     got = run(cuda, x, k, alpha, v)
-    for name in ("p", "grad_k"):
+    for name, bar in (("p", 1e-6), ("grad_k", 1e-5 * v.abs().max().item())):
         a, b = getattr(got, name), getattr(want, name)
         assert torch.equal(a.isnan(), b.isnan()), name
-        assert ((a - b).nan_to_num().abs() <= 1e-5 * v.abs().max().item()).all(), name
+        assert ((a - b).nan_to_num().abs() <= bar).all(), name
     for max_k in (20, 130):
         found, expected = (m.hard_topk_indices(x, k, max_k) for m in (cuda, reference))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
