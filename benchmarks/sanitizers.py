@@ -33,9 +33,9 @@ LEFT_OUT = (
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # Tool -> environment, tests left out besides, options of pytest.
 TOOLS = {
-    "memcheck": (UNCACHED, ("graph",), ()),
+    "memcheck": (UNCACHED, ("graph", "autotuning"), ()),
     "racecheck": ({}, (), ()),
-    "initcheck": (UNCACHED, ("graph",), ("--no-poison",)),
+    "initcheck": (UNCACHED, ("graph", "autotuning"), ("--no-poison",)),
 }
 
 
