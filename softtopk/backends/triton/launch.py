@@ -1,6 +1,6 @@
 """How a kernel is launched: tile sizes, per-row arguments, the current device.
 
-The tile sizes follow from RULES and TUNED, meant for an H200. With SOFTTOPK_AUTOTUNE=1 in the
+The tile sizes follow from RULES and TUNED, estimates for an H200. With SOFTTOPK_AUTOTUNE=1 in the
 environment they are measured instead, see autotune.py.
 """
 
