@@ -52,7 +52,7 @@ def run(tool: str, tests: list[str], seconds: float, gpu: int) -> dict:
     """One tool over some tests, in a process of its own: a sanitizer serves many processes slowly."""
     environment, _, options = TOOLS[tool]
     command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *tests]
+    command += [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, *tests]
     environment = os.environ | environment | {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
@@ -61,8 +61,8 @@ def run(tool: str, tests: list[str], seconds: float, gpu: int) -> dict:
         code, printed = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as expired:
         code, printed = None, ((expired.stdout or b"") + (expired.stderr or b"")).decode()
-    last = re.findall(r"^.* in [\d.]+s.*$", printed, re.M)[-1:] or [""]
-    counts = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", last[0])}
+    counts = Counter(map(str.lower, re.findall(r"^\S+::.* (PASSED|FAILED|SKIPPED|ERROR)\b", printed, re.M)))
+    counts["unfinished"] = len(tests) - counts.total()
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)", printed)
     # Without a summary, as of a process that was stopped, what had been printed counts.
     errors = sum(map(int, summaries)) or len(re.findall(r"^========= Error: ", printed, re.M))
@@ -72,7 +72,7 @@ def run(tool: str, tests: list[str], seconds: float, gpu: int) -> dict:
 
 
 def together(tool: str, parts: list[dict]) -> dict:
-    tests = sum((Counter(part["tests"]) for part in parts), Counter())
+    tests = sum((part["tests"] for part in parts), Counter())
     codes = sorted({part["exit_code"] for part in parts}, key=str)
     errors = sum(part["errors"] for part in parts)
     return {"tool": tool, "exit_codes": codes, "tests": dict(tests), "errors": errors}
