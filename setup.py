@@ -100,6 +100,7 @@ def ninja_file(module, nvcc, targets):
     shared = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     flags = f"-std=c++17 -O3 -fPIC -fvisibility=hidden {openmp} -Wall -Wextra -Wno-psabi"
     cuda_flags = f"-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden {' '.join(map(gencode, targets))}"
+    cuda_flags += " --threads 0"  # the architectures of a file at once
     linker = f"{nvcc} -Xcompiler=-fopenmp" if nvcc else f"{cxx} {openmp}"
     lines = [
         f"builddir = {BUILD}",

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for every core: their threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

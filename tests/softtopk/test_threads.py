@@ -271,11 +271,15 @@ def test_many_python_threads_at_once():
     assert len(finished) == 8 and not failures
 
 
-@pytest.mark.parametrize("sanitizers", ["thread", "address,undefined,float-cast-overflow"])
-def test_sanitizers(sanitizers, tmp_path):
+@pytest.mark.parametrize(
+    "sanitizers,arguments",
+    [("thread", ["two types"]), ("address,undefined,float-cast-overflow", [])],
+    ids=["thread", "address"],
+)
+def test_sanitizers(sanitizers, arguments, tmp_path):
     """The launchers on several threads of several callers, in a program built with GCC's or Clang's."""
     cxx = os.environ.get("CXX", "c++").split()
-    flags = ["-std=c++17", "-O1", "-g", "-pthread", "-Wno-psabi", f"-fsanitize={sanitizers}"]
+    flags = ["-std=c++17", "-O1", "-g1", "-pthread", "-Wno-psabi", f"-fsanitize={sanitizers}"]
     flags += ["-fno-sanitize-recover=all", "-DSOFTTOPK_ISA=baseline", "-DSOFTTOPK_BYTES=16"]
     probe, program = tmp_path / "probe.cpp", tmp_path / "program"
     probe.write_text("int main() {}")
@@ -287,5 +291,6 @@ def test_sanitizers(sanitizers, tmp_path):
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
     command = next((c for c in (fixed, []) if subprocess.run([*c, "true"]).returncode == 0), [])
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # its search for leaks needs ptrace
-    done = subprocess.run([*command, program], env=environment, capture_output=True, text=True, timeout=200)
+    command += [program, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
