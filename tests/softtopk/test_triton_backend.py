@@ -31,11 +31,13 @@ def small_tiles(name: str, choice, itemsize: int, n: int, kept: bool) -> dict[st
     if name == "log":
         return options
     if name == "forward":
-        return options | dict(
-            TILES=tiles, DEPTH=2, LANES=8, FULL=n % 16 == 0 and (not kept or n == 16 * tiles)
-        )
+        full = n % 16 == 0 and (not kept or n == 16 * tiles)
+        groups = min(2, tiles) if kept else 1
+        shape = dict(TILES=tiles, DEPTH=2, LANES=8, GROUPS=groups, SLOTS=2)
+        return options | shape | dict(FULL=full, KEEP=kept and n % 2 == 1)
     if name == "backward":
-        return options | dict(TILES=tiles, KEEP_V=False)
+        keep = dict(KEEP_X=kept, KEEP_V=kept and n % 2 == 1)
+        return options | keep | dict(TILES=max(tiles, 1), FULL=n % (16 * max(tiles, 1)) == 0)
     return options | dict(RESIDENT=False)
 
 

@@ -1,7 +1,7 @@
 """The Triton backend: the same four functions as backends/reference.py, one program per row.
 
-A row is read once into registers where it fits, and swept in chunks otherwise; nothing is sorted,
-no host synchronisation, atomic or inline assembly is used, and no scratch memory but the output. With
+A row is kept in registers where it fits, and swept in chunks otherwise; nothing is sorted, no host
+synchronisation, atomic or inline assembly is used, and no scratch memory but the output. With
 SOFTTOPK_AUTOTUNE=1 in the environment tile sizes are measured on first use and remembered, see
 autotune.py. With TRITON_INTERPRET=1 there before triton is first imported, the kernels run on the
 CPU, slowly, for tests.

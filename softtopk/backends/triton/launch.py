@@ -1,7 +1,7 @@
 """How a kernel is launched: tile sizes, per-row arguments, the current device.
 
-The tile sizes follow from RULES and TUNED, estimates for an H200. With SOFTTOPK_AUTOTUNE=1 in the
-environment they are measured instead, see autotune.py.
+The tile sizes follow from RULES and TUNED: for an H200, a few of them timed there, the others
+estimates. With SOFTTOPK_AUTOTUNE=1 in the environment they are measured instead, see autotune.py.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Choice(NamedTuple):
     maxnreg: int
 
 
-# Pass and bytes of an element of x: elements of a row per thread, most warps, registers.
+# Pass and bytes of an element of x: elements of a row per thread, most warps, registers. Estimates.
 RULES = {
-    ("forward", 2): (64, 16, 128),
-    ("forward", 4): (64, 16, 128),
+    ("forward", 2): (32, 16, 64),
+    ("forward", 4): (32, 16, 64),
     ("forward", 8): (32, 16, 128),
     ("log", 2): (8, 4, 128),
     ("log", 4): (8, 4, 128),
@@ -48,15 +48,19 @@ RULES = {
     ("hard_topk", 8): (16, 16, 128),
 }
 # Exceptions: (pass, bytes of an element of x, length class), where a length class is a power of two
-# and holds the lengths up to it and above the one before.
+# and holds the lengths up to it and above the one before. Timed on an H200, at the length that names
+# the class, are those marked so (2 bytes: in bfloat16); the others are estimates.
 TUNED: dict[tuple[str, int, int], Choice] = {
-    ("forward", 2, 65536): Choice(16, 64),
-    ("forward", 2, 131072): Choice(16, 64),
-    ("forward", 4, 65536): Choice(16, 64),
-    ("forward", 4, 131072): Choice(16, 64),
+    ("forward", 2, 16384): Choice(8, 64),  # timed
+    ("forward", 2, 131072): Choice(32, 64),
+    ("forward", 4, 4096): Choice(4, 80),  # timed
+    ("forward", 4, 16384): Choice(8, 80),  # timed
+    ("forward", 4, 32768): Choice(8, 128),  # timed
+    ("forward", 4, 131072): Choice(32, 64),
 }
 # Of its registers a pass gives one in so many to rows: the others hold what it computes from them.
-SHARE = {"forward": 2, "backward": 2, "log_backward": 4, "hard_topk": 4}
+SHARE = {"backward": 2, "log_backward": 4, "hard_topk": 4}
+OTHERS = 56  # registers of a thread that the forward needs beside a row it keeps
 LENGTHS = (1 << 8, 1 << 17)  # the smallest and the largest length class
 
 
@@ -95,19 +99,33 @@ def tile(name: str, choice: Choice, itemsize: int, n: int) -> dict[str, int | bo
     options = dict(num_warps=choice.num_warps, maxnreg=choice.maxnreg)
     if name == "log":
         return options | dict(BLOCK=min(row, 8 * threads))
+    if name == "forward":
+        return options | forward_tile(n, row, threads, choice.maxnreg, words)
     room = threads * choice.maxnreg // (words * SHARE[name])  # elements that registers hold
     if name in ("hard_topk", "log_backward"):
         room //= 2 if name == "log_backward" else 1
         block = min(row, previous_power_of_2(room))
         return options | dict(RESIDENT=block == row, BLOCK=block)
-    if name == "backward":
-        block = min(row, previous_power_of_2(threads * choice.maxnreg // (16 * words)))
-        return options | dict(TILES=row // block if row <= room else 0, KEEP_V=2 * row <= room, BLOCK=block)
-    block = min(row, max(SCAN, previous_power_of_2(threads * choice.maxnreg // (8 * words))))
+    block = min(row, previous_power_of_2(threads * choice.maxnreg // (16 * words)))
+    tiles = row // block if row <= 2 * room else 1
+    kept = dict(KEEP_X=row <= room, KEEP_V=2 * row <= room)
+    return options | kept | dict(TILES=tiles, BLOCK=block, FULL=n % (tiles * block) == 0)
+
+
+def forward_tile(n: int, row: int, threads: int, maxnreg: int, words: int) -> dict[str, int | bool]:
+    """One sweep's tiles hold all of a row where that is 128 elements a thread or less, see kept.py."""
+    each = row // threads
+    if 1 <= each <= 128:
+        tiles = min(each, 8)
+        groups = min(tiles, max(1, 1024 // threads))
+        slots = min(each, 8 if threads >= 128 else 16)
+        shape = dict(TILES=tiles, DEPTH=each // tiles, LANES=threads, GROUPS=groups, SLOTS=slots)
+        keep = each * words + OTHERS <= maxnreg
+        return shape | dict(KEEP=keep, BLOCK=threads * slots, FULL=n == row)
+    block = min(row, max(SCAN, previous_power_of_2(threads * maxnreg // (8 * words))))
     lanes = min(block, SCAN if threads <= SCAN // 4 else 2 * SCAN)
-    tiles = row // block if row <= room else 0
-    shape = dict(TILES=tiles, DEPTH=block // lanes, LANES=lanes, BLOCK=min(row, SCAN))
-    return options | shape | dict(FULL=n % block == 0 and (tiles == 0 or n == row))
+    shape = dict(TILES=0, DEPTH=block // lanes, LANES=lanes, GROUPS=1, SLOTS=1)
+    return shape | dict(KEEP=False, BLOCK=min(row, SCAN), FULL=n % block == 0)
 
 
 def previous_power_of_2(n: int) -> int:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from softtopk.backends.triton.search import count_search, middle, narrow, next_above
-from softtopk.backends.triton.sweeps import INF, LN_2, LOG2_E, read, split, statistics, tail_sums
+from softtopk.backends.triton.sweeps import INF, LN_2, LOG2_E, split, statistics, tail_sums
 
 
 @triton.jit
@@ -44,19 +44,19 @@ def densities(r_A, r_B, P, Q, D, alpha):
 
 @triton.jit
 def solve(
-    pointer, m, n, floor, tail, top, found, k, alpha, scale, rate,
+    tile, pointer, m, n, floor, tail, top, found, k, alpha, scale, rate,
     LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """r_A, r_B, P, Q, D of a row of n elements; k in float64, alpha in the compute dtype.
 
-    The m elements at `pointer` are the row or, where `found`, its candidates: see candidates.py.
+    The m elements at `pointer` are the row or, where `found`, its candidates: see candidates.py. The tile
+    holds the first BLOCK of them, or all candidates of a row whose m is then no more than BLOCK.
 
     A trial c splits the row; its r_A belongs in B where S(r_A) > k, its r_B in A where S(r_B) < k,
     and the row is solved when neither does. Elements known to lie in B reach up to `low`, those in
     A down to `high`; every trial lies between, so each one that fails settles an element.
     """
     T: tl.constexpr = top.dtype
-    tile = read(pointer, 0, m, LARGEST, BLOCK, T)
     nan = tail != tail  # a NaN is no candidate, so it is in the tail
     plus = tl.zeros((), tl.int32)
     finite = plus + m

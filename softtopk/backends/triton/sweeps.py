@@ -52,6 +52,38 @@ def exponent(alpha, T: tl.constexpr):
 
 
 @triton.jit
+def plain(scale, origin):
+    """Whether `distance` holds for references whose product with the rate is `origin`: 2^rest is finite."""
+    return (scale == 1) & (tl.abs(origin) < 2.0**28)
+
+
+@triton.jit
+def distance(x, r, rate, origin):
+    """(x - r) * rate and a rest, that of x = r, in one instruction; `origin` is about r * rate.
+
+    Of x * rate - origin nothing is lost, because it is rounded once: each element is as exact as by
+    the difference, but for the same factor 2^rest.
+    """
+    if x.dtype == tl.float64:
+        t = (x - tl.where(tl.abs(r) < INF, r, 0)) * rate
+    elif FUSED:
+        t = tl.fma(x, rate, -origin)
+    else:  # the interpreter has no such instruction
+        t = (x.to(tl.float64) * rate.to(tl.float64) - origin.to(tl.float64)).to(tl.float32)
+    return t
+
+
+@triton.jit
+def origin_below(r, rate):
+    """(origin, rest) of a reference, with rest >= 0; of an infinite one, 0."""
+    r = tl.where(tl.abs(r) < INF, r, 0)
+    origin = r * rate
+    if distance(r, r, rate, origin) < 0:
+        origin -= tl.abs(origin) * 2.0**-23
+    return origin, distance(r, r, rate, origin)
+
+
+@triton.jit
 def read(pointer, start, n, LARGEST: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
     """Elements start ... start + BLOCK - 1 in the compute dtype, negated for the smallest."""
     i = start + tl.arange(0, BLOCK)
