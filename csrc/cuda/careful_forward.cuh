@@ -1,12 +1,25 @@
 // The forward of the rows on chip that quick_forward.cuh leaves: large k, infinite elements, NaN, k
 // out of its range, many ties.
 //
-// As there, but the window may be that of a sample, closed on both sides (window.cuh), and a block
-// or a whole cluster searches among many candidates. Where that fails too, the general search
-// (threshold.cuh) reads the row from global memory on every sweep.
+// As there, but the window is that of a sample, closed on both sides (sample.cuh), and a warp, a
+// block or a whole cluster searches among the candidates (many.cuh). The solution is checked
+// against the definition; where it is not right, or the candidates are too many, all of the row is
+// searched. What is still not solved, rows with NaN or more infinite elements than k among them, is
+// left for the end, when the general search (threshold.cuh) reads it from global memory on every
+// sweep: a call of it inside the loop would cost every row.
+//
+// The ladder, in fractions of the floor (H200, float32, alpha = 1e-2, k = n / 8, n = 4096 | 16384 |
+// 65536):
+//   0.14 | 0.16 | 0.07  sample, collapse and search as calls, one bit of the bounds a round
+//   0.37 | 0.51 | 0.35  nothing called, several thresholds a round, rows shared out one by one
+//   0.35 | 0.55 | 0.37  in the search one warp decides for all instead of every warp for itself
+// What limits: of 128 threads 37% of the time three warps wait for the one that leads the search
+// for the window or for the threshold, and a row takes 11,100 instructions of a warp where the
+// quick kernel takes 5,300.
 #pragma once
 
-#include "window.cuh"
+#include "many.cuh"
+#include "sample.cuh"
 
 namespace softtopk::cuda {
 
@@ -28,6 +41,11 @@ __device__ __forceinline__ void write_solution(const ForwardArgs& args, int64_t 
   T* out = static_cast<T*>(args.solution) + 5 * r;
   out[0] = s.r_A, out[1] = s.r_B, out[2] = s.P, out[3] = s.Q, out[4] = s.D;
 }
+
+// Candidates up to which one warp searches: it does so in fewer instructions than a block, which
+// is quicker. In half precision more rows are on chip at a time to hide a warp's time.
+template <class S>
+inline constexpr int32_t kFewOfWarp = sizeof(S) == 2 ? 1024 : 512;
 
 // The mark of a row that is left to forward_careful, in the place of D: a NaN of no computation.
 inline constexpr uint32_t kLeft = 0x7fc0d1e5;
@@ -73,16 +91,6 @@ __device__ __noinline__ void forward_of_global_row(const ForwardArgs& args, int6
   });
 }
 
-struct ForwardShared {
-  uint64_t barrier;
-  Window windows[kMostBlocks];
-  Collapsed totals[kMostBlocks];
-  Window windows_of_warps[kMostThreads / 32];
-  Collapsed of_warps[kMostThreads / 32];
-  Outcome outcome;
-  WholeBlock::Storage block;
-};
-
 // Whether a row comes by the copy engine. Whole granules of the last ragged row would reach beyond
 // its end.
 template <class H>
@@ -91,158 +99,98 @@ __device__ __forceinline__ bool is_fed(const ForwardArgs& args, int64_t r) {
   return H::ragged ? r + 1 < args.x.rows && args.x.stride >= args.x.n : args.wide_x;
 }
 
-// The row's window, the same in all threads of all blocks. Of attempt 0 by maxima, of 1 by a
-// sample.
 template <class H>
-__device__ __forceinline__ Window find_window(const ResidentRow<H>& row, int attempt, double k,
-                                              float rate, uint32_t* keys, ForwardShared& shared) {
-  using S = typename H::S;
-  using C = typename H::C;
-  constexpr int kGroups = 8, kKeys = kGroups / 2, threads = H::threads;
-  const int t = int(threadIdx.x);
-  float maxima[kGroups];
-#pragma unroll
-  for (float& max : maxima) max = -infinity<float>;
-  const int items = row.items();
-  int first = 0;
-#pragma unroll 1
-  for (; first + kGroups <= items; first += kGroups) {
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      maxima[i] = max_with_nan(maxima[i], row.max(first + i));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    if (first + i < items) {
-      maxima[i] = max_with_nan(maxima[i], row.max(first + i));
-    }
-  }
-  Window mine;
-  if (attempt == 0) {
-    // Every warp bounds its share of the maxima; the least bound serves all of them.
-    const int need = int(2 * k / (C::size() * (threads / 32))) + 1;
-    uint32_t key[kKeys];
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) key[i] = key_of(max_with_nan(maxima[i], maxima[i + kKeys]));
-    uint32_t most = key[0];
-#pragma unroll
-    for (int i = 1; i < kKeys; ++i) most = max(most, key[i]);
-    const float bound = value_of(bound_of_keys(key, need)),
-                max = value_of(__reduce_max_sync(~0u, most));
-    if (t % 32 == 0) shared.windows_of_warps[t / 32] = {bound, infinity<float>, max};
-    __syncthreads();
-    mine = WholeBlock::of_warps(shared.windows_of_warps[t % 8]);
-  } else {
-    // One element of each of several pieces, other pieces for other threads.
-    const int each = min(items, kMostKeys / threads);
-    for (int i = 0; i < each; ++i) {
-      float x[Chunk<S>::size];
-      row.read((t + i * items / each) % items, x);
-      keys[i * threads + t] = key_of(x[0]);
-    }
-#pragma unroll
-    for (int i = 1; i < kGroups; ++i) maxima[0] = max_with_nan(maxima[0], maxima[i]);
-    __syncthreads();
-    WholeBlock block(shared.block);
-    const float places = float(items) * float(row.map().piece_elements() * C::size());
-    mine = window_of_sample(keys, each * threads, float(k) / places, rate, block);
-    mine.max = block.reduce(Window{0, 0, maxima[0]}).max;
-  }
-  if constexpr (C::many) {
-    if (t < C::size()) *C::at(&shared.windows[C::rank()], t) = mine;
-    C::sync();
-    mine = shared.windows[0];
-    for (int i = 1; i < C::size(); ++i) mine.combine(shared.windows[i]);
-  }
-  return mine;
+struct CarefulShared {
+  static constexpr int warps = H::threads / 32;
+  using Team = AllWarps<typename H::C, warps>;
+  uint64_t barrier;
+  Found found;
+  Outside of_warps[warps];
+  Outside of_blocks[H::C::many ? kMostBlocks : 1];
+  union {
+    SampleShared<warps> sample;
+    typename Team::Storage team;
+  };
+  typename Team::Mail mail;
+};
+
+__device__ __forceinline__ void add_up(Outside& total, const Outside& other) {
+  total.candidates += other.candidates;
+  total.above += other.above;
+  total.T += other.T;
+  total.P += other.P;
 }
 
-// Adds up what lies outside of the window and collects the candidates, as far as there is room: of
-// few, all in the first block, else each block its own. The totals are the same in all threads.
+// Adds up what lies outside of the window and collects the candidates: up to `few` of a cluster in
+// its first block, else each block its own. The total is the same in all threads, own.candidates
+// those that the calling block has; false if there is no room for them.
 template <class H>
-__device__ __forceinline__ Collapsed collapse(const ResidentRow<H>& row, const Window& window,
-                                              float rate, float* candidates, int32_t room,
-                                              ForwardShared& shared) {
+__device__ __forceinline__ bool collapse(const ResidentRow<H>& row, const Limits& window,
+                                         float rate, float* candidates, int32_t few, int32_t room,
+                                         CarefulShared<H>& shared, Outside& total, int32_t& own) {
   using C = typename H::C;
-  constexpr int kSize = Chunk<typename H::S>::size;
+  constexpr int kSize = Chunk<typename H::S>::size, kWarps = H::threads / 32;
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
-  uint32_t found = 0;  // items with candidates
-  Collapsed mine = {0, 0, 0, 0};
-  if (window.U == infinity<float>) {
-    row.for_each([&](int item) {
-      float x[kSize], e[kSize];
-      row.read(item, x);
-      const int32_t before = mine.candidates;
+  uint32_t found = 0;          // items with candidates
+  float below = 0, above = 0;  // elements, and their sums
+  float T[4] = {0, 0, 0, 0}, P[4] = {0, 0, 0, 0};
+  row.for_each([&](int item) {
+    float x[kSize];
+    row.read(item, x);
+    const float outside = below + above;
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const bool inside = x[i] > window.L;
-        e[i] = faster_exp2((x[i] - window.L) * rate);
-        e[i] = inside ? 0.0f : e[i];
-        mine.candidates += inside;
-      }
-      mine.T += tree_sum(e);
-      if (mine.candidates > before) found |= 1u << item;
-    });
-  } else {
-    row.for_each([&](int item) {
-      float x[kSize], below[kSize], above[kSize];
-      row.read(item, x);
-      int32_t inside = 0;
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const bool is_below = x[i] <= window.L, is_above = x[i] >= window.U;
-        const float e = faster_exp2((is_below ? x[i] - window.L : window.U - x[i]) * rate);
-        below[i] = is_below ? e : 0.0f;
-        above[i] = is_above ? e : 0.0f;
-        mine.above += is_above;
-        inside += !is_below && !is_above;
-      }
-      mine.T += tree_sum(below);
-      mine.P += tree_sum(above);
-      mine.candidates += inside;
-      if (inside > 0) found |= 1u << item;
-    });
-  }
-
-  const int32_t upto = int32_t(inclusive_scan<32>(unsigned(mine.candidates), lane));
-  int32_t place = upto - mine.candidates;
-  Collapsed of_warp;
-  of_warp.candidates = __shfl_sync(~0u, upto, 31);
-  of_warp.above = 0, of_warp.P = 0, of_warp.T = mine.T;
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) of_warp.T += __shfl_xor_sync(~0u, of_warp.T, mask);
-  if (window.U < infinity<float>) {
-    of_warp.above = __reduce_add_sync(~0u, mine.above), of_warp.P = mine.P;
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) of_warp.P += __shfl_xor_sync(~0u, of_warp.P, mask);
-  }
-  if (lane == 0) shared.of_warps[warp] = of_warp;
-  __syncthreads();
-  place += __reduce_add_sync(~0u, lane < warp ? shared.of_warps[lane].candidates : 0);
-  Collapsed total = WholeBlock::of_warps(shared.of_warps[lane % 8]);
-  float* to = candidates;
-  bool fits = total.candidates <= room;
-  if constexpr (C::many) {
-    if (t < C::size()) *C::at(&shared.totals[C::rank()], t) = total;
-    C::sync();
-    total = shared.totals[0];
-    int32_t before = 0;
-    for (int i = 1; i < C::size(); ++i) {
-      if (i <= C::rank()) before = total.candidates;
-      fits = fits && shared.totals[i].candidates <= room;
-      total.combine(shared.totals[i]);
+    for (int i = 0; i < kSize; ++i) {
+      const float is_below = one_unless_greater(x[i], window.L),  // or NaN, which makes T NaN
+          is_above = one_if_not_less(x[i], window.U);
+      const float out = fminf(x[i] - window.L, window.U - x[i]);  // < 0 outside of the window
+      const float e = faster_exp2(-fabsf(out) * rate);
+      T[i % 4] += is_below * e;
+      P[i % 4] += is_above * e;
+      below += is_below;
+      above += is_above;
     }
-    fits = fits && shared.totals[0].candidates <= room;
-    if (total.candidates <= room) {
+    if (below + above < outside + kSize) found |= 1u << item;
+  });
+  const int32_t inside = row.items() * kSize - int32_t(below + above);
+  Outside mine = {window.L,    window.U,   0, int32_t(__reduce_add_sync(~0u, int32_t(above))),
+                  tree_sum(T), tree_sum(P)};
+  mine.candidates = int32_t(inclusive_scan<32>(unsigned(inside), lane));
+  int32_t place = mine.candidates - inside;
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) {
+    mine.T += __shfl_xor_sync(~0u, mine.T, mask);
+    mine.P += __shfl_xor_sync(~0u, mine.P, mask);
+  }
+  if (lane == 31) shared.of_warps[warp] = mine;
+  __syncthreads();
+  total = shared.of_warps[0];
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) {
+    if (i == warp) place += total.candidates;
+    add_up(total, shared.of_warps[i]);
+  }
+  own = total.candidates;
+  bool fits = own <= room;
+  float* to = candidates;
+  if constexpr (C::many) {
+    if (t < C::size()) *C::at(&shared.of_blocks[C::rank()], t) = total;
+    C::sync();
+    fits = true;
+    int32_t before = 0;
+    total = shared.of_blocks[0];
+    fits = total.candidates <= room;
+    for (int i = 1; i < C::size(); ++i) {
+      if (i == C::rank()) before = total.candidates;
+      fits = fits && shared.of_blocks[i].candidates <= room;
+      add_up(total, shared.of_blocks[i]);
+    }
+    if (total.candidates <= few) {
       to = C::at(candidates, 0);
       place += before;
+      own = total.candidates;
     }
   }
-  if (!fits) {
-    total.candidates = -1;
-    return total;
-  }
+  if (!fits || !(total.T >= 0)) return false;
   for (; found != 0; found &= found - 1) {
     float x[kSize];
     row.read(__ffs(int(found)) - 1, x);
@@ -251,155 +199,144 @@ __device__ __forceinline__ Collapsed collapse(const ResidentRow<H>& row, const W
       if (x[i] > window.L && x[i] < window.U) to[place++] = x[i];
     }
   }
-  return total;
-}
-
-// The threads of all blocks of a cluster, for the search among many candidates.
-class WholeCluster {
- public:
-  __device__ WholeCluster(WholeBlock::Storage& storage, unsigned char (*slots)[kMostBlocks][32])
-      : block_(storage), slots_(slots) {}
-  __device__ static int rank() { return int(threadIdx.x); }
-  __device__ static int size() { return int(blockDim.x); }
-  template <class A>
-  __device__ A reduce(const A& a) {
-    static_assert(sizeof(A) <= 32);
-    const A mine = block_.reduce(a);
-    set_ ^= 1;
-    if (rank() < Cluster::size()) {
-      *Cluster::at(reinterpret_cast<A*>(slots_[set_][Cluster::rank()]), rank()) = mine;
-    }
-    Cluster::sync();
-    A all = *reinterpret_cast<const A*>(slots_[set_][0]);
-    for (int i = 1; i < Cluster::size(); ++i)
-      all.combine(*reinterpret_cast<const A*>(slots_[set_][i]));
-    return all;
-  }
-
- private:
-  WholeBlock block_;
-  unsigned char (*slots_)[kMostBlocks][32];
-  int set_ = 0;
-};
-
-// The solution among the candidates that collapse() left, into every block's `outcome`.
-template <class C>
-__device__ __forceinline__ void solve_window(const ForwardArgs& args, int64_t r,
-                                             const Window& window, const Collapsed& rest, double k,
-                                             float alpha, const float* candidates,
-                                             ForwardShared& shared) {
-  const int t = int(threadIdx.x);
-  if constexpr (C::many) {
-    if (rest.candidates > args.room) {  // every block has its own
-      __shared__ __align__(16) unsigned char slots[2][kMostBlocks][32];
-      WholeCluster cluster(shared.block, slots);
-      const int32_t own = shared.totals[C::rank()].candidates;
-      const Outcome found =
-          solve_candidates<WholeCluster>(candidates, own, window, rest, k, alpha, cluster);
-      __syncthreads();
-      if (t == 0) shared.outcome = found;
-      if (t == 0 && C::rank() == 0 && found.right) write_solution(args, r, found.solution);
-      C::sync();
-      return;
-    }
-  }
-  if (C::rank() == 0) {
-    Outcome found;
-    if (rest.candidates > kWarpCandidates) {
-      WholeBlock block(shared.block);
-      found =
-          solve_candidates<WholeBlock>(candidates, rest.candidates, window, rest, k, alpha, block);
-    } else if (t < 32) {
-      Warp::Storage none;
-      Warp warp(none);
-      found = solve_candidates<Warp>(candidates, rest.candidates, window, rest, k, alpha, warp);
-    }
-    if (t < C::size()) *C::at(&shared.outcome, t) = found;
-    if (t == 0 && found.right) write_solution(args, r, found.solution);
-  }
   C::sync();
+  return true;
 }
 
-// The rows that forward_quick has left, shared out among the clusters.
+__device__ __forceinline__ Found found_of(const Solution<float>& s, int32_t right, float rate) {
+  const Densities<float> d = quick_densities(s, rate);
+  return {s.r_A, s.r_B, d.h_A, d.h_B, right};
+}
+
+// The search by all warps, and its result in all threads.
+template <uint32_t GRAIN, class H, class Values, class Team>
+__device__ __forceinline__ Found search_together(const ForwardArgs& args, int64_t r,
+                                                 const Values& values, const Outside& rest,
+                                                 const Outside& near, const Budget& k, float alpha,
+                                                 float rate, Team& team, CarefulShared<H>& shared) {
+  if (threadIdx.x < 32) {
+    int32_t right;
+    const Solution<float> s =
+        ManySearch<GRAIN, Lead<Team>, Values>(values, rest, k, alpha, rate, {team, shared.team})
+            .solve(near, right);
+    if (threadIdx.x == 0) {
+      shared.found = found_of(s, right, rate);
+      if (H::C::rank() == 0 && right) write_solution(args, r, s);
+    }
+    team.dismiss(shared.team);
+  } else {
+    team.answer(shared.team, values, rate);
+  }
+  return shared.found;
+}
+
+// The rows that forward_quick has left.
 template <class H>
-__global__ void __launch_bounds__(H::threads, 4 * 256 / H::threads)
-    forward_careful(const ForwardArgs args) {
+__global__ void __launch_bounds__(H::threads, H::threads == 256 ? 3 : 8)
+    forward_careful(const __grid_constant__ ForwardArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ ForwardShared shared;
+  __shared__ CarefulShared<H> shared;
   using S = typename H::S;
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
+  using Team = AllWarps<C, H::threads / 32>;
   constexpr int kSize = Chunk<S>::size;
-  const int32_t n = int32_t(args.x.n);
+  constexpr uint32_t kGrain = Element<S>::grain;
+  const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
   const Mapping<H> map{n};
-  const int64_t step = int64_t(gridDim.x) / C::size();
-  const auto row_at = [&](int64_t r) {
-    return static_cast<const Raw*>(args.x.data) + r * args.x.stride;
-  };
-
+  const int64_t step = int64_t(gridDim.x) / C::size(), own = int64_t(blockIdx.x) / C::size();
   ResidentRow<H> row(memory, &shared.barrier, map);
   float* candidates = reinterpret_cast<float*>(memory + row.slot_bytes());
+  Team team(shared.mail);
+  bool unsolved = false;
   C::sync();
 
-  // Of 32 rows at a time those that are left to be done; none is before all threads have looked.
-  for (int64_t first = int64_t(blockIdx.x) / C::size() * 32; first < args.x.rows;
-       first += step * 32) {
-    uint32_t left = __ballot_sync(~0u, is_left(args, first + int(threadIdx.x) % 32));
+  // Every cluster has each of its rows `step` after the last. Of 32 of them at a time those that
+  // are left; none is solved before all threads have looked.
+  for (int64_t first = own; first < args.x.rows; first += 32 * step) {
+    uint32_t left = __ballot_sync(~0u, is_left(args, first + t % 32 * step));
     if (left != 0) C::sync();
     for (; left != 0; left &= left - 1) {
-      const int64_t r = first + __ffs(int(left)) - 1;
-      if (is_fed<H>(args, r)) row.ask(row_at(r));
-      const double k = per_row(args.k, r);
-      const float alpha = scale_in<float>(per_row(args.alpha, r));
-      const float rate = 1.4426950408889634f / alpha;
+      const int64_t r = first + (__ffs(int(left)) - 1) * step;
+      const double exact_k = per_row(args.k, r);
+      const float alpha = float(per_row(args.alpha, r)), rate = 1.4426950408889634f / alpha;
+      if (!(exact_k > 0 && exact_k < n && rate > 1e-36f && rate < 1e36f)) {
+        unsolved = true;
+        continue;
+      }
+      const Raw* data = static_cast<const Raw*>(args.x.data) + r * args.x.stride;
       if (is_fed<H>(args, r)) {
+        row.ask(data);
         row.wait();
       } else {
-        row.copy(row_at(r), args.wide_x);
+        row.copy(data, args.wide_x);
       }
-      if (!args.x.largest) row.negate();
-
-      bool solved = false;
-      if (k > 0 && k < n && rate > 1e-36f && rate < 1e36f) {
-        // The window of the maxima serves where there are enough of them; else, or if it fails, a
-        // sample's.
-        for (int attempt = 2 * k / (C::size() * (H::threads / 32)) < 96 ? 0 : 1;
-             attempt < 2 && !solved; ++attempt) {
-          const Window window = find_window<H>(row, attempt, k, rate,
-                                               reinterpret_cast<uint32_t*>(candidates), shared);
-          if (!(window.max < infinity<float>) || !(window.L > -infinity<float>)) break;
-          const Collapsed rest = collapse<H>(row, window, rate, candidates, args.room, shared);
+      if (!args.x.largest) {
+        row.negate();
+        __syncthreads();
+      }
+      const Budget k = {int32_t(exact_k), float(exact_k - int32_t(exact_k))};
+      constexpr int32_t kSample = kSampleOfThread * H::threads;
+      take_sample(row, candidates);
+      const Limits window = window_of_sample<kGrain>(
+          candidates, __fdividef((float(k.whole) + k.rest) * float(kSample), n), rate,
+          shared.sample);
+      Outside rest;
+      int32_t in_block, right;
+      Found found = {0, 0, 0, 0, 0};
+      if (collapse(row, window, rate, candidates, kFewOfWarp<S>, args.room, shared, rest,
+                   in_block)) {
+        const Candidates all = {candidates, in_block};
+        if (rest.candidates <= kFewOfWarp<S>) {
+          if (t < 32 && C::rank() == 0) {
+            const Solution<float> s =
+                ManySearch<kGrain, OneWarp, Candidates>(all, rest, k, alpha, rate, {})
+                    .solve(rest, right);
+            found = found_of(s, right, rate);
+            if (t == 0 && right) write_solution(args, r, s);
+            if (t < C::size()) *C::at(&shared.found, t) = found;
+          }
           C::sync();
-          if (rest.candidates < 0) continue;
-          solve_window<C>(args, r, window, rest, k, alpha, candidates, shared);
-          solved = shared.outcome.right;
+          found = shared.found;
+        } else {
+          found = search_together<kGrain>(args, r, all, rest, rest, k, alpha, rate, team, shared);
         }
       }
-      if (!solved) {
-        __syncthreads();  // the search has read what the general one will reduce in
-        if (C::rank() == 0) forward_of_global_row<S>(args, r, shared.block);
-        C::sync();  // before the next row's window is written
-      } else if (args.form != Form::none) {
-        const Outcome found = shared.outcome;
-        const Solution<float>& s = found.solution;
-        const float at_A = fabsf(s.r_A) < infinity<float> ? s.r_A : 0, at_B = s.r_B;
+      if (!found.right) {
+        C::sync();  // what the last search has used has been read
+        const Outside none = {-largest<float>, largest<float>, n, 0, 0, 0};
+        const WholeRow<H> all = {row};
+        found = search_together<kGrain>(args, r, all, none, rest, k, alpha, rate, team, shared);
+      }
+      unsolved = unsolved || !found.right;
+      if (found.right && args.form != Form::none) {
+        const float at_A = found.r_A < infinity<float> ? found.r_A : 0,
+                    at_B = found.r_B > -infinity<float> ? found.r_B : 0;
         const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);
-        row.for_each([&](int item) {
+        sink.fill(row, [&](int item) {
           float x[kSize], p[kSize];
           row.read(item, x);
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
-            const bool above = x[i] >= s.r_A;
+            const bool above = x[i] >= found.r_A;
             const float e = faster_exp2(-fabsf(x[i] - (above ? at_A : at_B)) * rate);
             p[i] = (above ? 1.0f : 0.0f) + (above ? -found.h_A : found.h_B) * e;
           }
-          sink.store(item, Chunk<S>::of(p));
+          return Chunk<S>::of(p);
         });
       }
-      __syncthreads();  // the row has been read
+      C::sync();  // the row has been read, and so have the candidates
     }
   }
   C::sync();  // a block that has left can no longer be written to
+
+  if (!unsolved || C::rank() != 0) return;
+  WholeBlock::Storage& storage = *reinterpret_cast<WholeBlock::Storage*>(memory);
+  for (int64_t r = own; r < args.x.rows; r += step) {
+    const bool left = is_left(args, r);
+    __syncthreads();
+    if (left) forward_of_global_row<S>(args, r, storage);
+  }
 }
 
 }  // namespace softtopk::cuda

@@ -2,10 +2,76 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace softtopk::cuda {
 
 inline constexpr int kMostBlocks = 16;  // of a cluster; 8 where a GPU promises no more
+
+// Where a block waits for messages of the others. A message is stored in its shared memory together
+// with the count of its bytes, so neither side needs a barrier or a fence, which would wait for all
+// that was written to memory before. Messages of one phase must not meet those of the next: a block
+// sends only after it has heard of the receiver's having passed the phase before.
+class Mailbox {
+ public:
+  // By all threads; a barrier of the cluster must follow.
+  __device__ explicit Mailbox(uint64_t* barrier)
+      : barrier_(uint32_t(__cvta_generic_to_shared(barrier))) {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0) {
+      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier_) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+#endif
+  }
+  // Puts `message` where `to` is in block `rank`.
+  template <class A>
+  __device__ __forceinline__ void send(A* to, int rank, const A& message) const {
+#if __CUDA_ARCH__ >= 900
+    static_assert(sizeof(A) % 4 == 0);
+    uint32_t words[sizeof(A) / 4];
+    memcpy(words, &message, sizeof(A));
+    uint32_t address, barrier;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(address)
+        : "r"(uint32_t(__cvta_generic_to_shared(to))), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(barrier_), "r"(rank));
+#pragma unroll
+    for (int i = 0; i < int(sizeof(A) / 4); ++i) {
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+              address + 4 * i),
+          "r"(words[i]), "r"(barrier)
+          : "memory");
+    }
+#endif
+  }
+  // Waits for `bytes` of messages; thread 0 must be among those who do.
+  __device__ __forceinline__ void receive(uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0) {
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier_), "r"(bytes)
+                   : "memory");
+    }
+    uint32_t done = 0;
+    while (!done) {
+      asm volatile(
+          "{\n"
+          ".reg .pred p;\n"
+          "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n"
+          "}"
+          : "=r"(done)
+          : "r"(barrier_), "r"(phase_)
+          : "memory");
+    }
+    phase_ ^= 1;
+#endif
+  }
+
+ private:
+  uint32_t barrier_, phase_ = 0;
+};
 
 // A cluster of one block, without any of this.
 struct NoCluster {

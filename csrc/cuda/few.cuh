@@ -7,7 +7,7 @@
 
 namespace softtopk::cuda {
 
-inline constexpr int kFew = 1024;  // candidates
+inline constexpr int kFew = 2304;  // candidates
 
 __device__ __forceinline__ float quick_sqrt(float x) {
   float root;

@@ -34,6 +34,14 @@ struct Sharing {
   // Bytes from one piece to the next in shared memory. The pieces of a cluster's row lie apart:
   // each comes in whole 16-byte granules, one more than its own at most.
   static constexpr int stride = THREADS * 16 + (C::many ? 16 : 0);
+  // The barrier of a block.
+  __device__ static void sync() {
+    if constexpr (THREADS == 32) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
 };
 
 // Where a block's part of a row is in the row.
@@ -93,7 +101,7 @@ class ResidentRow {
         if (map_.index(item, 0) >= map_.n) *chunk_at(item) = padding.words;
       });
     }
-    __syncthreads();
+    H::sync();
   }
 
   // Asks the copy engine for the row at `data`; nothing in shared memory is being read any more.
@@ -158,7 +166,7 @@ class ResidentRow {
       }
     });
     release();
-    __syncthreads();
+    H::sync();
   }
 
   // Every element negated; each thread reads none but its own.
@@ -282,17 +290,27 @@ class ResidentSink {
  public:
   __device__ ResidentSink(void* row, const Mapping<H>& map, bool aligned)
       : row_(static_cast<Raw*>(row)), map_(map), aligned_(aligned) {}
-  __device__ __forceinline__ void store(int item, const Chunk<S>& chunk) const {
+  // f(item) is the calling thread's chunk.
+  template <class F>
+  __device__ __forceinline__ void fill(const ResidentRow<H>& row, F f) const {
     if (!H::ragged && aligned_) {
-      const int32_t index = map_.index(item, 0);
-      if (index < map_.n) store_global(row_ + index, chunk.words);
+      const int32_t first = map_.index(0, 0), step = map_.index(1, 0) - first;
+      const int mine = first < map_.n ? (map_.n - first + step - 1) / step : 0;
+      Raw* to = row_ + first;
+      row.for_each([&](int item) {
+        const Chunk<S> chunk = f(item);
+        if (item < mine) store_global(to + int64_t(item) * step, chunk.words);
+      });
       return;
     }
+    row.for_each([&](int item) {
+      const Chunk<S> chunk = f(item);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const int32_t index = map_.index(item, i);
-      if (index < map_.n) row_[index] = chunk.raw(i);
-    }
+      for (int i = 0; i < kSize; ++i) {
+        const int32_t index = map_.index(item, i);
+        if (index < map_.n) row_[index] = chunk.raw(i);
+      }
+    });
   }
 
  private:

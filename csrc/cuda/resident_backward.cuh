@@ -1,40 +1,88 @@
 // The backward of p for rows that one block, or a cluster of blocks, holds in shared memory.
 //
 // One pass over memory: the copy engine brings x and v, grad_x is written. In between three sweeps
-// over shared memory: the pivot; the sums; the output. With u = v - v_pivot, and t relative to r_A
-// on side A and to r_B on side B in units of alpha ln 2, the sums are <q, t>, <q, u>, <q, t u> and
-// the part of <q, u> that is A's. Relative to one origin t on B is less by o, the distance between
-// the sides, so
+// over shared memory: the pivot; the sums; the output. With u = v - v_pivot and t = (x - m) / alpha
+// in units of ln 2, the sums are <q, t>, <q, u> and <q, t u>. Where r_A and r_B are close, m lies
+// between them (exponent.cuh). Where they are not, t is taken relative to r_A on side A and to r_B
+// on side B, and the part of <q, u> that is A's is summed too: relative to one origin t on B is
+// less by o, the distance between the sides, so
 //
 //   <q, (t - <q, t>)(u - <q, u>)> = <q, t u> - <q, t> <q, u> - o (w_A <q, u>_B - w_B <q, u>_A)
 //
-// with w the share of q on a side. A v where q = 0 counts unless it makes a sum infinite or NaN:
-// then the row is done again by the careful way (backward_row.cuh).
+// with w the share of q on a side; and chunks whose every q is 0 are left out of the sums. In a
+// cluster each block has a pivot of its own, and the sums are shifted to the first one's when they
+// are put together; so the blocks meet once. A v where q = 0 counts unless it makes a sum infinite
+// or NaN: then the row is done again by the careful way (backward_row.cuh).
+//
+// The ladder, in fractions of 1.5 copies (H200, alpha = 1e-2, float32 n = 4096 | 16384 | 65536,
+// bfloat16 n = 16384):
+//   0.60 | 0.49 | 0.46 | 0.40  the careful sums called inside, threads that fill shared memory
+//   0.92 | 0.72 | 0.62 | 0.71  bulk copies, no calls, three cluster barriers a row
+//   0.93 | 0.76 | 0.70 | 0.83  one fused operation an exponent, chunks without weight left out
+//   0.94 | 0.86 | 0.75 | 0.86  one message a row, registers for as many blocks as fit
+//   0.94 | 0.90 | 0.76 | 0.86  sums by fused operations
+// What did not help: asking for each quarter of the next row as soon as that of the last is written
+// (0.91 | 0.66 | 0.61); smaller parts in larger clusters (0.93 | 0.64 | 0.53).
 #pragma once
 
 #include "backward_row.cuh"
+#include "exponent.cuh"
 #include "few.cuh"
 #include "resident.cuh"
 
 namespace softtopk::cuda {
 
 struct Moments {
-  float t, u, tu, u_A;
+  float q, t, u, tu;  // sums of q, q t, q u, q t u
+  float q_A, u_A;     // the parts of side A of the first and the third, where they are needed
   __device__ void combine(const Moments& other) {
+    q += other.q;
     t += other.t;
     u += other.u;
     tu += other.tu;
+    q_A += other.q_A;
     u_A += other.u_A;
+  }
+  // For u less by `step` everywhere.
+  __device__ void shift(float step) {
+    u -= step * q;
+    tu -= step * t;
+    u_A -= step * q_A;
   }
 };
 
+// A block's pivot: the first element of the largest q.
+struct Pivot {
+  int32_t index;
+  float v;
+};
+
+// What a block of a cluster tells the others.
+struct Share {
+  Pivot pivot;
+  Moments sums;  // relative to it
+};
+
+template <class H>
 struct BackwardShared {
   uint64_t barriers[2];
-  int32_t first_of_warps[kMostThreads / 32];
-  int2 pivots[kMostBlocks];  // index, bits of v
-  Moments of_warps[kMostThreads / 32];
-  Moments moments[kMostBlocks];
+  int32_t first_of_warps[H::threads / 32];
+  Moments of_warps[H::threads / 32];
+  uint64_t mailboxes[2];
+  Share shares[2][H::C::many ? kMostBlocks : 1];  // of two rows: a block may be ahead by one
 };
+
+// The lowest index of a chunk's elements that equal `value`.
+template <class H, int N>
+__device__ __forceinline__ int32_t first_index(const Mapping<H>& map, const float (&x)[N], int item,
+                                               float value) {
+  int32_t first = map.n;
+#pragma unroll
+  for (int i = N - 1; i >= 0; --i) {
+    if (x[i] == value) first = min(first, map.index(item, i));
+  }
+  return first;
+}
 
 // The mark of a row that is left to be done the careful way, in the place of grad_k: a NaN of no
 // computation.
@@ -63,15 +111,22 @@ __global__ void __launch_bounds__(256, 4) backward_careful(const BackwardArgs ar
   }
 }
 
+// As many blocks as fit on chip: registers must suffice for them.
 template <class H>
-__global__ void __launch_bounds__(H::threads, 1024 / H::threads)
+inline constexpr int kBackwardBlocks = H::threads == 256   ? 3
+                                       : H::threads == 128 ? 7
+                                                           : 13;
+
+template <class H>
+__global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
     backward_resident(const BackwardArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ BackwardShared shared;
+  __shared__ BackwardShared<H> shared;
   using S = typename H::S;
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
-  constexpr int kSize = Chunk<S>::size;
+  constexpr int kSize = Chunk<S>::size, kWarps = H::threads / 32;
+  constexpr float kLog2e = 1.4426950408889634f;
   const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
   const Mapping<H> map{n};
   const int64_t step = int64_t(gridDim.x) / C::size();
@@ -87,123 +142,198 @@ __global__ void __launch_bounds__(H::threads, 1024 / H::threads)
 
   ResidentRow<H> x_row(memory, &shared.barriers[0], map);
   ResidentRow<H> v_row(memory + x_row.slot_bytes(), &shared.barriers[1], map, true);
+  Mailbox mailboxes[2] = {Mailbox(&shared.mailboxes[0]), Mailbox(&shared.mailboxes[1])};
   C::sync();
 
-  for (int64_t r = int64_t(blockIdx.x) / C::size(); r < args.x.rows; r += step) {
-    const bool x_fed = fed(r, args.wide_x, args.x.stride);
-    const bool v_fed = fed(r, args.wide_v, args.v_stride);
-    if (x_fed) x_row.ask(x_at(r));
-    if (v_fed) v_row.ask(v_at(r));
+  int parity = 0;
+  const int64_t first_row = int64_t(blockIdx.x) / C::size();
+  bool x_fed = fed(first_row, args.wide_x, args.x.stride);
+  bool v_fed = fed(first_row, args.wide_v, args.v_stride);
+  if (x_fed) x_row.ask(x_at(first_row));
+  if (v_fed) v_row.ask(v_at(first_row));
+  for (int64_t r = first_row; r < args.x.rows; r += step) {
     const float* solution = static_cast<const float*>(args.solution) + 5 * r;
     const Solution<float> s = {solution[0], solution[1], solution[2], solution[3], solution[4]};
     const float alpha = float(per_row(args.alpha, r));
-    constexpr float kLog2e = 1.4426950408889634f;
     const float rate = kLog2e / alpha;
     const Densities<float> d = quick_densities(s, rate);
     const float r_A = fabsf(s.r_A) < infinity<float> ? s.r_A : 0,
                 r_B = fabsf(s.r_B) < infinity<float> ? s.r_B : 0;
+    const Origin origin(s.r_A, s.r_B, rate, 4);
     if (!x_fed) x_row.copy(x_at(r), args.wide_x);
     if (!v_fed) v_row.copy(v_at(r), args.wide_v);
     if (x_fed) x_row.wait();
     if (v_fed) v_row.wait();
     if (!args.x.largest) x_row.negate();
+    x_fed = fed(r + step, args.wide_x, args.x.stride);
+    v_fed = fed(r + step, args.wide_v, args.v_stride);
 
     bool done = false;
     if (s.D == s.D && (s.P > 0 || s.Q > 0) && rate > 1e-36f && rate < 1e36f) {
-      // The pivot: the first element with e = 1 on the side of the larger q.
-      const float at_A = d.q_A >= d.q_B ? s.r_A : nan<float>,
-                  at_B = d.q_B >= d.q_A ? s.r_B : nan<float>;
+      // The pivot, and where the sides are far apart, the chunks in which any q is not 0.
+      const float at_pivot = d.q_A >= d.q_B ? s.r_A : s.r_B;
       int32_t first = n;
-      x_row.for_each([&](int item) {
-        float x[kSize];
-        x_row.read(item, x);
+      uint32_t weighty = ~0u;
+      if (origin.serves) {
+        x_row.for_each([&](int item) {
+          float x[kSize];
+          x_row.read(item, x);
+          bool here = false;
 #pragma unroll
-        for (int i = kSize - 1; i >= 0; --i) {
-          if (x[i] == at_A || x[i] == at_B) first = min(first, map.index(item, i));
-        }
-      });
+          for (int i = 0; i < kSize; ++i) here = here || x[i] == at_pivot;
+          if (here) first = min(first, first_index(map, x, item, at_pivot));
+        });
+      } else {
+        const float reach = 127 / rate, least = s.r_B - reach, most = s.r_A + reach;
+        weighty = 0;
+        x_row.for_each([&](int item) {
+          float x[kSize];
+          x_row.read(item, x);
+          bool here = false;
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) here = here || (x[i] >= least && x[i] <= most);
+          if (here) {
+            weighty |= 1u << item;
+            first = min(first, first_index(map, x, item, at_pivot));
+          }
+        });
+      }
       first = __reduce_min_sync(~0u, first);
       if (t % 32 == 0) shared.first_of_warps[t / 32] = first;
-      __syncthreads();
+      H::sync();
 #pragma unroll
-      for (int warp = 0; warp < H::threads / 32; ++warp)
-        first = min(first, shared.first_of_warps[warp]);
-      float v_pivot = first < n ? v_row.element(first) : 0;
-      if constexpr (C::many) {
-        if (t < C::size())
-          *C::at(&shared.pivots[C::rank()], t) = make_int2(first, __float_as_int(v_pivot));
-        C::sync();
-        int2 pivot = shared.pivots[0];
-        for (int block = 1; block < C::size(); ++block) {
-          if (shared.pivots[block].x < pivot.x) pivot = shared.pivots[block];
-        }
-        v_pivot = __int_as_float(pivot.y);
-      }
+      for (int warp = 0; warp < kWarps; ++warp) first = min(first, shared.first_of_warps[warp]);
+      Pivot pivot = {first, first < n ? v_row.element(first) : 0};
 
-      Moments sums = {0, 0, 0, 0};
-      x_row.for_each([&](int item) {
-        float x[kSize], v[kSize], qt[kSize], qu[kSize], qtu[kSize];
-        x_row.read(item, x);
-        v_row.read(item, v);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          const bool above = x[i] >= s.r_A;
-          const float t = fmaxf(-fabsf(x[i] - (above ? r_A : r_B)) * rate, -200.0f);
-          const float q = (above ? d.q_A : d.q_B) * faster_exp2(t);
-          qu[i] = q * (v[i] - v_pivot);
-          qt[i] = q * (above ? -t : t);
-          qtu[i] = (above ? -t : t) * qu[i];
-          if (above) sums.u_A += qu[i];
-        }
-        sums.t += tree_sum(qt);
-        sums.u += tree_sum(qu);
-        sums.tu += tree_sum(qtu);
-      });
-#pragma unroll
-      for (int mask = 16; mask > 0; mask /= 2) sums.combine(from_lane_xor(sums, mask));
-      if (t % 32 == 0) shared.of_warps[t / 32] = sums;
-      __syncthreads();
-      sums = shared.of_warps[0];
-#pragma unroll
-      for (int warp = 1; warp < H::threads / 32; ++warp) sums.combine(shared.of_warps[warp]);
-      if constexpr (C::many) {
-        if (t < C::size()) *C::at(&shared.moments[C::rank()], t) = sums;
-        C::sync();
-        sums = shared.moments[0];
-        for (int i = 1; i < C::size(); ++i) sums.combine(shared.moments[i]);
-      }
-      const float mean_u = sums.u, mean_t = sums.t;
-      const float cross = d.q_A * s.P * (sums.u - sums.u_A) - d.q_B * s.Q * sums.u_A;
-      float covariance = sums.tu - mean_t * mean_u;
-      if (cross != 0 && s.P > 0 && s.Q > 0) covariance -= (r_A - r_B) * rate * cross;
-      done = fabsf(mean_u) + fabsf(mean_t) + fabsf(covariance) < infinity<float>;
-      if (done) {
-        if (t == 0 && C::rank() == 0) {
-          static_cast<float*>(args.grad_k)[r] = v_pivot + mean_u;
-          static_cast<float*>(args.grad_alpha)[r] =
-              d.R == 0 ? 0.0f : -(d.R * covariance / (kLog2e * alpha));
-        }
-        const float sign = args.x.largest ? 1.0f : -1.0f;
-        const float per_alpha = sign / kLog2e * rate, s_A = d.h_A * per_alpha,
-                    s_B = d.h_B * per_alpha;
-        const ResidentSink<H> sink(static_cast<Raw*>(args.grad_x) + r * n, map, args.wide_grad);
+      Moments sums = {0, 0, 0, 0, 0, 0};
+      if (origin.serves) {
+        const float q_A = origin.of_A(d.q_A), q_B = origin.of_B(d.q_B);
+        Moments parts[2] = {};
         x_row.for_each([&](int item) {
           float x[kSize], v[kSize];
           x_row.read(item, x);
           v_row.read(item, v);
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
-            const bool above = x[i] >= s.r_A;
-            const float e = faster_exp2(-fabsf(x[i] - (above ? r_A : r_B)) * rate);
-            x[i] = (above ? s_A : s_B) * e * (v[i] - v_pivot - mean_u);
+            const float z = fmaxf(origin.z(x[i]), -200.0f);
+            const float q = (x[i] >= s.r_A ? q_A : q_B) * faster_exp2(-fabsf(z));
+            const float qu = q * (v[i] - pivot.v);
+            Moments& part = parts[i % 2];
+            if constexpr (C::many) part.q += q;
+            part.t = fmaf(q, z, part.t);
+            part.u += qu;
+            part.tu = fmaf(qu, z, part.tu);
           }
-          sink.store(item, Chunk<S>::of(x));
         });
+        sums = parts[0];
+        sums.combine(parts[1]);
+      } else {
+        for (uint32_t left = weighty; left != 0; left &= left - 1) {
+          const int item = __ffs(int(left)) - 1;
+          float x[kSize], v[kSize];
+          x_row.read(item, x);
+          v_row.read(item, v);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) {
+            const bool above = x[i] >= s.r_A;
+            const float t = fminf(fmaxf((x[i] - (above ? r_A : r_B)) * rate, -200.0f), 200.0f);
+            const float q = (above ? d.q_A : d.q_B) * faster_exp2(-fabsf(t));
+            const float qu = q * (v[i] - pivot.v);
+            sums.q += q;
+            sums.t += q * t;
+            sums.u += qu;
+            sums.tu += qu * t;
+            if (above) {
+              sums.q_A += q;
+              sums.u_A += qu;
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2) sums.combine(from_lane_xor(sums, mask));
+      if constexpr (kWarps > 1) {
+        if (t % 32 == 0) shared.of_warps[t / 32] = sums;
+        __syncthreads();
+        sums = shared.of_warps[0];
+#pragma unroll
+        for (int warp = 1; warp < kWarps; ++warp) sums.combine(shared.of_warps[warp]);
+      }
+      if constexpr (C::many) {
+        const Share* shares = shared.shares[parity];
+        const Share mine = {pivot, sums};
+        if (parity == 0) {
+          if (t < C::size()) mailboxes[0].send(&shared.shares[0][C::rank()], t, mine);
+          mailboxes[0].receive(C::size() * sizeof(Share));
+        } else {
+          if (t < C::size()) mailboxes[1].send(&shared.shares[1][C::rank()], t, mine);
+          mailboxes[1].receive(C::size() * sizeof(Share));
+        }
+        for (int b = 0; b < C::size(); ++b) {
+          if (shares[b].pivot.index < pivot.index) pivot = shares[b].pivot;
+        }
+        sums = {0, 0, 0, 0, 0, 0};
+        for (int b = 0; b < C::size(); ++b) {
+          Moments of_block = shares[b].sums;
+          of_block.shift(pivot.v - shares[b].pivot.v);
+          sums.combine(of_block);
+        }
+        parity ^= 1;
+      }
+      const float mean_u = sums.u, mean_t = sums.t;
+      float covariance = sums.tu - mean_t * mean_u;
+      const float cross = d.q_A * s.P * (sums.u - sums.u_A) - d.q_B * s.Q * sums.u_A;
+      if (!origin.serves && cross != 0 && s.P > 0 && s.Q > 0) {
+        covariance -= (r_A - r_B) * rate * cross;
+      }
+      done = fabsf(mean_u) + fabsf(mean_t) + fabsf(covariance) < infinity<float>;
+      if (done) {
+        if (t == 0 && C::rank() == 0) {
+          static_cast<float*>(args.grad_k)[r] = pivot.v + mean_u;
+          static_cast<float*>(args.grad_alpha)[r] =
+              d.R == 0 ? 0.0f : -(d.R * covariance / (kLog2e * alpha));
+        }
+        const float per_alpha = (args.x.largest ? rate : -rate) / kLog2e;
+        const ResidentSink<H> sink(static_cast<Raw*>(args.grad_x) + r * n, map, args.wide_grad);
+        const float s_A = (origin.serves ? origin.of_A(d.h_A) : d.h_A) * per_alpha,
+                    s_B = (origin.serves ? origin.of_B(d.h_B) : d.h_B) * per_alpha;
+        if (origin.serves) {
+          sink.fill(x_row, [&](int item) {
+            float x[kSize], v[kSize];
+            x_row.read(item, x);
+            v_row.read(item, v);
+#pragma unroll
+            for (int i = 0; i < kSize; ++i) {
+              const float e = faster_exp2(-fabsf(origin.z(x[i])));
+              x[i] = (x[i] >= s.r_A ? s_A : s_B) * e * (v[i] - pivot.v - mean_u);
+            }
+            return Chunk<S>::of(x);
+          });
+        } else {
+          sink.fill(x_row, [&](int item) {
+            float x[kSize] = {};
+            if (weighty >> item & 1) {
+              float v[kSize];
+              x_row.read(item, x);
+              v_row.read(item, v);
+#pragma unroll
+              for (int i = 0; i < kSize; ++i) {
+                const bool above = x[i] >= s.r_A;
+                const float e = faster_exp2(-fabsf(x[i] - (above ? r_A : r_B)) * rate);
+                x[i] = (above ? s_A : s_B) * e * (v[i] - pivot.v - mean_u);
+              }
+            }
+            return Chunk<S>::of(x);
+          });
+        }
       }
     }
     if (!done && t == 0 && C::rank() == 0) static_cast<uint32_t*>(args.grad_k)[r] = kLeftBackward;
-    C::sync();  // the row has been read, and so have the sums
+    H::sync();  // the row has been read
+    if (x_fed) x_row.ask(x_at(r + step));
+    if (v_fed) v_row.ask(v_at(r + step));
   }
+  C::sync();  // a block that has left can no longer be written to
 }
 
 }  // namespace softtopk::cuda

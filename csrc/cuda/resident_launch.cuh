@@ -15,28 +15,36 @@ namespace softtopk::cuda {
 struct Plan {
   int blocks = 0;      // that share a row; 0: it does not fit
   int threads = 0;     // of a block
-  int room = 0;        // candidates of a block
+  int room = 0;        // floats of a block besides its part of the row
   int64_t shared = 0;  // bytes of dynamic shared memory
 };
 
-// For `arrays` rows of n elements of `size` bytes at a time. A row is spread over more blocks,
-// where there are clusters, until three blocks fit on a multiprocessor: one waits while another
-// works.
-inline Plan plan_resident(int64_t n, int64_t size, int arrays, bool searches,
-                          const Device& device) {
+// What a kernel asks of its plan.
+struct Demand {
+  int arrays;      // rows at a time
+  int64_t part;    // bytes of a block's part of them, where a cluster can be larger
+  int threads[3];  // of a block alone with up to 512, 1024, 2048 chunks; 256 in all others
+  int room[3];     // of a block alone with up to 512, 1024, more chunks
+  int room_of_cluster;
+};
+
+// A row is spread over more blocks, where there are clusters, until the parts are as small as is
+// asked for: then three blocks fit on a multiprocessor, and one waits while another works.
+inline Plan plan_resident(int64_t n, int64_t size, const Demand& demand, const Device& device) {
   const int64_t chunks = (n * size + 15) / 16;
   Plan plan;
   for (int blocks = 1; blocks <= device.cluster_blocks; blocks *= 2) {
     const int64_t each = (chunks + blocks - 1) / blocks;
-    const int threads = blocks == 1 && each <= 1024 ? 128 : 256;
+    const bool alone = blocks == 1;
+    const int length = each <= 512 ? 0 : each <= 1024 ? 1 : 2;
+    const int threads = alone && each <= 2048 ? demand.threads[length] : 256;
     const int64_t items = (each + threads - 1) / threads;
-    const int64_t slot = items * (threads * 16 + (blocks > 1 ? 16 : 0)) + 16;
-    const int64_t elements = each * 16 / size;
-    const int room = !searches ? 0 : elements <= 4096 ? 1024 : 2304;
-    const int64_t shared = arrays * slot + 4 * room;
+    const int64_t slot = items * (threads * 16 + (alone ? 0 : 16)) + 16;
+    const int room = alone ? demand.room[length] : demand.room_of_cluster;
+    const int64_t shared = demand.arrays * slot + 4 * room;
     if (shared + 4096 > device.shared_limit || items > kMostItems) continue;
     plan = {blocks, threads, room, shared};
-    if (searches ? elements <= 16384 : arrays * each * 16 <= 65536) break;
+    if (demand.arrays * each * 16 <= demand.part) break;
   }
   return plan;
 }
@@ -96,14 +104,13 @@ void launch_resident(void (*kernel)(Args), Args args, int64_t rows, const Plan& 
   check(cudaLaunchKernelExC(&config, function, pointers), "kernel launch");
 }
 
-// Calls f(H) for the Sharing of a plan.
-template <class S, class F>
+// Calls f(H) for the Sharing of a plan, whose blocks of no cluster have one of THREADS threads.
+template <class S, int... THREADS, class F>
 void with_sharing(const Plan& plan, int64_t n, F f) {
   const auto with_ragged = [&](auto ragged) {
     constexpr bool kRagged = decltype(ragged)::value;
     if (plan.blocks > 1) return f(Sharing<S, Cluster, 256, kRagged>());
-    if (plan.threads == 128) return f(Sharing<S, NoCluster, 128, kRagged>());
-    return f(Sharing<S, NoCluster, 256, kRagged>());
+    ((plan.threads == THREADS ? f(Sharing<S, NoCluster, THREADS, kRagged>()) : void()), ...);
   };
   n % Chunk<S>::size != 0 ? with_ragged(std::true_type()) : with_ragged(std::false_type());
 }

@@ -15,6 +15,12 @@
 namespace softtopk::cuda {
 namespace {
 
+constexpr Demand kQuick = {1, 65536, {32, 32, 128}, {512, 512, 1024}, 2304};
+// The candidates of a large k are a share of the elements: 16384 of those are a part.
+constexpr Demand careful_demand(int64_t size) {
+  return {1, 16384 * size, {128, 128, 256}, {1024, size == 2 ? 2304 : 1024, 2304}, 2176};
+}
+
 template <class S, class L>
 __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
     forward_kernel(const ForwardArgs args) {
@@ -74,14 +80,17 @@ template <class S>
 void forward(ForwardArgs args, const Device& device, void* stream) {
   const Rows& x = args.x;
   if constexpr (sizeof(S) <= 4) {
-    const Plan plan = plan_resident(x.n, sizeof(S), 1, true, device);
-    if (x.n * sizeof(S) > 256 * 16 && plan.blocks > 0) {
+    const Plan quick = plan_resident(x.n, sizeof(S), kQuick, device),
+               careful = plan_resident(x.n, sizeof(S), careful_demand(sizeof(S)), device);
+    if (x.n * sizeof(S) > 256 * 16 && quick.blocks > 0 && careful.blocks > 0) {
       args.fed = device.fed();
-      args.room = plan.room;
-      return with_sharing<S>(plan, x.n, [&](auto sharing) {
-        launch_resident(forward_quick<decltype(sharing)>, args, x.rows, plan, device, stream);
-        launch_resident(forward_careful<decltype(sharing)>, args, (x.rows + 31) / 32, plan, device,
-                        stream);
+      args.room = quick.room;
+      with_sharing<S, 32, 128, 256>(quick, x.n, [&](auto sharing) {
+        launch_resident(forward_quick<decltype(sharing)>, args, x.rows, quick, device, stream);
+      });
+      args.room = careful.room;
+      return with_sharing<S, 128, 256>(careful, x.n, [&](auto sharing) {
+        launch_resident(forward_careful<decltype(sharing)>, args, x.rows, careful, device, stream);
       });
     }
   }
