@@ -2,6 +2,7 @@
 
     python -m benchmarks.sanitizers                     # writes results/sanitizers-GPU.json
     python -m benchmarks.sanitizers --tools racecheck --processes 30   # the slowest alone: CPU-bound
+    python -m benchmarks.sanitizers --tools racecheck --continue       # what ran out of --seconds
 
 memcheck and initcheck run without torch's caching allocator, whose blocks would hide an access
 beyond a tensor or memory that was never written, and so without the tests that capture a CUDA graph;
@@ -57,27 +58,44 @@ def run(tool: str, tests: list[str], seconds: float, gpu: int) -> dict:
     command += [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, *tests]
     environment = os.environ | environment | {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(
+        ended = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
         )
-        code, printed = done.returncode, done.stdout + done.stderr
+        code, printed = ended.returncode, ended.stdout + ended.stderr
     except subprocess.TimeoutExpired as expired:
         code, printed = None, ((expired.stdout or b"") + (expired.stderr or b"")).decode()
-    counts = Counter(map(str.lower, re.findall(r"^\S+::.* (PASSED|FAILED|SKIPPED|ERROR)\b", printed, re.M)))
-    counts["unfinished"] = len(tests) - counts.total()
+    done = dict(re.findall(r"^(\S+::.*) (PASSED|FAILED|SKIPPED|ERROR)\b", printed, re.M))
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)", printed)
     # Without a summary, as of a process that was stopped, what had been printed counts.
     errors = sum(map(int, summaries)) or len(re.findall(r"^========= Error: ", printed, re.M))
     if code != 0:
         print(f"--- {tool}\n{printed[-4000:]}", flush=True)
-    return {"exit_code": code, "tests": counts, "errors": errors}
+    return {
+        "exit_code": code,
+        "tests": Counter(map(str.lower, done.values())),
+        "errors": errors,
+        "unfinished": [test for test in tests if test not in done],
+    }
 
 
 def together(tool: str, parts: list[dict]) -> dict:
-    tests = sum((part["tests"] for part in parts), Counter())
-    codes = sorted({part["exit_code"] for part in parts}, key=str)
-    errors = sum(part["errors"] for part in parts)
-    return {"tool": tool, "exit_codes": codes, "tests": dict(tests), "errors": errors}
+    """One row of several parts; what was stopped (exit code None) is left to --continue."""
+    return {
+        "tool": tool,
+        "exit_codes": sorted({part["exit_code"] for part in parts} - {None}),
+        "tests": dict(sum((Counter(part["tests"]) for part in parts), Counter())),
+        "errors": sum(part["errors"] for part in parts),
+        "commit": commit(),
+        "unfinished": [test for part in parts for test in part["unfinished"]],
+    }
+
+
+def continued(before: dict, row: dict) -> dict:
+    return row | {
+        "exit_codes": sorted({*before["exit_codes"], *row["exit_codes"]}),
+        "tests": dict(Counter(before["tests"]) + Counter(row["tests"])),
+        "errors": before["errors"] + row["errors"],
+    }
 
 
 def main() -> None:
@@ -89,12 +107,24 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=4, help="of each tool, side by side")
     parser.add_argument("--seconds", type=float, default=3600, help="limit of each process")
+    parser.add_argument(
+        "--continue", action="store_true", dest="go_on", help="with the tests that were unfinished"
+    )
     parser.add_argument("--gpus", type=int, nargs="+", help="which GPUs; default: all")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/sanitizers-GPU.json")
     args = parser.parse_args()
     gpus = args.gpus or range(torch.cuda.device_count())
+    path = args.out or RESULTS / f"sanitizers-{device_label('cuda')}.json"
+    before = {row["tool"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    if args.go_on:
+        for tool in args.tools:
+            if tool not in before or before[tool]["commit"] != commit():
+                parser.error(f"{path} has no row of {tool} at commit {commit()} to continue")
     with ThreadPoolExecutor(len(TOOLS) * args.processes) as pool:
-        tests = dict(zip(args.tools, pool.map(collect, args.tools), strict=True))
+        if args.go_on:
+            tests = {tool: before[tool]["unfinished"] for tool in args.tools}
+        else:
+            tests = dict(zip(args.tools, pool.map(collect, args.tools), strict=True))
         running = {
             tool: [
                 pool.submit(run, tool, names[i :: args.processes], args.seconds, gpus[i % len(gpus)])
@@ -103,13 +133,12 @@ def main() -> None:
             for tool, names in tests.items()
         }
         rows = [together(tool, [part.result() for part in parts]) for tool, parts in running.items()]
+    if args.go_on:
+        rows = [continued(before[row["tool"]], row) for row in rows]
     for row in rows:
-        print(row)
-    path = args.out or RESULTS / f"sanitizers-{device_label('cuda')}.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [row for row in kept if row["tool"] not in args.tools]
-    write(path, kept + [row | {"commit": commit()} for row in rows])
-    sys.exit(any(row["exit_codes"] != [0] or row["errors"] for row in rows))
+        print({**row, "unfinished": len(row["unfinished"])})
+    write(path, [*(row for tool, row in before.items() if tool not in args.tools), *rows])
+    sys.exit(any(row["exit_codes"] != [0] or row["errors"] or row["unfinished"] for row in rows))
 
 
 if __name__ == "__main__":

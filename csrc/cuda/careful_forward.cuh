@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(H::threads, H::threads == 256 ? 3 : 8)
         row.negate();
         __syncthreads();
       }
-      const Budget k = {int32_t(exact_k), float(exact_k - int32_t(exact_k))};
+      const Budget k(exact_k);
       constexpr int32_t kSample = kSampleOfThread * H::threads;
       take_sample(row, candidates);
       const Limits window = window_of_sample<kGrain>(

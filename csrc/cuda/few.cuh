@@ -20,10 +20,12 @@ __device__ __forceinline__ float quick_hypot(float a, float b) {
   return most * quick_sqrt(1 + ratio * ratio);
 }
 
-// k as a whole number and the rest, so that a count less k is exact.
+// k as the nearest whole number and the rest, so that a count less k is exact, also next to a whole
+// number.
 struct Budget {
   int32_t whole;
   float rest;
+  __device__ explicit Budget(double k) : whole(int32_t(rint(k))), rest(float(k - whole)) {}
   __device__ float excess(int32_t count) const { return float(count - whole) - rest; }
 };
 

@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
       row.copy(data(r), args.wide_x);
     }
     if (!args.x.largest) row.negate();
-    const Budget k = {int32_t(exact_k), float(exact_k - int32_t(exact_k))};
+    const Budget k(exact_k);
 
     uint32_t key[kKeysOf<H>];
     keys_of_maxima(row, key);
