@@ -118,7 +118,7 @@ def main() -> None:
     before = {row["tool"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     if args.go_on:
         for tool in args.tools:
-            if tool not in before or before[tool]["commit"] != commit():
+            if before.get(tool, {}).get("commit") != commit():
                 parser.error(f"{path} has no row of {tool} at commit {commit()} to continue")
     with ThreadPoolExecutor(len(TOOLS) * args.processes) as pool:
         if args.go_on:
