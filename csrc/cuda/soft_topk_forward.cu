@@ -7,12 +7,17 @@
 // Bytes: x is read once and p written once where a row fits on chip; a longer one is read again on
 // each of the search's sweeps (about 8), and the log domain reads x twice.
 // Layout: rows of up to 256 chunks are a warp's, in registers; those that fit on chip a block's or
-// a cluster's (resident_forward.cuh); the rest, and float64, a block's.
+// a cluster's (quick_forward.cuh); the rest, and float64, a block's.
 #include "log_domain.cuh"
 #include "quick_forward.cuh"
 #include "resident_launch.cuh"
 
 namespace softtopk::cuda {
+
+// In careful_forward.cu.
+template <class S>
+void launch_careful(ForwardArgs args, const Plan& plan, const Device& device, void* stream);
+
 namespace {
 
 constexpr Demand kQuick = {1, 65536, {32, 32, 128}, {512, 512, 1024}, 2304};
@@ -88,10 +93,7 @@ void forward(ForwardArgs args, const Device& device, void* stream) {
       with_sharing<S, 32, 128, 256>(quick, x.n, [&](auto sharing) {
         launch_resident(forward_quick<decltype(sharing)>, args, x.rows, quick, device, stream);
       });
-      args.room = careful.room;
-      return with_sharing<S, 128, 256>(careful, x.n, [&](auto sharing) {
-        launch_resident(forward_careful<decltype(sharing)>, args, x.rows, careful, device, stream);
-      });
+      return launch_careful<S>(args, careful, device, stream);
     }
   }
   with_layout<1, sizeof(S) == 8>(x.n, sizeof(S), device.shared_limit,

@@ -1,0 +1,28 @@
+"""benchmarks/sanitizers.py: what is written down of runs that ended, were stopped, or go on."""
+
+from benchmarks.sanitizers import continued, together
+
+
+def part(code, errors=0, unfinished=(), **tests):
+    return {"exit_code": code, "tests": tests, "errors": errors, "unfinished": list(unfinished)}
+
+
+def test_parts_are_added_up():
+    row = together("racecheck", [part(0, passed=3), part(9, errors=2, passed=1, failed=1)])
+    assert row["exit_codes"] == [0, 9]
+    assert row["tests"] == {"passed": 4, "failed": 1}
+    assert (row["errors"], row["unfinished"]) == (2, [])
+
+
+def test_a_stopped_part_leaves_its_tests_and_no_exit_code():
+    row = together("racecheck", [part(0, passed=3), part(None, unfinished=["a.py::x", "a.py::y"], passed=1)])
+    assert row["exit_codes"] == [0]
+    assert row["unfinished"] == ["a.py::x", "a.py::y"]
+
+
+def test_going_on_keeps_what_was_found_before():
+    before = together("racecheck", [part(9, errors=1, unfinished=["a.py::x"], passed=2)])
+    row = continued(before, together("racecheck", [part(0, passed=1)]))
+    assert row["exit_codes"] == [0, 9]
+    assert row["tests"] == {"passed": 3}
+    assert (row["errors"], row["unfinished"]) == (1, [])
