@@ -16,13 +16,13 @@
 //
 // The ladder, in fractions of 1.5 copies (H200, alpha = 1e-2, float32 n = 4096 | 16384 | 65536,
 // bfloat16 n = 16384):
-//   0.60 | 0.49 | 0.46 | 0.40  the careful sums called inside, threads that fill shared memory
+//   0.66 | 0.49 | 0.46 | 0.45  rows that the threads load, with the careful sums
 //   0.92 | 0.72 | 0.62 | 0.71  bulk copies, no calls, three cluster barriers a row
 //   0.93 | 0.76 | 0.70 | 0.83  one fused operation an exponent, chunks without weight left out
-//   0.94 | 0.86 | 0.75 | 0.86  one message a row, registers for as many blocks as fit
+//   0.94 | 0.86 | 0.75 | 0.85  one message a row, registers for as many blocks as fit
 //   0.94 | 0.90 | 0.76 | 0.86  sums by fused operations
 // What did not help: asking for each quarter of the next row as soon as that of the last is written
-// (0.91 | 0.66 | 0.61); smaller parts in larger clusters (0.93 | 0.64 | 0.53).
+// (0.91 | 0.66 | 0.61); smaller parts in larger clusters (0.64 | 0.53 at n = 16384 | 65536).
 #pragma once
 
 #include "backward_row.cuh"
