@@ -8,6 +8,26 @@ namespace softtopk::cuda {
 
 inline constexpr int kMostBlocks = 16;  // of a cluster; 8 where a GPU promises no more
 
+// Waits until a barrier of the copy engine or of messages, at a shared address, has passed `phase`,
+// and makes that the next one.
+__device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t& phase) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(barrier), "r"(phase)
+        : "memory");
+  }
+  phase ^= 1;
+#endif
+}
+
 // Where a block waits for messages of the others. A message is stored in its shared memory together
 // with the count of its bytes, so neither side needs a barrier or a fence, which would wait for all
 // that was written to memory before. Messages of one phase must not meet those of the next: a block
@@ -53,20 +73,8 @@ class Mailbox {
       asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier_), "r"(bytes)
                    : "memory");
     }
-    uint32_t done = 0;
-    while (!done) {
-      asm volatile(
-          "{\n"
-          ".reg .pred p;\n"
-          "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, p;\n"
-          "}"
-          : "=r"(done)
-          : "r"(barrier_), "r"(phase_)
-          : "memory");
-    }
-    phase_ ^= 1;
 #endif
+    wait_for(barrier_, phase_);
   }
 
  private:
@@ -79,7 +87,6 @@ struct NoCluster {
   __device__ static int rank() { return 0; }
   __device__ static int size() { return 1; }
   __device__ static void sync() { __syncthreads(); }
-  __device__ static void meet() { __syncthreads(); }
   template <class A>
   __device__ static A* at(A* mine, int) {
     return mine;
@@ -105,13 +112,6 @@ struct Cluster {
   __device__ static void sync() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                     : "memory");
-#endif
-  }
-  // The same for those who have only read: what they wrote to memory need not have arrived.
-  __device__ static void meet() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::
                      : "memory");
 #endif
   }

@@ -15,8 +15,7 @@
 
 namespace softtopk::cuda {
 
-inline constexpr int kMostThreads = 256;  // of a block that holds a row
-inline constexpr int kMostItems = 32;     // of its chunks that a thread owns
+inline constexpr int kMostItems = 32;  // of its chunks that a thread owns
 
 __device__ __forceinline__ float max_with_nan(float a, float b) {
   float m;
@@ -131,23 +130,7 @@ class ResidentRow {
 #endif
   }
   // Waits for what was asked for.
-  __device__ void wait() {
-#if __CUDA_ARCH__ >= 900
-    uint32_t done = 0;
-    while (!done) {
-      asm volatile(
-          "{\n"
-          ".reg .pred p;\n"
-          "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, p;\n"
-          "}"
-          : "=r"(done)
-          : "r"(barrier_), "r"(phase_)
-          : "memory");
-    }
-    phase_ ^= 1;
-#endif
-  }
+  __device__ void wait() { wait_for(barrier_, phase_); }
   // The same without the copy engine, by all threads.
   __device__ void copy(const void* data, bool aligned) {
     const Raw* row = static_cast<const Raw*>(data);
