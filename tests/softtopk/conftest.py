@@ -20,6 +20,11 @@ def quick_interpreter():
     import triton.language as tl
     from triton.runtime import interpreter
 
+    names = ("_patch_lang", "_LangPatchScope", "_get_np_dtype")
+    if not all(hasattr(interpreter, name) for name in names):  # another Triton: slower, and as good
+        yield
+        return
+
     # At every call of a function inside a kernel the interpreter replaces those of triton.language
     # by its own, which takes a third of its time. Here they are replaced once.
     modules = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
