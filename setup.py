@@ -123,7 +123,8 @@ def ninja_file(module, nvcc, targets):
 
     includes = [sysconfig.get_paths()["include"], pybind11.get_include()]
     python = " ".join(f"-isystem {shlex.quote(path)}" for path in includes)
-    compile_with("cxx", ROOT / "csrc/bindings.cpp", f"{python} -include {BUILD}/config.h")
+    for source in sorted(ROOT.glob("csrc/*.cpp")):
+        compile_with("cxx", source, f"{python} -include {BUILD}/config.h")
     for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
         if source.name != "sweeps.cpp":
             compile_with("cxx", source, "-DSOFTTOPK_X86" if len(SWEEPS) > 1 else "")

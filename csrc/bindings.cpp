@@ -1,16 +1,14 @@
-// softtopk._C: the launchers of softtopk.h for Python. The only file that includes Python.
+// softtopk._C: the launchers of softtopk.h for Python; the calls of direct.cpp apart.
 //
 // A launcher takes numbers alone, in the order of its prototype: pointers and streams are integers,
 // a batch of rows is (data, type, rows, n, stride, largest), a per-row argument (data, type,
 // stride, number); softtopk/backends/native.py makes them from tensors that Python has checked.
 // They are read from the interpreter's own array of arguments (METH_FASTCALL): for a small call
 // pybind11's conversions take as long as the kernel. The GIL is released around every launcher.
-#include <pybind11/pybind11.h>
-
-#include <cstdlib>
 #include <tuple>
 #include <type_traits>
 
+#include "python.h"
 #include "softtopk.h"
 
 namespace py = pybind11;
@@ -67,16 +65,13 @@ struct Call<launcher> {
     // Braces: taken in this order.
     const std::tuple<std::decay_t<A>...> taken{arguments.take<std::decay_t<A>>()...};
     if (!arguments.complete()) return nullptr;
-    try {
-      py::gil_scoped_release released;
-      std::apply(launcher, taken);
-    } catch (const std::bad_alloc&) {
-      return PyErr_NoMemory();
-    } catch (const std::exception& error) {
-      PyErr_SetString(PyExc_RuntimeError, error.what());
-      return nullptr;
-    }
-    Py_RETURN_NONE;
+    return softtopk::for_python([&] {
+      {
+        const py::gil_scoped_release released;
+        std::apply(launcher, taken);
+      }
+      return Py_NewRef(Py_None);
+    });
   }
 };
 
@@ -105,11 +100,7 @@ void define(py::module_ m, PyMethodDef* launchers) {
 PYBIND11_MODULE(_C, m) {
   static PyMethodDef cpu[] = SOFTTOPK_LAUNCHERS(cpu);
   define(m.def_submodule("cpu"), cpu);
-  // As os.environ.get does, at a tenth of its time.
-  m.def("backend_is_set", [] {
-    const char* name = std::getenv("SOFTTOPK_BACKEND");
-    return name != nullptr && *name != '\0';
-  });
+  softtopk::define_direct(m.def_submodule("direct"));
 #ifdef SOFTTOPK_WITH_CUDA
   static PyMethodDef cuda[] = SOFTTOPK_LAUNCHERS(cuda);
   define(m.def_submodule("cuda"), cuda);

@@ -3,11 +3,27 @@
 A value per row is read from its address or, where that is 0, is the number.
 """
 
+from collections.abc import Callable
+
+from torch import Tensor
+
+from softtopk.backends.native import Kernels
+
 has_cuda: bool
 cuda_architectures: str  # as "80;90;120+PTX"; empty without CUDA
 cuda_reason: str  # why CUDA was not built; empty with it
 
-def backend_is_set() -> bool: ...  # whether SOFTTOPK_BACKEND is there and not empty
+class direct:  # csrc/direct.cpp; softtopk/direct.py says what these are
+    @staticmethod
+    def bind(quiet: set[int], plain: dict[int, str], default: Callable[[str], Kernels | None], /) -> None: ...
+    @staticmethod
+    def alone() -> bool: ...
+    @staticmethod
+    def plain(t: Tensor, /) -> str | None: ...
+    @staticmethod
+    def backend_is_set() -> bool: ...  # whether SOFTTOPK_BACKEND is there and not empty
+    @staticmethod
+    def soft_topk(x: Tensor, k: float, alpha: float, dim: int, largest: bool, /) -> Tensor | None: ...
 
 class cpu:
     @staticmethod

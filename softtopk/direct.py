@@ -11,18 +11,15 @@ import functools
 from types import ModuleType
 
 from torch import Tensor
-from torch._C import (
-    DispatchKey,
-    DispatchKeySet,
-    _dispatch_keys,
-    _dispatch_tls_local_include_set,
-    _len_torch_function_stack,
-)
-from torch.autograd import forward_ad, profiler
+from torch._C import DispatchKey, DispatchKeySet
 from torch.compiler import is_compiling
-from torch.nn import Parameter
 
 from softtopk import dispatch
+
+try:
+    from softtopk._C import direct as native_part  # csrc/direct.cpp
+except ImportError:  # and so there is no native backend
+    native_part = None
 
 
 def raw(*keys: DispatchKey) -> int:
@@ -48,7 +45,7 @@ def kernels(backend: str | None, x: Tensor, *values: float | Tensor):
         if type(value) is not float and (plain(value) is None or not strides_fit(value)):
             return None
     found = default(device_type)
-    if found is not None and (backend is not None or found.backend_is_set()):
+    if found is not None and (backend is not None or native_part.backend_is_set()):
         found = native(dispatch.kernels(backend, x.device))
     return found
 
@@ -66,22 +63,26 @@ def native(module: ModuleType):
 
 def alone() -> bool:
     """Whether this thread runs operators eagerly, with nothing between the caller and their kernels."""
-    return not (
-        is_compiling()  # first: a compiler reads no further
-        or _len_torch_function_stack()
-        or forward_ad._current_level >= 0
-        or profiler._is_profiler_enabled
-        or _dispatch_tls_local_include_set().raw_repr() not in QUIET
-    )
+    # A compiler reads no further than the first.
+    return not is_compiling() and native_part is not None and native_part.alone()
 
 
 def plain(t: Tensor) -> str | None:
     """The device type of a tensor of no subclass that is no wrapper and has no sign or zero that is only
     noted; None for any other."""
-    kind = type(t)
-    return PLAIN.get(_dispatch_keys(t).raw_repr()) if kind is Tensor or kind is Parameter else None
+    return native_part.plain(t)
 
 
 def strides_fit(value: Tensor) -> bool:
     """Whether native.per_row reads a value per row (...): in a row, contiguous, or one for all rows."""
     return value.dim() == 1 or value.is_contiguous() or not any(value.stride())
+
+
+if native_part is not None:
+    native_part.bind(QUIET, PLAIN, default)
+
+# soft_topk(x, k, alpha, dim, largest): p, from arguments that nobody has checked, of a call that is `alone`
+# and needs no gradient, has numbers for k and alpha, and a `plain` contiguous x with a native default backend
+# and the selection along its last dimension; None for any other call, and for one that has to raise. A
+# compiler cannot read it.
+soft_topk = native_part.soft_topk if native_part is not None else lambda *arguments: None

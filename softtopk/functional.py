@@ -7,8 +7,9 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from softtopk import calls
+from softtopk import calls, direct
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -69,6 +70,10 @@ def soft_topk(
     """
     if not (type(largest) is type(hard) is type(return_threshold) is bool):
         refuse_flags(largest=largest, hard=hard, return_threshold=return_threshold)
+    if not (hard or return_threshold or backend is not None or is_compiling()):
+        p = direct.soft_topk(x, k, alpha, dim, largest)
+        if p is not None:
+            return p
     rows = Rows(x, dim, backend)
     k, alpha = rows.budget(k), rows.scale(alpha)
     form = "hard" if hard else "p"

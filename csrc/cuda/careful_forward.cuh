@@ -28,7 +28,9 @@ struct ForwardArgs {
   PerRow k, alpha;
   Form form;
   void* out;
-  void* solution;
+  void* solution;       // null: nobody needs it
+  uint16_t* marks;      // of rows on chip: where a row is marked as left, in the solution or in out
+  int64_t mark_stride;  // from row to row
   bool wide_x, wide_out;  // every row starts on 16 bytes
   bool fed;               // of rows on chip: by the copy engine
   int32_t room;           // and the candidates that a block has room for
@@ -38,6 +40,7 @@ struct ForwardArgs {
 template <class T>
 __device__ __forceinline__ void write_solution(const ForwardArgs& args, int64_t r,
                                                const Solution<T>& s) {
+  if (args.solution == nullptr) return;
   T* out = static_cast<T*>(args.solution) + 5 * r;
   out[0] = s.r_A, out[1] = s.r_B, out[2] = s.P, out[3] = s.Q, out[4] = s.D;
 }
@@ -47,13 +50,14 @@ __device__ __forceinline__ void write_solution(const ForwardArgs& args, int64_t 
 template <class S>
 inline constexpr int32_t kFewOfWarp = sizeof(S) == 2 ? 1024 : 512;
 
-// The mark of a row that is left to forward_careful, in the place of D: a NaN of no computation.
-inline constexpr uint32_t kLeft = 0x7fc0d1e5;
+// The mark of a row that is left to forward_careful, in the place of the upper half of D or of p_0:
+// in every type a NaN of no computation.
+inline constexpr uint16_t kLeft = 0x7fd1;
 __device__ __forceinline__ void leave(const ForwardArgs& args, int64_t r) {
-  static_cast<uint32_t*>(args.solution)[5 * r + 4] = kLeft;
+  args.marks[r * args.mark_stride] = kLeft;
 }
 __device__ __forceinline__ bool is_left(const ForwardArgs& args, int64_t r) {
-  return r < args.x.rows && static_cast<const uint32_t*>(args.solution)[5 * r + 4] == kLeft;
+  return r < args.x.rows && args.marks[r * args.mark_stride] == kLeft;
 }
 
 // p in the place of x.

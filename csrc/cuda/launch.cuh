@@ -9,8 +9,10 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "row.cuh"
 
@@ -155,6 +157,27 @@ inline const Device& device_at(int index) {
   return known[index] = device;
 }
 
+// Lets a kernel have all the dynamic shared memory that a block can have.
+inline void allow_shared(const void* kernel, const Device& device) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  const int most = int(device.shared_limit) - int(attributes.sharedSizeBytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+        "cudaFuncSetAttribute");
+}
+
+// Asks the driver for that once for each kernel on the current device.
+inline void allow_shared_once(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> known;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known.count({kernel, device}) != 0) return;
+  allow_shared(kernel, device_at(device));
+  known.emplace(kernel, device);
+}
+
 // Whether every row starts on 16 bytes.
 inline bool is_wide(const void* data, int64_t rows, int64_t stride, int64_t size) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows <= 1 || stride * size % 16 == 0);
@@ -166,8 +189,7 @@ template <class L, class Args>
 void launch(void (*kernel)(Args), Args args, int64_t rows, int64_t shared, void* stream) {
   constexpr int64_t kBlocks = 0x7fffffff, kDefault = 48 * 1024;
   if (shared + int64_t(sizeof(typename L::Group::Storage)) > kDefault) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
-          "cudaFuncSetAttribute");
+    allow_shared_once(reinterpret_cast<const void*>(kernel));
   }
   for (int64_t first = 0; first < rows; first += kBlocks * L::rows_per_block) {
     args.first_row = first;

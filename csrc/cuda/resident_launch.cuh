@@ -58,11 +58,7 @@ inline int64_t resident_blocks(const void* kernel, const Plan& plan,
   const std::lock_guard<std::mutex> lock(mutex);
   int& clusters = known[{kernel, plan.threads * 32 + plan.blocks, plan.shared, device.index}];
   if (clusters == 0) {
-    cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-    const int most = int(device.shared_limit) - int(attributes.sharedSizeBytes);  // for every plan
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
-          "cudaFuncSetAttribute");
+    allow_shared(kernel, device);  // for every plan
     if (plan.blocks > 8) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
             "cudaFuncSetAttribute");

@@ -85,9 +85,16 @@ template <class S>
 void forward(ForwardArgs args, const Device& device, void* stream) {
   const Rows& x = args.x;
   if constexpr (sizeof(S) <= 4) {
-    const Plan quick = plan_resident(x.n, sizeof(S), kQuick, device),
-               careful = plan_resident(x.n, sizeof(S), careful_demand(sizeof(S)), device);
-    if (x.n * sizeof(S) > 256 * 16 && quick.blocks > 0 && careful.blocks > 0) {
+    const bool longer = x.n * sizeof(S) > 256 * 16;
+    const Plan quick = longer ? plan_resident(x.n, sizeof(S), kQuick, device) : Plan();
+    const Plan careful =
+        longer ? plan_resident(x.n, sizeof(S), careful_demand(sizeof(S)), device) : Plan();
+    if (quick.blocks > 0 && careful.blocks > 0) {
+      constexpr int kHalves = sizeof(S) / 2;
+      uint16_t* const solution = static_cast<uint16_t*>(args.solution);
+      const bool in_solution = solution != nullptr;
+      args.marks = in_solution ? solution + 9 : static_cast<uint16_t*>(args.out) + kHalves - 1;
+      args.mark_stride = in_solution ? 10 : x.n * kHalves;
       args.fed = device.fed();
       args.room = quick.room;
       with_sharing<S, 32, 128, 256>(quick, x.n, [&](auto sharing) {
@@ -117,6 +124,8 @@ void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, Form
                         form == Form::p ? Form::p : Form::none,
                         out,
                         solution,
+                        nullptr,
+                        0,
                         is_wide(x.data, x.rows, x.stride, sizeof(S)),
                         is_wide(out, x.rows, x.n, sizeof(S)),
                         false,

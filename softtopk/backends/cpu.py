@@ -4,7 +4,7 @@ import torch
 
 from softtopk.backends.native import _C, Kernels, reads
 
-kernels = Kernels(_C.cpu, lambda x: (torch.get_num_threads(),), needs_solution=False)
+kernels = Kernels(_C.cpu, lambda x: (torch.get_num_threads(),), log_needs_solution=False)
 __all__ = ["hard_topk_indices", "hard_topk_mask", "reads", "soft_topk_backward", "soft_topk_forward"]
 soft_topk_forward = kernels.soft_topk_forward
 soft_topk_backward = kernels.soft_topk_backward

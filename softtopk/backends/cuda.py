@@ -47,7 +47,7 @@ def device_and_stream(x: Tensor) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)  # current_stream(x.device).cuda_stream, quicker
 
 
-kernels = Kernels(_C.cuda, device_and_stream, needs_solution=True)
+kernels = Kernels(_C.cuda, device_and_stream, log_needs_solution=True)
 __all__ = ["hard_topk_indices", "hard_topk_mask", "reads", "soft_topk_backward", "soft_topk_forward"]
 soft_topk_forward = kernels.soft_topk_forward
 soft_topk_backward = kernels.soft_topk_backward

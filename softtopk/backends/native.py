@@ -32,15 +32,13 @@ FORMS = {"p": 0, "log": 1, "log_complement": 2, "none": 3}
 class Kernels:
     """The four functions of backends/reference.py on one submodule of softtopk._C.
 
-    `needs_solution`: the forward has a place for the solution even where nobody reads it.
+    `log_needs_solution`: the log domain has a place for the solution even where nobody reads it.
     """
 
-    backend_is_set = staticmethod(_C.backend_is_set)
-
     def __init__(
-        self, launchers: ModuleType, where: Callable[[Tensor], tuple[int, ...]], needs_solution: bool
+        self, launchers: ModuleType, where: Callable[[Tensor], tuple[int, ...]], log_needs_solution: bool
     ):
-        self.launchers, self.where, self.needs_solution = launchers, where, needs_solution
+        self.launchers, self.where, self.log_needs_solution = launchers, where, log_needs_solution
 
     def soft_topk_forward(
         self,
@@ -54,7 +52,8 @@ class Kernels:
         """Without `solved` the solution may be None."""
         x = unit_stride(x)
         out = None if form == "none" else torch.empty_like(x)
-        solution = per_row_result(x, 5) if solved or self.needs_solution else None
+        solved = solved or (self.log_needs_solution and form != "p")
+        solution = per_row_result(x, 5) if solved else None
         self.launchers.soft_topk_forward(
             *rows(x, largest),
             *per_row(k),
