@@ -4,7 +4,9 @@
 //
 // torch's objects are used as Python uses them, by attributes and calls: the native module is built
 // without torch.
+#include <cmath>
 #include <cstdlib>
+#include <initializer_list>
 
 #include "python.h"
 #include "softtopk.h"
@@ -68,22 +70,28 @@ struct Names {
   py::object current_level = name("_current_level"), enabled = name("_is_profiler_enabled"),
              raw_repr = name("raw_repr"), requires_grad = name("requires_grad"),
              is_contiguous = name("is_contiguous"), shape = name("shape"), dtype = name("dtype"),
-             data_ptr = name("data_ptr"), device_index = name("get_device");
+             data_ptr = name("data_ptr"), get_device = name("get_device");
 };
 const Names* names = nullptr;
 
+bool in_function_mode() { return integer(call(names->function_modes).ptr()) > 0; }
+
 bool alone() {
-  if (integer(call(names->function_modes).ptr()) > 0) return false;
+  if (in_function_mode()) return false;
   if (integer(get(names->forward_ad.ptr(), names->current_level).ptr()) >= 0) return false;
   if (is_true(get(names->profiler.ptr(), names->enabled))) return false;
   const py::object keys = call_method(call(names->local_include_set).ptr(), names->raw_repr);
   return PySet_Contains(names->quiet.ptr(), keys.ptr()) == 1;
 }
 
+bool is_tensor(PyObject* object) {
+  const auto kind = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return kind == names->tensor.ptr() || kind == names->parameter.ptr();
+}
+
 // A borrowed reference, or null.
 PyObject* plain(PyObject* t) {
-  const auto kind = reinterpret_cast<PyObject*>(Py_TYPE(t));
-  if (kind != names->tensor.ptr() && kind != names->parameter.ptr()) return nullptr;
+  if (!is_tensor(t)) return nullptr;
   const py::object keys = call_method(call(names->dispatch_keys, t).ptr(), names->raw_repr);
   return PyDict_GetItem(names->plain.ptr(), keys.ptr());
 }
@@ -104,47 +112,90 @@ double number(PyObject* object) {
   return Py_NAN;
 }
 
-// p; null for a call that is not plain.
-py::object soft_topk(PyObject* x, PyObject* k, PyObject* alpha, PyObject* dim, PyObject* largest) {
-  const PerRow budget = {nullptr, Type::float32, 0, number(k)},
-               scale = {nullptr, Type::float32, 0, number(alpha)};
-  if (!(budget.number >= 0 && scale.number > 0 && scale.number < Py_HUGE_VAL)) return {};
-  if (!PyLong_CheckExact(dim) || !PyBool_Check(largest)) return {};
-  if (backend_is_set() || !alone()) return {};
-  PyObject* const device = plain(x);
-  if (device == nullptr) return {};
-  if (call(names->default_kernels, device).is_none()) return {};
-  if (!is_true(call_method(x, names->is_contiguous))) return {};
-  if (is_true(get(x, names->requires_grad)) && is_true(call(names->is_grad_enabled))) return {};
+bool is_cuda(PyObject* device) { return PyUnicode_CompareWithASCIIString(device, "cuda") == 0; }
 
-  Rows rows = {nullptr, Type::float32, 1, 0, 0, largest == Py_True};
-  const py::object shape = get(x, names->shape);
-  const Py_ssize_t rank = PyTuple_GET_SIZE(shape.ptr());
-  if (rank == 0 || !(number(dim) == -1 || number(dim) == static_cast<double>(rank - 1))) return {};
-  for (Py_ssize_t i = 0; i < rank - 1; ++i) rows.rows *= integer(PyTuple_GET_ITEM(shape.ptr(), i));
-  rows.n = rows.stride = integer(PyTuple_GET_ITEM(shape.ptr(), rank - 1));
-  if (rows.n == 0 || !(budget.number <= static_cast<double>(rows.n))) return {};
-  const py::object dtype = get(x, names->dtype);
+// A contiguous plain tensor of a floating type; of any other the device is null.
+struct Memory {
+  PyObject* device = nullptr;  // its type, borrowed
+  int index = -1;              // of a GPU
+  Type type = Type::float32;
+  void* data = nullptr;
+  py::object shape = {};
+  Py_ssize_t rank() const { return PyTuple_GET_SIZE(shape.ptr()); }
+  int64_t size(Py_ssize_t i) const { return integer(PyTuple_GET_ITEM(shape.ptr(), i)); }
+};
+
+Memory memory_of(PyObject* t) {
+  PyObject* const device = plain(t);
+  if (device == nullptr || !is_true(call_method(t, names->is_contiguous))) return {};
+  const py::object dtype = get(t, names->dtype);
   int type = 0;
   while (type < 4 && !dtype.is(names->types[type])) ++type;
   if (type == 4) return {};
-  rows.type = static_cast<Type>(type);
-  rows.data = address(call_method(x, names->data_ptr));
+  const int index =
+      is_cuda(device) ? static_cast<int>(integer(call_method(t, names->get_device).ptr())) : -1;
+  return {device, index, static_cast<Type>(type), address(call_method(t, names->data_ptr)),
+          get(t, names->shape)};
+}
+
+// A number, or a tensor with a value for each row of x or one for all; false for another argument.
+bool per_row(PyObject* given, const Memory& x, PerRow& value) {
+  value = {nullptr, Type::float32, 0, 0};
+  if (!is_tensor(given)) {
+    value.number = number(given);
+    return !std::isnan(value.number);
+  }
+  const Memory t = memory_of(given);
+  if (t.device != x.device || t.index != x.index) return false;
+  if (t.type != Type::float32 && t.type != Type::float64) return false;
+  if (t.rank() != 0 && t.rank() != x.rank() - 1) return false;
+  for (Py_ssize_t i = 0; i < t.rank(); ++i) {
+    if (t.size(i) != x.size(i)) return false;
+  }
+  value.data = t.data;
+  value.type = t.type;
+  value.stride = t.rank() != 0;
+  return true;
+}
+
+bool needs_gradient(std::initializer_list<PyObject*> arguments) {
+  if (!is_true(call(names->is_grad_enabled))) return false;
+  for (PyObject* given : arguments) {
+    if (is_tensor(given) && is_true(get(given, names->requires_grad))) return true;
+  }
+  return false;
+}
+
+// p; null for a call that softtopk/direct.py does not describe.
+py::object soft_topk(PyObject* x, PyObject* k, PyObject* alpha, PyObject* dim, PyObject* largest) {
+  if (!is_tensor(x) || !PyLong_CheckExact(dim) || !PyBool_Check(largest)) return {};
+  if (in_function_mode()) return {};  // it would see what follows
+  if (needs_gradient({x, k, alpha}) || backend_is_set() || !alone()) return {};
+  const Memory in = memory_of(x);
+  if (in.device == nullptr || call(names->default_kernels, in.device).is_none()) return {};
+  const Py_ssize_t last = in.rank() - 1;
+  if (last < 0 || !(number(dim) == -1 || number(dim) == static_cast<double>(last))) return {};
+  const int64_t n = in.size(last);
+  Rows rows = {in.data, in.type, 1, n, n, largest == Py_True};
+  for (Py_ssize_t i = 0; i < last; ++i) rows.rows *= in.size(i);
+  PerRow budget, scale;
+  if (n == 0 || !per_row(k, in, budget) || !per_row(alpha, in, scale)) return {};
+  if (!(budget.number >= 0 && budget.number <= static_cast<double>(n))) return {};
+  if (scale.data == nullptr && !(scale.number > 0 && scale.number < Py_HUGE_VAL)) return {};
 
   py::object p = call(names->empty_like, x);
   void* const out = address(call_method(p.ptr(), names->data_ptr));
-  if (PyUnicode_CompareWithASCIIString(device, "cpu") == 0) {
+  if (is_cuda(in.device)) {
+#ifdef SOFTTOPK_WITH_CUDA
+    const py::object index = owned(PyLong_FromLong(in.index));
+    void* const stream = address(call(names->current_stream, index.ptr()));
+    const py::gil_scoped_release released;
+    cuda::soft_topk_forward(rows, budget, scale, Form::p, out, nullptr, in.index, stream);
+#endif
+  } else {
     const int threads = static_cast<int>(integer(call(names->num_threads).ptr()));
     const py::gil_scoped_release released;
     cpu::soft_topk_forward(rows, budget, scale, Form::p, out, nullptr, threads);
-  } else {
-#ifdef SOFTTOPK_WITH_CUDA
-    const py::object index = call_method(x, names->device_index);
-    void* const stream = address(call(names->current_stream, index.ptr()));
-    const int device_index = static_cast<int>(integer(index.ptr()));
-    const py::gil_scoped_release released;
-    cuda::soft_topk_forward(rows, budget, scale, Form::p, out, nullptr, device_index, stream);
-#endif
   }
   return p;
 }

@@ -23,7 +23,9 @@ class direct:  # csrc/direct.cpp; softtopk/direct.py says what these are
     @staticmethod
     def backend_is_set() -> bool: ...  # whether SOFTTOPK_BACKEND is there and not empty
     @staticmethod
-    def soft_topk(x: Tensor, k: float, alpha: float, dim: int, largest: bool, /) -> Tensor | None: ...
+    def soft_topk(
+        x: Tensor, k: float | Tensor, alpha: float | Tensor, dim: int, largest: bool, /
+    ) -> Tensor | None: ...  # fmt: skip
 
 class cpu:
     @staticmethod

@@ -82,7 +82,8 @@ if native_part is not None:
     native_part.bind(QUIET, PLAIN, default)
 
 # soft_topk(x, k, alpha, dim, largest): p, from arguments that nobody has checked, of a call that is `alone`
-# and needs no gradient, has numbers for k and alpha, and a `plain` contiguous x with a native default backend
-# and the selection along its last dimension; None for any other call, and for one that has to raise. A
+# and needs no gradient, whose x is `plain` and contiguous, with the selection along its last dimension and a
+# native default backend, and whose k and alpha are numbers or such tensors of float32 or float64, of x's
+# shape without the last dimension or of none. None for any other call, and for one that has to raise. A
 # compiler cannot read it.
 soft_topk = native_part.soft_topk if native_part is not None else lambda *arguments: None

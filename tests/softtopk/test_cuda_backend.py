@@ -63,6 +63,14 @@ def assert_same(got: list[Tensor], want: list[Tensor]):
         assert torch.equal(a, b), f"output {place} differs"
 
 
+def assert_the_same_without_a_solution(cuda, x: Tensor, k, alpha, largest: bool = True):
+    """The marks of the rows that are left are in p where nobody reads the solution."""
+    want, _ = cuda.soft_topk_forward(x, k, alpha, largest)
+    p, nothing = cuda.soft_topk_forward(x, k, alpha, largest, solved=False)
+    assert nothing is None
+    torch.testing.assert_close(p, want, rtol=0, atol=0, equal_nan=True)
+
+
 def assert_right(cuda, x: Tensor, k, alpha, v: Tensor, largest: bool = True):
     """All four functions against the reference, soft ones in float64."""
     solution = None
@@ -81,6 +89,7 @@ def assert_right(cuda, x: Tensor, k, alpha, v: Tensor, largest: bool = True):
         assert all(r <= 1 for r in worst.values()), f"{form}, times the bar: {worst}"
         assert solution is None or torch.equal(got.solution, solution)
         solution = got.solution
+    assert_the_same_without_a_solution(cuda, x, k, alpha, largest)
     nothing, alone = cuda.soft_topk_forward(x, k, alpha, largest, "none")
     assert nothing is None and torch.equal(alone.cpu().double(), solution)
     mask = cuda.hard_topk_mask(x, k, largest)
@@ -136,6 +145,8 @@ def test_rows_that_the_quick_kernels_leave(cuda, n):
     k = torch.tensor([30, 20, 20, 20.5, 40, 12, 33.3, 0, -1, n, n + 2, n / 3, n - 0.25, 25], device="cuda")
     alpha = torch.full((14,), 0.01, device="cuda")
     alpha[0], alpha[13] = 1e-40, 1e37
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert_the_same_without_a_solution(cuda, x.to(dtype), k, alpha)
     want = oracle(x, k, alpha, v)
     got = run(cuda, x, k, alpha, v)
     for name, bar in (("p", 1e-6), ("grad_k", 1e-5 * v.abs().max().item())):
@@ -216,6 +227,7 @@ def test_empty_batch(cuda):
     x = torch.empty(0, 10, device="cuda")
     p, solution = cuda.soft_topk_forward(x, 2.0, 0.1)
     assert p.shape == (0, 10) and solution.shape == (0, 5)
+    assert_the_same_without_a_solution(cuda, x, 2.0, 0.1)
     assert cuda.hard_topk_indices(x, 2.0, 3)[0].shape == (0, 3)
 
 
