@@ -45,9 +45,7 @@ int64_t integer(PyObject* object) {
   return value;
 }
 
-void* address(const py::object& object) {
-  return reinterpret_cast<void*>(static_cast<uintptr_t>(integer(object.ptr())));
-}
+void* address(const py::object& object) { return PyLong_AsVoidPtr(object.ptr()); }
 
 // Only for what is True or False.
 bool is_true(const py::object& object) { return object.ptr() == Py_True; }
