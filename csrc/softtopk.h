@@ -57,7 +57,7 @@ void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* i
 
 namespace cuda {
 
-// The log domain needs a place for the solution.
+// The solution may be null as above, but not in the log domain.
 void soft_topk_forward(const Rows& x, const PerRow& k, const PerRow& alpha, Form form, void* out,
                        void* solution, int device, void* stream);
 

@@ -70,6 +70,7 @@ def soft_topk(
     """
     if not (type(largest) is type(hard) is type(return_threshold) is bool):
         refuse_flags(largest=largest, hard=hard, return_threshold=return_threshold)
+    # The commonest call needs no more than this.
     if not (hard or return_threshold or backend is not None or is_compiling()):
         p = direct.soft_topk(x, k, alpha, dim, largest)
         if p is not None:
