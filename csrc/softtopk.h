@@ -49,9 +49,10 @@ void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha
 // mask (rows, n) of 0 and 1 in x's type; a NaN row is NaN.
 void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int threads);
 
-// indices (rows, max_k), ascending, then -1; counts (rows,).
+// indices (rows, max_k), ascending, then -1; values (rows, max_k) of those elements in x's type,
+// then 0, not written where it is null; counts (rows,).
 void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* indices,
-                       int64_t* counts, int threads);
+                       void* values, int64_t* counts, int threads);
 
 }  // namespace cpu
 
@@ -68,7 +69,7 @@ void soft_topk_backward(const Rows& x, const void* solution, const PerRow& alpha
 void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int device, void* stream);
 
 void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* indices,
-                       int64_t* counts, int device, void* stream);
+                       void* values, int64_t* counts, int device, void* stream);
 
 }  // namespace cuda
 

@@ -52,7 +52,7 @@ class cpu:
     def hard_topk_indices(
         x: int, x_type: int, rows: int, n: int, x_stride: int, largest: bool,
         k: int, k_type: int, k_stride: int, k_number: float,
-        max_k: int, indices: int, counts: int, threads: int, /,
+        max_k: int, indices: int, values: int, counts: int, threads: int, /,
     ) -> None: ...  # fmt: skip
 
 class cuda:
@@ -81,5 +81,5 @@ class cuda:
     def hard_topk_indices(
         x: int, x_type: int, rows: int, n: int, x_stride: int, largest: bool,
         k: int, k_type: int, k_stride: int, k_number: float,
-        max_k: int, indices: int, counts: int, device: int, stream: int, /,
+        max_k: int, indices: int, values: int, counts: int, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip

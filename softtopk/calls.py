@@ -36,8 +36,10 @@ def mask(x, k, largest, backend):
     return kernels.hard_topk_mask(x, k, largest)
 
 
-def indices(x, k, max_k, largest, backend):
+def selected(x, k, max_k, largest, backend):
+    """(values, indices, counts); where the values need a gradient, or are not the kernels', they are None."""
     kernels = direct.kernels(backend, x, k)
     if kernels is None:
-        return ops.indices_op(x, *split(k), max_k, largest, backend)
-    return kernels.hard_topk_indices(x, k, max_k, largest)
+        return None, *ops.indices_op(x, *split(k), max_k, largest, backend)
+    fetched = not (torch.is_grad_enabled() and x.requires_grad)
+    return kernels.hard_topk_selected(x, k, max_k, largest, fetched)

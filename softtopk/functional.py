@@ -175,8 +175,9 @@ def hard_topk(
         max_k = math.floor(budget + 0.5)
     elif isinstance(max_k, bool) or not isinstance(max_k, int) or max_k < 0:
         raise ValueError(f"max_k={max_k!r} must be an integer >= 0")
-    indices, counts = calls.indices(rows.x, budget, max_k, largest, backend)
-    values = torch.where(indices < 0, 0, rows.x.gather(-1, indices.clamp(min=0)))
+    values, indices, counts = calls.selected(rows.x, budget, max_k, largest, backend)
+    if values is None:
+        values = torch.where(indices < 0, 0, rows.x.gather(-1, indices.clamp(min=0)))
     return rows.restore(values), rows.restore(indices), counts
 
 

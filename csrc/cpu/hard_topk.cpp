@@ -65,6 +65,15 @@ void for_cuts(const Rows& x, const PerRow& k, int64_t max_k, int threads, F f) {
   });
 }
 
+// The elements of a row at `count` indices, then 0 up to max_k.
+template <typename Bits>
+void copy_values(const void* row, const int64_t* indices, int64_t count, int64_t max_k, void* out) {
+  const Bits* const from = static_cast<const Bits*>(row);
+  Bits* const to = static_cast<Bits*>(out);
+  for (int64_t i = 0; i < count; ++i) to[i] = from[indices[i]];
+  std::fill(to + count, to + max_k, Bits{0});
+}
+
 }  // namespace
 
 void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int threads) {
@@ -78,13 +87,20 @@ void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int threads) {
 }
 
 void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* indices,
-                       int64_t* counts, int threads) {
+                       void* values, int64_t* counts, int threads) {
+  const int64_t size = element_size(x.type);
+  const auto copy = size == 8   ? copy_values<uint64_t>
+                    : size == 4 ? copy_values<uint32_t>
+                                : copy_values<uint16_t>;
   for_cuts(x, k, max_k, threads,
            [&](const auto& sweeps, const Row& elements, int64_t row, auto cut) {
              int64_t* const out = indices + row * max_k;
              if (cut.count > 0) sweeps.indices(elements, cut.value, cut.ties, out);
              std::fill(out + cut.count, out + max_k, int64_t{-1});
              counts[row] = cut.count;
+             if (values == nullptr) return;
+             copy(elements.data, out, cut.count, max_k,
+                  static_cast<char*>(values) + row * max_k * size);
            });
 }
 

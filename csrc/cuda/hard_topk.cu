@@ -1,11 +1,13 @@
 // Hard top-k: the round-half-up(k) largest elements of every row, the lowest index first among
-// equals, as a mask of 0 and 1 (rows, n) or as ascending indices (rows, max_k) with their counts.
+// equals, as a mask of 0 and 1 (rows, n) or as ascending indices (rows, max_k) with their values
+// and counts.
 //
 // Bytes: x is read once where a row fits in registers or shared memory, on every sweep of the
-// search otherwise; the mask is written once, or 8 bytes for each of the max_k indices.
-// Layout: a warp or a block to a row (row.cuh). The search (threshold.cuh) gives the value of the
-// last element selected and how many of its equals are. Elements are then visited in the order of
-// their indices, a chunk to a thread, with a prefix sum over the threads for the place of each.
+// search otherwise; the mask is written once, or 8 bytes for each of the max_k indices and the
+// value. Layout: a warp or a block to a row (row.cuh). The search (threshold.cuh) gives the value
+// of the last element selected and how many of its equals are. Elements are then visited in the
+// order of their indices, a chunk to a thread, with a prefix sum over the threads for the place of
+// each.
 #include "quick_hard_topk.cuh"
 #include "resident_launch.cuh"
 #include "threshold.cuh"
@@ -23,8 +25,8 @@ struct MaskArgs {
   int64_t first_row;
 };
 
-// Calls f(chunk index, selected, place) for the chunks of a row in order: selected[i] is whether
-// its element i is, place what number among the selected the first that is one of them has.
+// Calls f(chunk index, selected, x, place) for the chunks of a row in order: selected[i] is whether
+// its element x[i] is, place what number among the selected the first that is one of them has.
 // Returns early, in all threads, once every selected element has been visited and `all` is false.
 template <class S, class Group, class Row, class T, class F>
 __device__ __forceinline__ void visit_selected(const Row& row, Group& group, const Cut<T>& cut,
@@ -52,7 +54,7 @@ __device__ __forceinline__ void visit_selected(const Row& row, Group& group, con
     }
     greater += int32_t(total >> 16);
     equal += int32_t(total & 0xffff);
-    f(chunk_index<Group>(item), selected, place);
+    f(chunk_index<Group>(item), selected, x, place);
   });
 }
 
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(L::block, L::resident(sizeof(S)))
   const Sink<S> sink(args.mask, r * n, n, args.wide_mask);
   const T zero = cut.value == cut.value ? T(0) : cut.value;  // a NaN row is NaN
   visit_selected<S>(row, group, cut, true,
-                    [&](int32_t index, const bool (&selected)[kSize], int32_t) {
+                    [&](int32_t index, const bool (&selected)[kSize], const T(&)[kSize], int32_t) {
                       T mask[kSize];
 #pragma unroll
                       for (int i = 0; i < kSize; ++i) mask[i] = selected[i] ? T(1) : zero;
@@ -96,15 +98,18 @@ __device__ __forceinline__ void indices_of_row(const IndicesArgs& args, int64_t 
   const int32_t limit = int32_t(args.max_k < n ? args.max_k : n);
   const Cut<T> cut = hard_cut<T>(sweeper, per_row(args.k, r), limit);
 
-  int64_t* indices = args.indices + r * args.max_k;
-  visit_selected<S>(row, group, cut, false,
-                    [&](int32_t index, const bool (&selected)[kSize], int32_t place) {
+  visit_selected<S>(
+      row, group, cut, false,
+      [&](int32_t index, const bool (&selected)[kSize], const T(&x)[kSize], int32_t place) {
 #pragma unroll
-                      for (int i = 0; i < kSize; ++i) {
-                        if (selected[i]) indices[place++] = int64_t(index) * kSize + i;
-                      }
-                    });
-  for (int64_t i = cut.count + Group::rank(); i < args.max_k; i += Group::size()) indices[i] = -1;
+        for (int i = 0; i < kSize; ++i) {
+          if (!selected[i]) continue;
+          write_selected<S>(args, r, place++, int64_t(index) * kSize + i, x[i]);
+        }
+      });
+  for (int64_t i = cut.count + Group::rank(); i < args.max_k; i += Group::size()) {
+    write_unused<S>(args, r, i);
+  }
   if (Group::rank() == 0) args.counts[r] = cut.count;
 }
 
@@ -168,15 +173,15 @@ void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int device, void
 }
 
 void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* indices,
-                       int64_t* counts, int device, void* stream) {
+                       void* values, int64_t* counts, int device, void* stream) {
   check_length(x.n);
   const DeviceGuard guard(device);
   with_type(x.type, [&](auto tag) {
     using S = typename decltype(tag)::type;
     const Device& gpu = device_at(device);
-    IndicesArgs args = {x,         k,      max_k,
-                        indices,   counts, is_wide(x.data, x.rows, x.stride, sizeof(S)),
-                        gpu.fed(), 0,      0};
+    IndicesArgs args = {
+        x,         k, max_k, indices, values, counts, is_wide(x.data, x.rows, x.stride, sizeof(S)),
+        gpu.fed(), 0, 0};
     if constexpr (sizeof(S) <= 4) {
       const Plan plan = plan_resident(x.n, sizeof(S), kQuick, gpu);
       args.room = plan.room - 4;  // the last words may be lost to alignment

@@ -1,20 +1,23 @@
-// hard_topk's indices for rows on chip and k of up to some hundreds.
+// hard_topk's indices and values for rows on chip and k of up to some hundreds.
 //
-// One pass over memory: the copy engine brings a row, the indices are written. In between two
-// sweeps over shared memory: the maxima of groups, whence a bound that at least k elements reach;
-// one that collects those. Then the next row is asked for, and among these few every thread of the
-// first block ranks its own. A row that does not fit the pattern is marked, and left to
-// hard_topk.cu.
+// One pass over memory: the copy engine brings a row, the indices are written. All warps take the
+// maxima of groups, one of them finds a bound that at least k of these reach; all list the groups
+// that do, and that one looks for the elements above the bound in these alone. Then the next row is
+// asked for, and the same warp selects and orders the few elements it has found, while the others
+// already wait for the next row, whose one warp is another. A row that does not fit the pattern is
+// marked, and left to hard_topk.cu.
 //
-// The ladder, in fractions of reading the row (H200, k = 64, float32, n = 4096 | 16384 | 65536):
-//   0.37 | 0.62 | 0.41  as above, the next row after the ranking, cluster barriers
+// The ladder, in fractions of reading the row (H200, k = 64, float32, n = 4096 | 16384 | 65536),
+// before the elements were looked for in the groups alone and by one warp, and with values fetched
+// by torch:
+//   0.37 | 0.62 | 0.41  the next row after the ranking, cluster barriers
 //   0.29 | 0.58 | 0.35  a warp for a short row; all warps look at all candidates
 //   0.44 | 0.74 | 0.45  blocks of 128, only warps with candidates look, the next row asked for
 //   before,
 //                       messages instead of cluster barriers
 #pragma once
 
-#include "window.cuh"
+#include "few_largest.cuh"
 
 namespace softtopk::cuda {
 
@@ -23,6 +26,7 @@ struct IndicesArgs {
   PerRow k;
   int64_t max_k;
   int64_t* indices;
+  void* values;  // not written where it is null
   int64_t* counts;
   bool wide_x;
   bool fed;      // of rows on chip: by the copy engine
@@ -30,15 +34,43 @@ struct IndicesArgs {
   int64_t first_row;
 };
 
+// Writes place `place` of row r of the results.
+template <class S>
+__device__ __forceinline__ void write_selected(const IndicesArgs& args, int64_t r, int64_t place,
+                                               int64_t index, Compute<S> value) {
+  using Raw = typename Element<S>::Raw;
+  place += r * args.max_k;
+  args.indices[place] = index;
+  if (args.values != nullptr) {
+    const Raw sign = args.x.largest ? Raw(0) : Element<S>::sign;
+    static_cast<Raw*>(args.values)[place] = Element<S>::raw(value) ^ sign;
+  }
+}
+// What is written to an unused one.
+template <class S>
+__device__ __forceinline__ void write_unused(const IndicesArgs& args, int64_t r, int64_t place) {
+  using Raw = typename Element<S>::Raw;
+  place += r * args.max_k;
+  args.indices[place] = -1;
+  if (args.values != nullptr) static_cast<Raw*>(args.values)[place] = 0;
+}
+
 inline constexpr int64_t kLeftCount = -2;  // marks a row, in the place of its count
-inline constexpr int kMostRanked = 512;    // candidates
-inline constexpr int32_t kLast = 0x7fffffff;
+inline constexpr int kMaxima = 256;        // a bound for few is among so many
+inline constexpr int kMostOfMaxima = 96;   // and so many at most reach it
+inline constexpr int kMostOfWarp = 64;     // more are put in order by all warps
 
 template <int WARPS>
 struct HardShared {
   uint64_t barrier;
+  union {
+    uint4 maxima[kMaxima / 4];     // keys
+    uint16_t groups[kMostRanked];  // that reach the bound
+  };
+  float2 limits;  // the bound and the maximum
+  int32_t listed;
+  int32_t kept;
   BoundShared<WARPS> bound;
-  int32_t counts[WARPS];
   // What the blocks of a cluster tell each other; bounds of two rows, as a block may be ahead by
   // one.
   uint64_t mailboxes[4];
@@ -46,24 +78,98 @@ struct HardShared {
   int32_t counts_of_blocks[kMostBlocks];
 };
 
+// By one warp: a bound that at least `need` of the maxima, and not many more, reach; and the
+// greatest of them.
+__device__ __forceinline__ float2 bound_of_maxima(const uint4* maxima, int need) {
+  const int lane = int(threadIdx.x) % 32;
+  const uint4 a = maxima[lane], b = maxima[32 + lane];
+  const uint32_t key[kMaxima / 32] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  // The least of 128 maxima of two: so many reach it.
+  const uint32_t pairs[4] = {max(a.x, b.x), max(a.y, b.y), max(a.z, b.z), max(a.w, b.w)};
+  const uint32_t least = min(min(pairs[0], pairs[1]), min(pairs[2], pairs[3]));
+  const uint32_t most = max(max(pairs[0], pairs[1]), max(pairs[2], pairs[3]));
+  uint32_t bound = __reduce_min_sync(~0u, least);
+  const uint32_t high = __reduce_max_sync(~0u, most);
+  bisect(key, need, need + need / 4 + 1, bound, high, kMaxima);
+  return make_float2(value_of(bound), value_of(high));
+}
+
+// By all threads: lists the groups whose keys reach the bound, thread + threads * number, in any
+// order, and counts them. `groups` has room for kMostRanked.
 template <class H>
-__global__ void __launch_bounds__(H::threads, H::threads == 32 ? 24 : 1280 / H::threads)
+__device__ __forceinline__ void list_groups(const uint32_t (&key)[kKeysOf<H>], float bound,
+                                            uint16_t* groups, int32_t* listed) {
+  const int lane = int(threadIdx.x) % 32;
+  const uint32_t least = key_of(bound == 0 ? -0.0f : bound);
+  uint32_t reach = 0;
+#pragma unroll
+  for (int i = 0; i < kKeysOf<H>; ++i) reach |= uint32_t(key[i] >= least) << i;
+  const int all = __reduce_add_sync(~0u, __popc(reach));
+  if (all == 0) return;
+  int place = 0;
+  if (lane == 0) place = atomicAdd(listed, all);
+  place = __shfl_sync(~0u, place, 0);
+  for (uint32_t lanes; (lanes = __ballot_sync(~0u, reach != 0)) != 0; place += __popc(lanes)) {
+    const int mine = place + __popc(lanes & ((1u << lane) - 1));
+    if (reach != 0 && mine < kMostRanked) {
+      groups[mine] = uint16_t(threadIdx.x + H::threads * (__ffs(int(reach)) - 1));
+    }
+    reach &= reach - 1;
+  }
+}
+
+// By one warp: f(place, candidate) for the elements of the listed groups that reach the bound.
+// Returns their number.
+template <class H, class F>
+__device__ __forceinline__ int32_t collect(const ResidentRow<H>& row, float bound,
+                                           const uint16_t* groups, int32_t listed, F f) {
+  constexpr int kSize = Chunk<typename H::S>::size;
+  const int lane = int(threadIdx.x) % 32;
+  int32_t count = 0;
+  for (int32_t first = 0; first < listed; first += 32) {
+    const bool any = first + lane < listed;
+    const int32_t group = any ? groups[first + lane] : 0;
+    const int32_t thread = group % H::threads;
+#pragma unroll 1
+    for (int start = 0; start < row.items(); start += kGroupsOf<H>) {
+      const int item = start + group / H::threads;
+      uint32_t found = 0;
+      if (any && item < row.items()) {
+        float x[kSize];
+        row.read(item, x, thread);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) found |= uint32_t(x[i] >= bound) << i;
+      }
+      for (uint32_t lanes; (lanes = __ballot_sync(~0u, found != 0)) != 0; count += __popc(lanes)) {
+        if (found != 0) {
+          const int32_t index = row.map().index(item, __ffs(int(found)) - 1, thread);
+          f(count + __popc(lanes & ((1u << lane) - 1)),
+            Candidate::of(row.element(item, index), index));
+        }
+        found &= found - 1;
+      }
+    }
+  }
+  return count;
+}
+
+template <class H>
+__global__ void __launch_bounds__(H::threads, 1280 / H::threads)
     hard_quick(const IndicesArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ HardShared<H::threads / 32> shared;
   using S = typename H::S;
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
-  constexpr int kSize = Chunk<S>::size, kWarps = H::threads / 32;
-  constexpr int kMost = kWarps == 1 ? kMostRanked / 2 : kMostRanked;
-  constexpr int kEach = (kMost + H::threads - 1) / H::threads;
+  constexpr int kWarps = H::threads / 32, kKeys = kKeysOf<H>;
+  constexpr int kEach = kMaxima / H::threads;  // maxima of a thread
+  static_assert(kKeys == kGroupsOf<H> && kKeys * H::threads <= 0x10000);
   const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
   const int warp = t / 32, lane = t % 32;
   const Mapping<H> map{n};
   ResidentRow<H> row(memory, &shared.barrier, map);
-  // A candidate: its key above kLast less its index, so that the larger of two is selected first.
   // Those of a cluster's blocks lie one after the other in the first block.
-  uint64_t* candidates = reinterpret_cast<uint64_t*>(memory + (row.slot_bytes() + 15) / 16 * 16);
+  Candidate* candidates = reinterpret_cast<Candidate*>(memory + (row.slot_bytes() + 15) / 16 * 16);
   const int32_t room = args.room / 2 / C::size();
   Mailbox bounds[2] = {Mailbox(&shared.mailboxes[0]), Mailbox(&shared.mailboxes[1])};
   Mailbox counts(&shared.mailboxes[2]), values(&shared.mailboxes[3]);
@@ -88,167 +194,137 @@ __global__ void __launch_bounds__(H::threads, H::threads == 32 ? 24 : 1280 / H::
   };
   const int64_t first_row = int64_t(blockIdx.x) / C::size();
   if (fed(first_row)) row.ask(data(first_row));
+  int32_t k = budget(first_row);
+  // The warps take turns, as each has its place among those of other blocks; messages are the
+  // first one's.
+  int turn = 0;
   for (int64_t r = first_row; r < args.x.rows; r += step) {
+    const bool in_turn = warp == turn;
+    if constexpr (!C::many) turn = (turn + 1) % kWarps;
     if (fed(r)) {
       row.wait();
     } else {
+      H::sync();  // the row before has been read
       row.copy(data(r), args.wide_x);
     }
-    const int32_t k = budget(r);
-    bool usual = k > 0;
-    int32_t total = 0;
-    if (usual) {
+    bool usual = false;
+    if (k > 0) {
       if (!args.x.largest) row.negate();
-      uint32_t key[kKeysOf<H>];
+      uint32_t key[kKeys];
       keys_of_maxima(row, key);
-      float2 limits =
-          bound_of_block<kWarps>(key, (k - 1) / C::size() + 1, kWarps > 1, shared.bound);
-      if constexpr (C::many) {
-        float2* of_blocks = shared.bounds_of_blocks[parity];
-        const uint32_t bytes = C::size() * sizeof(float2);
-        if (parity == 0) {
-          if (t < C::size()) bounds[0].send(&of_blocks[C::rank()], t, limits);
-          bounds[0].receive(bytes);
-        } else {
-          if (t < C::size()) bounds[1].send(&of_blocks[C::rank()], t, limits);
-          bounds[1].receive(bytes);
+      const int need = (k - 1) / C::size() + 1;
+      float2 limits;
+      if (need <= kMostOfMaxima) {
+        uint32_t most[kEach];
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          most[i] = key[i];
+#pragma unroll
+          for (int j = i + kEach; j < kKeys; j += kEach) most[i] = max(most[i], key[j]);
+          reinterpret_cast<uint32_t*>(shared.maxima)[i * H::threads + t] = most[i];
         }
-        parity ^= 1;
-        limits = of_blocks[0];
-        for (int i = 1; i < C::size(); ++i) limits = widest(limits, of_blocks[i]);
+        H::sync();
+        if (in_turn) limits = bound_of_maxima(shared.maxima, need);
+      } else {
+        limits = bound_of_block<kWarps>(key, need, kWarps > 1, shared.bound);
       }
-      const float L = limits.x;
-
-      uint32_t found_in = 0;  // items with candidates
-      int32_t mine = 0;
-      row.for_each([&](int item) {
-        float x[kSize];
-        row.read(item, x);
-        const int32_t before = mine;
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) mine += x[i] >= L;
-        if (mine != before) found_in |= 1u << item;
-      });
-      const int32_t upto = int32_t(inclusive_scan<32>(unsigned(mine), lane));
-      int32_t place = upto - mine;
-      total = __shfl_sync(~0u, upto, 31);
-      if constexpr (kWarps > 1) {
-        if (lane == 0) shared.counts[warp] = total;
-        __syncthreads();
-        total = 0;
-#pragma unroll
-        for (int i = 0; i < kWarps; ++i) {
-          if (i < warp) place += shared.counts[i];
-          total += shared.counts[i];
-        }
-      }
-      // Not where there is NaN, an infinite element, or too many ties at the bound.
-      usual = L > -infinity<float> && limits.y < infinity<float>;
-      if (usual && total <= room) {
-        for (; found_in != 0; found_in &= found_in - 1) {
-          const int item = __ffs(int(found_in)) - 1;
-          float x[kSize];
-          row.read(item, x);
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            const uint32_t key = key_of(x[i] + 0.0f);  // -0 becomes +0
-            if (!(x[i] >= L)) continue;
-            const uint64_t candidate = uint64_t(key) << 32 | uint32_t(kLast - map.index(item, i));
-            if constexpr (C::many) {
-              values.send(candidates + C::rank() * room + place, 0, candidate);
-            } else {
-              candidates[place] = candidate;
-            }
-            ++place;
+      if (in_turn) {
+        if constexpr (C::many) {
+          float2* of_blocks = shared.bounds_of_blocks[parity];
+          const uint32_t bytes = C::size() * sizeof(float2);
+          if (parity == 0) {
+            if (t < C::size()) bounds[0].send(&of_blocks[C::rank()], t, limits);
+            bounds[0].receive(bytes);
+          } else {
+            if (t < C::size()) bounds[1].send(&of_blocks[C::rank()], t, limits);
+            bounds[1].receive(bytes);
           }
+          parity ^= 1;
+          limits = of_blocks[0];
+          for (int i = 1; i < C::size(); ++i) limits = widest(limits, of_blocks[i]);
+        }
+        if (lane == 0) {
+          shared.limits = limits;
+          shared.listed = 0;
         }
       }
-      if constexpr (C::many) {
-        if (t == 0) counts.send(&shared.counts_of_blocks[C::rank()], 0, total);
-      }
+      H::sync();
+      // Not where there is NaN or an infinite element.
+      usual = shared.limits.x > -infinity<float> && shared.limits.y < infinity<float>;
+      if (usual) list_groups<H>(key, shared.limits.x, shared.groups, &shared.listed);
     }
-    H::sync();  // the row has been read
-    if (fed(r + step)) row.ask(data(r + step));
+    H::sync();  // the row has been read, but for the groups listed
+    const float2 limits = shared.limits;
+    int32_t count = 0;
+    if (in_turn) {
+      if (usual) {
+        const auto keep = [&](int32_t place, const Candidate& candidate) {
+          if (place >= room) return;
+          if constexpr (C::many) {
+            values.send(candidates + C::rank() * room + place, 0, candidate);
+          } else {
+            candidates[place] = candidate;
+          }
+        };
+        count = collect(row, limits.x, shared.groups, min(shared.listed, kMostRanked), keep);
+      }
+      if constexpr (C::many) {
+        if (lane == 0 && k > 0) counts.send(&shared.counts_of_blocks[C::rank()], 0, count);
+      }
+      __syncwarp();
+    }
+    if (fed(r + step)) row.ask(data(r + step), in_turn && lane == 0);
+    const int32_t row_k = k;
+    if (r + step < args.x.rows) k = budget(r + step);
     if (C::rank() != 0) continue;
 
-    if constexpr (C::many) {
-      if (k > 0) {
-        counts.receive(C::size() * sizeof(int32_t));
-        int32_t sent = 0;
-        for (int b = 0; usual && b < C::size(); ++b) {
-          const int32_t count = shared.counts_of_blocks[b];
-          sent += count <= room ? count : 0;
+    if (in_turn) {
+      // Nor where there are too many ties at the bound.
+      usual = usual && count < room;
+      if constexpr (C::many) {
+        if (row_k > 0) {
+          counts.receive(C::size() * sizeof(int32_t));
+          int32_t sent = 0;
+          for (int b = 0; b < C::size(); ++b) sent += min(shared.counts_of_blocks[b], room);
+          values.receive(sent * sizeof(Candidate));
         }
-        values.receive(sent * sizeof(uint64_t));
+        for (int b = 1; b < C::size() && usual; ++b) {  // up to those of the blocks before
+          const int32_t more = shared.counts_of_blocks[b];
+          usual = more < room;
+          for (int32_t i = lane; i - lane < more && usual; i += 32) {
+            Candidate moved{};
+            if (i < more) moved = candidates[b * room + i];
+            __syncwarp();
+            if (i < more) candidates[count + i] = moved;
+          }
+          count += more;
+        }
+        usual = usual && count <= kMostRanked;
       }
-      usual = usual && total <= room;
-      for (int b = 1; b < C::size(); ++b) {  // up to those of the blocks before
-        const int32_t count = shared.counts_of_blocks[b];
-        usual = usual && count <= room;
-        if (!usual) break;
-        const uint64_t moved = t < count ? candidates[b * room + t] : 0;
-        const uint64_t more = t + H::threads < count ? candidates[b * room + H::threads + t] : 0;
-        __syncthreads();
-        if (t < count) candidates[total + t] = moved;
-        if (t + H::threads < count) candidates[total + H::threads + t] = more;
-        total += count;
+      __syncwarp();
+      if (usual) {
+        if (count <= 128) {
+          keep_largest<4, Element<S>::grain>(candidates, count, row_k, limits.x, limits.y);
+        } else {
+          keep_largest<kMostRanked / 32, Element<S>::grain>(candidates, count, row_k, limits.x,
+                                                            limits.y);
+        }
+        for (int64_t i = row_k + lane; i < args.max_k; i += 32) write_unused<S>(args, r, i);
       }
-      __syncthreads();
-    } else {
-      usual = usual && total <= room;
+      if (lane == 0) {
+        args.counts[r] = usual ? row_k : kLeftCount;
+        shared.kept = usual ? row_k : 0;
+      }
     }
-    usual = usual && total <= kMost;
-    if (usual) {
-      // Selected are those with fewer than k above them; where, the number of those with lower
-      // indices.
-      uint64_t own[kEach];
-      int32_t above[kEach];
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        own[j] = j * H::threads + t < total ? candidates[j * H::threads + t] : 0;
-        above[j] = 0;
-      }
-      // Only warps that have any look at the others'; one warp compares all of its own at once.
-      constexpr int kTogether = kWarps == 1 ? kEach : 1;
-#pragma unroll
-      for (int first = 0; first < kEach; first += kTogether) {
-        const int32_t others = first * H::threads + warp * 32 < total ? total : 0;
-#pragma unroll 4
-        for (int32_t other = 0; other < others; ++other) {
-          const uint64_t candidate = candidates[other];
-#pragma unroll
-          for (int j = first; j < first + kTogether; ++j) above[j] += candidate > own[j];
-        }
-      }
+    const auto write = [&](int32_t place, const Candidate& candidate) {
+      write_selected<S>(args, r, place, candidate.index(), candidate.value());
+    };
+    if (row_k > kMostOfWarp) {
       H::sync();
-      uint32_t* chosen = reinterpret_cast<uint32_t*>(candidates);
-      uint32_t selected[kEach];
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        selected[j] = own[j] != 0 && above[j] < k ? uint32_t(own[j]) + 1 : 0;
-        if (j * H::threads + t < total) chosen[j * H::threads + t] = selected[j];
-        above[j] = 0;
-      }
-      H::sync();
-#pragma unroll
-      for (int first = 0; first < kEach; first += kTogether) {
-        const int32_t others = first * H::threads + warp * 32 < total ? total : 0;
-#pragma unroll 8
-        for (int32_t other = 0; other < others; ++other) {
-          const uint32_t candidate = chosen[other];
-#pragma unroll
-          for (int j = first; j < first + kTogether; ++j) above[j] += candidate > selected[j];
-        }
-      }
-      int64_t* indices = args.indices + r * args.max_k;
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        if (selected[j] != 0) indices[above[j]] = int64_t(kLast - int32_t(selected[j] - 1));
-      }
-      for (int64_t i = k + t; i < args.max_k; i += H::threads) indices[i] = -1;
+      in_order(candidates, shared.kept, t, H::threads, write);
+    } else if (in_turn && usual) {
+      in_order(candidates, row_k, lane, 32, write);
     }
-    if (t == 0) args.counts[r] = usual ? k : kLeftCount;
-    H::sync();  // the candidates have been read
   }
   C::sync();  // a block that has left can no longer be written to
 }

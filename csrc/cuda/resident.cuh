@@ -59,9 +59,8 @@ struct Mapping {
     const int32_t all = piece_elements() * C::size();
     return (n + all - 1) / all;
   }
-  // The index of element i of the calling thread's chunk `item`; it may lie beyond the end.
-  __device__ int32_t index(int item, int i) const {
-    const int32_t t = int32_t(threadIdx.x);
+  // The index of element i of thread t's chunk `item`; it may lie beyond the end.
+  __device__ int32_t index(int item, int i, int32_t t = int32_t(threadIdx.x)) const {
     return piece(item) + (H::ragged ? i * H::threads + t : t * kSize + i);
   }
 };
@@ -104,11 +103,12 @@ class ResidentRow {
   }
 
   // Asks the copy engine for the row at `data`; nothing in shared memory is being read any more.
-  // Whole 16-byte granules are copied: those of its ends belong to the neighbours.
-  __device__ void ask(const void* data) {
+  // Whole 16-byte granules are copied: those of its ends belong to the neighbours. By all threads,
+  // one of which is `asking`.
+  __device__ void ask(const void* data, bool asking = threadIdx.x == 0) {
 #if __CUDA_ARCH__ >= 900
     skip_ = int32_t(reinterpret_cast<uintptr_t>(data) % 16);
-    if (threadIdx.x != 0) return;
+    if (!asking) return;
     const uint64_t first = reinterpret_cast<uint64_t>(data),
                    end = first + uint64_t(map_.n) * sizeof(S);
     const int pieces = C::many ? items_ : 1;
@@ -172,16 +172,17 @@ class ResidentRow {
     for (int item = 0; item < items_; ++item) f(item);
   }
   __device__ int items() const { return items_; }
-  // The calling thread's chunk.
-  __device__ __forceinline__ void read(int item, Compute<S> (&x)[kSize]) const {
+  // Thread t's chunk.
+  __device__ __forceinline__ void read(int item, Compute<S> (&x)[kSize],
+                                       int32_t t = int32_t(threadIdx.x)) const {
     if (!H::ragged) {
-      Chunk<S>{*chunk_at(item)}.read(x);
+      Chunk<S>{*chunk_at(item, t)}.read(x);
       return;
     }
     const Raw* from = reinterpret_cast<const Raw*>(slot_ + item * H::stride + skip_);
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const int32_t index = map_.index(item, i);
+      const int32_t index = map_.index(item, i, t);
       x[i] = Element<S>::value(index < map_.n ? from[index - map_.piece(item)] : padding_);
     }
   }
@@ -209,6 +210,11 @@ class ResidentRow {
     const int32_t piece = index / Mapping<H>::piece_elements();
     const Raw* from = reinterpret_cast<const Raw*>(slot_ + piece / C::size() * H::stride + skip_);
     return Element<S>::value(from[index - piece * Mapping<H>::piece_elements()]);
+  }
+  // The one at `index`, which is in a chunk `item`.
+  __device__ Compute<S> element(int item, int32_t index) const {
+    const Raw* from = reinterpret_cast<const Raw*>(slot_ + item * H::stride + skip_);
+    return Element<S>::value(from[index - map_.piece(item)]);
   }
   __device__ const Mapping<H>& map() const { return map_; }
   __device__ int32_t slot_bytes() const { return items_ * H::stride + 16; }
@@ -245,8 +251,8 @@ class ResidentRow {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
   }
-  __device__ uint4* chunk_at(int item) const {
-    return reinterpret_cast<uint4*>(slot_ + item * H::stride) + threadIdx.x;
+  __device__ uint4* chunk_at(int item, int32_t t = int32_t(threadIdx.x)) const {
+    return reinterpret_cast<uint4*>(slot_ + item * H::stride) + t;
   }
 
   Raw padding_;

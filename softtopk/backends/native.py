@@ -99,7 +99,14 @@ class Kernels:
     def hard_topk_indices(
         self, x: Tensor, k: float | Tensor, max_k: int, largest: bool = True
     ) -> tuple[Tensor, Tensor]:
+        return self.hard_topk_selected(x, k, max_k, largest, False)[1:]
+
+    def hard_topk_selected(
+        self, x: Tensor, k: float | Tensor, max_k: int, largest: bool = True, fetched: bool = True
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(values, indices, counts), values (..., max_k) in x's dtype; without `fetched` they are None."""
         x = unit_stride(x)
+        values = per_row_result(x, max_k, dtype=x.dtype) if fetched else None
         indices = per_row_result(x, max_k, dtype=torch.int64)
         counts = per_row_result(x, dtype=torch.int64)
         self.launchers.hard_topk_indices(
@@ -107,10 +114,11 @@ class Kernels:
             *per_row(k),
             max_k,
             indices.data_ptr(),
+            0 if values is None else values.data_ptr(),
             counts.data_ptr(),
             *self.where(x),
         )
-        return indices, counts
+        return values, indices, counts
 
 
 def reads(x: Tensor) -> bool:

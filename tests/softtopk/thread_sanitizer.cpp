@@ -76,18 +76,19 @@ std::vector<Bytes> everything(const Case& c, int threads) {
   const PerRow k{c.k.data(), Type::float64, 1, 0}, alpha{c.alpha.data(), Type::float32, 1, 0};
   const size_t all = c.rows * c.n * size_of(c.type), one = c.rows * computed;
   Bytes p(all), solution(5 * one), grad_x(all), grad_k(one), grad_alpha(one), mask(all);
+  Bytes values(c.rows * max_k * size_of(c.type));
   std::vector<int64_t> indices(c.rows * max_k), counts(c.rows);
   cpu::soft_topk_forward(x, k, alpha, Form::none, nullptr, solution.data(), threads);
   cpu::soft_topk_forward(x, k, alpha, c.form, p.data(), solution.data(), threads);
   cpu::soft_topk_backward(x, solution.data(), alpha, c.form, c.v.data(), c.n + 3, grad_x.data(),
                           grad_k.data(), grad_alpha.data(), threads);
   cpu::hard_topk_mask(x, k, mask.data(), threads);
-  cpu::hard_topk_indices(x, k, max_k, indices.data(), counts.data(), threads);
+  cpu::hard_topk_indices(x, k, max_k, indices.data(), values.data(), counts.data(), threads);
   const auto bytes = [](const std::vector<int64_t>& from) {
     const auto* data = reinterpret_cast<const unsigned char*>(from.data());
     return Bytes(data, data + 8 * from.size());
   };
-  return {p, solution, grad_x, grad_k, grad_alpha, mask, bytes(indices), bytes(counts)};
+  return {p, solution, grad_x, grad_k, grad_alpha, mask, bytes(indices), values, bytes(counts)};
 }
 
 }  // namespace
