@@ -92,16 +92,15 @@ void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* i
   const auto copy = size == 8   ? copy_values<uint64_t>
                     : size == 4 ? copy_values<uint32_t>
                                 : copy_values<uint16_t>;
-  for_cuts(x, k, max_k, threads,
-           [&](const auto& sweeps, const Row& elements, int64_t row, auto cut) {
-             int64_t* const out = indices + row * max_k;
-             if (cut.count > 0) sweeps.indices(elements, cut.value, cut.ties, out);
-             std::fill(out + cut.count, out + max_k, int64_t{-1});
-             counts[row] = cut.count;
-             if (values == nullptr) return;
-             copy(elements.data, out, cut.count, max_k,
-                  static_cast<char*>(values) + row * max_k * size);
-           });
+  for_cuts(
+      x, k, max_k, threads, [&](const auto& sweeps, const Row& elements, int64_t row, auto cut) {
+        int64_t* const out = indices + row * max_k;
+        if (cut.count > 0) sweeps.indices(elements, cut.value, cut.ties, out);
+        std::fill(out + cut.count, out + max_k, int64_t{-1});
+        counts[row] = cut.count;
+        if (values == nullptr) return;
+        copy(elements.data, out, cut.count, max_k, static_cast<char*>(values) + row * max_k * size);
+      });
 }
 
 }  // namespace softtopk::cpu

@@ -6,6 +6,7 @@
 namespace softtopk::cuda {
 
 inline constexpr int kMostRanked = 512;  // candidates
+inline constexpr int kMostOfWarp = 64;   // more are put in order by all warps
 inline constexpr int32_t kLast = 0x3fffffff;
 
 // An element that may be selected: the one with the larger key first, then the one with the larger
@@ -30,10 +31,10 @@ __device__ __forceinline__ int bisect(const uint32_t (&key)[N], int wanted, int 
                                       uint32_t& low, uint32_t high, int reached_low) {
   while (low < high && reached_low > enough) {
     const uint32_t middle = low + (high - low) / 2 + 1;
-    int reached = 0;
+    uint32_t reach = 0;  // bits: half the instructions of a sum
 #pragma unroll
-    for (int i = 0; i < N; ++i) reached += key[i] >= middle;
-    reached = __reduce_add_sync(~0u, reached);
+    for (int i = 0; i < N; ++i) reach |= uint32_t(key[i] >= middle) << i;
+    const int reached = __reduce_add_sync(~0u, __popc(reach));
     if (reached >= wanted) {
       low = middle;
       reached_low = reached;
@@ -88,32 +89,51 @@ __device__ __forceinline__ void keep_largest(Candidate* candidates, int count, i
   __syncwarp();
 }
 
-// f(place, candidate) for each of k candidates, its place in the order of their indices; each of
-// `threads` threads takes its share. `candidates` is aligned to 16 bytes.
+// 1 for a candidate after another, else 0; orders are below 2^31.
+__device__ __forceinline__ uint32_t is_after(uint32_t order, uint32_t other) {
+  return (order - other) >> 31;
+}
+
+// f(place, candidate) for each of k <= kMostOfWarp candidates, its place in the order of their
+// indices, by one warp. `candidates` is aligned to 16 bytes and has room for half as many more.
 template <class F>
-__device__ __forceinline__ void in_order(const Candidate* candidates, int k, int thread,
-                                         int threads, F f) {
-  const uint4* pairs = reinterpret_cast<const uint4*>(candidates);
+__device__ __forceinline__ void warp_in_order(Candidate* candidates, int k, F f) {
+  const int lane = int(threadIdx.x) % 32;
+  Candidate own[2]{};
+  uint32_t* orders = reinterpret_cast<uint32_t*>(candidates + kMostOfWarp);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (j * 32 + lane < k) own[j] = candidates[j * 32 + lane];
+    orders[j * 32 + lane] = own[j].order;  // 0 is after all others
+  }
+  __syncwarp();
+  uint32_t place[2] = {0, 0};
+#pragma unroll 4
+  for (int i = 0; i < k; i += 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(orders + i);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      place[j] += is_after(own[j].order, four.x);
+      place[j] += is_after(own[j].order, four.y);
+      place[j] += is_after(own[j].order, four.z);
+      place[j] += is_after(own[j].order, four.w);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (own[j].order != 0) f(int32_t(place[j]), own[j]);
+  }
+}
+// The same of any number, by all threads of a block.
+template <class F>
+__device__ __forceinline__ void block_in_order(const Candidate* candidates, int k, F f) {
 #pragma unroll 1
-  for (int first = thread; first < k; first += 2 * threads) {
-    const int second = first + threads;
-    const Candidate one = candidates[first], other = candidates[second < k ? second : first];
-    int before_one = 0, before_other = 0;
+  for (int i = int(threadIdx.x); i < k; i += int(blockDim.x)) {
+    const Candidate own = candidates[i];
+    uint32_t place = 0;
 #pragma unroll 8
-    for (int i = 0; i < k / 2; ++i) {
-      const uint4 pair = pairs[i];
-      before_one += pair.x > one.order;
-      before_one += pair.z > one.order;
-      before_other += pair.x > other.order;
-      before_other += pair.z > other.order;
-    }
-    if (k % 2 != 0) {
-      const uint32_t last = candidates[k - 1].order;
-      before_one += last > one.order;
-      before_other += last > other.order;
-    }
-    f(before_one, one);
-    if (second < k) f(before_other, other);
+    for (int j = 0; j < k; ++j) place += is_after(own.order, candidates[j].order);
+    f(int32_t(place), own);
   }
 }
 

@@ -58,7 +58,6 @@ __device__ __forceinline__ void write_unused(const IndicesArgs& args, int64_t r,
 inline constexpr int64_t kLeftCount = -2;  // marks a row, in the place of its count
 inline constexpr int kMaxima = 256;        // a bound for few is among so many
 inline constexpr int kMostOfMaxima = 96;   // and so many at most reach it
-inline constexpr int kMostOfWarp = 64;     // more are put in order by all warps
 
 template <int WARPS>
 struct HardShared {
@@ -154,7 +153,7 @@ __device__ __forceinline__ int32_t collect(const ResidentRow<H>& row, float boun
 }
 
 template <class H>
-__global__ void __launch_bounds__(H::threads, 1280 / H::threads)
+__global__ void __launch_bounds__(H::threads, H::threads == 128 ? 10 : 4)
     hard_quick(const IndicesArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ HardShared<H::threads / 32> shared;
@@ -275,7 +274,7 @@ __global__ void __launch_bounds__(H::threads, 1280 / H::threads)
     }
     if (fed(r + step)) row.ask(data(r + step), in_turn && lane == 0);
     const int32_t row_k = k;
-    if (r + step < args.x.rows) k = budget(r + step);
+    if (args.k.data != nullptr && r + step < args.x.rows) k = budget(r + step);
     if (C::rank() != 0) continue;
 
     if (in_turn) {
@@ -321,9 +320,9 @@ __global__ void __launch_bounds__(H::threads, 1280 / H::threads)
     };
     if (row_k > kMostOfWarp) {
       H::sync();
-      in_order(candidates, shared.kept, t, H::threads, write);
+      block_in_order(candidates, shared.kept, write);
     } else if (in_turn && usual) {
-      in_order(candidates, row_k, lane, 32, write);
+      warp_in_order(candidates, row_k, write);
     }
   }
   C::sync();  // a block that has left can no longer be written to

@@ -95,9 +95,11 @@ def assert_right(cuda, x: Tensor, k, alpha, v: Tensor, largest: bool = True):
     mask = cuda.hard_topk_mask(x, k, largest)
     assert torch.equal(mask, reference.hard_topk_mask(x, k, largest))
     for max_k in (1, 20, x.shape[1]):
-        indices, counts = cuda.hard_topk_indices(x, k, max_k, largest)
+        values, indices, counts = cuda.kernels.hard_topk_selected(x, k, max_k, largest)
         want_indices, want_counts = reference.hard_topk_indices(x, k, max_k, largest)
         assert torch.equal(indices, want_indices) and torch.equal(counts, want_counts)
+        want = torch.where(want_indices < 0, 0, x.gather(1, want_indices.clamp(min=0)))
+        assert torch.equal(values, want) and torch.equal(values.signbit(), want.signbit())
 
 
 @pytest.mark.parametrize("step", [-1, 0, 1])

@@ -7,6 +7,7 @@ import torch
 from torch import inf, nan
 
 from softtopk import hard_topk, soft_topk
+from softtopk.functional import FLOATS
 from tests.cases import FAMILIES, make
 
 
@@ -52,6 +53,23 @@ def test_infinities_and_nan(backend, device):
     assert mask[:3].tolist() == [[1, 1, 0, 1], [1, 1, 1, 0], [0, 0, 1, 1]] and mask[3].isnan().all()
     _, indices, counts = hard_topk(x, k, max_k=4, return_indices=True, backend=backend)
     assert counts.tolist() == [3, 3, 2, 0] and indices[3].tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("n", [40, 5000, 20000, 70001])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_values_are_the_same_without_a_gradient(backend, device, dtype, n, largest):
+    x = torch.stack([make(family, 1, n, seed=n)[0] for family in FAMILIES]).to(dtype).to(device)
+    x[:2, ::3] = -x[:2, ::3]  # -0 too
+    x[3, n // 2] = nan
+    k = torch.linspace(1, n if n < 100 else 150, len(x), device=device)
+    got, want = (
+        hard_topk(y, k, max_k=160, largest=largest, return_indices=True, backend=backend)
+        for y in (x, x.clone().requires_grad_())
+    )
+    assert want[0].requires_grad and not got[0].requires_grad
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())
 
 
 def test_gradient_of_the_values(backend, device):
