@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(H::threads, H::threads == 128 ? 10 : 4)
     return H::ragged ? r + 1 < args.x.rows && args.x.stride >= n : args.wide_x;
   };
   const int64_t first_row = int64_t(blockIdx.x) / C::size();
-  if (fed(first_row)) row.ask(data(first_row));
+  if (fed(first_row)) row.ask_by_warp(data(first_row), warp == 0);
   int32_t k = budget(first_row);
   // The warps take turns, as each has its place among those of other blocks; messages are the
   // first one's.
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(H::threads, H::threads == 128 ? 10 : 4)
       }
       __syncwarp();
     }
-    if (fed(r + step)) row.ask(data(r + step), in_turn && lane == 0);
+    if (fed(r + step)) row.ask_by_warp(data(r + step), in_turn);
     const int32_t row_k = k;
     if (args.k.data != nullptr && r + step < args.x.rows) k = budget(r + step);
     if (C::rank() != 0) continue;

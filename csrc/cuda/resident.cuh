@@ -103,12 +103,11 @@ class ResidentRow {
   }
 
   // Asks the copy engine for the row at `data`; nothing in shared memory is being read any more.
-  // Whole 16-byte granules are copied: those of its ends belong to the neighbours. By all threads,
-  // one of which is `asking`.
-  __device__ void ask(const void* data, bool asking = threadIdx.x == 0) {
+  // Whole 16-byte granules are copied: those of its ends belong to the neighbours.
+  __device__ void ask(const void* data) {
 #if __CUDA_ARCH__ >= 900
     skip_ = int32_t(reinterpret_cast<uintptr_t>(data) % 16);
-    if (!asking) return;
+    if (threadIdx.x != 0) return;
     const uint64_t first = reinterpret_cast<uint64_t>(data),
                    end = first + uint64_t(map_.n) * sizeof(S);
     const int pieces = C::many ? items_ : 1;
@@ -121,12 +120,29 @@ class ResidentRow {
     for (int item = 0; item < pieces; ++item) {
       const Granules part = granules(first, end, item);
       if (part.size == 0) break;
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-          "[%3];" ::"r"(shared_address(slot_) + item * H::stride),
-          "l"(part.from), "r"(part.size), "r"(barrier_)
-          : "memory");
+      copy_granules(part, item);
     }
+#endif
+  }
+  // The same by one warp, which is `asking`: every lane asks for a piece of its own.
+  __device__ void ask_by_warp(const void* data, bool asking) {
+    static_assert(kMostItems <= 32);
+#if __CUDA_ARCH__ >= 900
+    skip_ = int32_t(reinterpret_cast<uintptr_t>(data) % 16);
+    if (!asking) return;
+    const uint64_t first = reinterpret_cast<uint64_t>(data),
+                   end = first + uint64_t(map_.n) * sizeof(S);
+    const int lane = int(threadIdx.x) % 32;
+    if (!C::many && lane != 0) return;
+    Granules part = {0, 0};
+    if (!C::many || lane < items_) part = granules(first, end, lane);
+    const uint32_t total = C::many ? __reduce_add_sync(~0u, part.size) : part.size;
+    if (lane == 0) {
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier_), "r"(total)
+                   : "memory");
+    }
+    if (C::many) __syncwarp();
+    if (part.size > 0) copy_granules(part, C::many ? lane : 0);
 #endif
   }
   // Waits for what was asked for.
@@ -244,6 +260,15 @@ class ResidentRow {
     }
     from &= ~uint64_t(15);
     return {from, uint32_t(((to + 15) & ~uint64_t(15)) - from)};
+  }
+  __device__ void copy_granules(const Granules& part, int item) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+        "[%3];" ::"r"(shared_address(slot_) + item * H::stride),
+        "l"(part.from), "r"(part.size), "r"(barrier_)
+        : "memory");
+#endif
   }
   // What was written here is the copy engine's to overwrite.
   __device__ static void release() {
