@@ -192,7 +192,7 @@ class ResidentRow {
   __device__ __forceinline__ void read(int item, Compute<S> (&x)[kSize],
                                        int32_t t = int32_t(threadIdx.x)) const {
     if (!H::ragged) {
-      Chunk<S>{*chunk_at(item, t)}.read(x);
+      Chunk<S>{*chunk_at(item, uint32_t(t))}.read(x);
       return;
     }
     const Raw* from = reinterpret_cast<const Raw*>(slot_ + item * H::stride + skip_);
@@ -276,7 +276,7 @@ class ResidentRow {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
   }
-  __device__ uint4* chunk_at(int item, int32_t t = int32_t(threadIdx.x)) const {
+  __device__ uint4* chunk_at(int item, uint32_t t = threadIdx.x) const {
     return reinterpret_cast<uint4*>(slot_ + item * H::stride) + t;
   }
 
