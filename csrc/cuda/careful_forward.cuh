@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(H::threads, H::threads == 256 ? 3 : 8)
       }
       const Raw* data = static_cast<const Raw*>(args.x.data) + r * args.x.stride;
       if (is_fed<H>(args, r)) {
-        row.ask(data);
+        row.ask(data, t < 32);
         row.wait();
       } else {
         row.copy(data, args.wide_x);

@@ -31,19 +31,26 @@ __device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t& phase) {
 // Where a block waits for messages of the others. A message is stored in its shared memory together
 // with the count of its bytes, so neither side needs a barrier or a fence, which would wait for all
 // that was written to memory before. Messages of one phase must not meet those of the next: a block
-// sends only after it has heard of the receiver's having passed the phase before.
+// sends only after it has heard of the receiver's having passed the phase before, or, with COUNT =
+// 2, the one before that.
+template <int COUNT = 1>
 class Mailbox {
  public:
   // By all threads; a barrier of the cluster must follow.
-  __device__ explicit Mailbox(uint64_t* barrier)
-      : barrier_(uint32_t(__cvta_generic_to_shared(barrier))) {
+  __device__ explicit Mailbox(uint64_t* barriers)
+      : barriers_(uint32_t(__cvta_generic_to_shared(barriers))) {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0) {
-      asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier_) : "memory");
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barriers_ + 8 * i) : "memory");
+      }
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 #endif
   }
+  // Which of COUNT places the messages of this phase have.
+  __device__ __forceinline__ int place() const { return COUNT == 1 ? 0 : int(turn_ & 1); }
   // Puts `message` where `to` is in block `rank`.
   template <class A>
   __device__ __forceinline__ void send(A* to, int rank, const A& message) const {
@@ -55,7 +62,7 @@ class Mailbox {
     asm("mapa.shared::cluster.u32 %0, %1, %2;"
         : "=r"(address)
         : "r"(uint32_t(__cvta_generic_to_shared(to))), "r"(rank));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(barrier_), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(current()), "r"(rank));
 #pragma unroll
     for (int i = 0; i < int(sizeof(A) / 4); ++i) {
       asm volatile(
@@ -66,19 +73,24 @@ class Mailbox {
     }
 #endif
   }
-  // Waits for `bytes` of messages; thread 0 must be among those who do.
+  // Waits for `bytes` of messages; thread 0 must be among those who do. All others must `pass`.
   __device__ __forceinline__ void receive(uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier_), "r"(bytes)
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(current()), "r"(bytes)
                    : "memory");
     }
 #endif
-    wait_for(barrier_, phase_);
+    uint32_t phase = turn_ / COUNT & 1;
+    wait_for(current(), phase);
+    pass();
   }
+  __device__ __forceinline__ void pass() { ++turn_; }
 
  private:
-  uint32_t barrier_, phase_ = 0;
+  __device__ __forceinline__ uint32_t current() const { return barriers_ + 8 * place(); }
+
+  uint32_t barriers_, turn_ = 0;
 };
 
 // A cluster of one block, without any of this.

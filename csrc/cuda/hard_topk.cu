@@ -15,7 +15,7 @@
 namespace softtopk::cuda {
 namespace {
 
-constexpr Demand kQuick = {1, 65536, {128, 128, 128}, {1024, 1024, 1024}, 2048};
+constexpr Demand kQuick = {1, 65536, {64, 128, 128}, {512, 1024, 1024}, 2048};
 
 struct MaskArgs {
   Rows x;
@@ -186,7 +186,7 @@ void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* i
       const Plan plan = plan_resident(x.n, sizeof(S), kQuick, gpu);
       args.room = plan.room - 4;  // the last words may be lost to alignment
       if (x.n * sizeof(S) > 256 * 16 && plan.blocks > 0 && max_k > 0) {
-        with_sharing<S, 128, 256>(plan, x.n, [&](auto sharing) {
+        with_sharing<S, 64, 128, 256>(plan, x.n, [&](auto sharing) {
           launch_resident(hard_quick<decltype(sharing)>, args, x.rows, plan, gpu, stream);
         });
         launch_resident(indices_careful<S>, args, (x.rows + 31) / 32, Plan{1, 256, 0, 0}, gpu,

@@ -138,7 +138,7 @@ class AllWarps {
   static constexpr int size = 32 * WARPS;
 
   __device__ __forceinline__ explicit AllWarps(Mail& mail)
-      : mail_(mail), boxes_{Mailbox(&mail.mailboxes[0]), Mailbox(&mail.mailboxes[1])} {}
+      : mail_(mail), boxes_{Mailbox<>(&mail.mailboxes[0]), Mailbox<>(&mail.mailboxes[1])} {}
   __device__ static int rank() { return int(threadIdx.x); }
 
   // By the leading warp.
@@ -187,7 +187,7 @@ class AllWarps {
 
  private:
   Mail& mail_;
-  Mailbox boxes_[2];
+  Mailbox<> boxes_[2];
   int parity_ = 0;
 };
 

@@ -2,11 +2,12 @@
 //
 // One pass over memory: the copy engine brings a row, p is written. In between three sweeps over
 // shared memory: the maxima of groups, whence a bound below the threshold (window.cuh); one that
-// collapses what lies below and collects the candidates; the output. The search among the
+// collapses what lies below and collects the candidates; the output. Where alpha is small, the last
+// two look only at groups whose maximum says that anything in them counts. The search among the
 // candidates is one warp's (few.cuh). Rows of up to 1024 chunks are a warp's alone. The blocks of a
-// cluster send each other their bounds and then all candidates, and each searches for itself.
-// Several blocks to a multiprocessor hide each other's waiting. A row that does not fit the pattern
-// is marked, and left to careful_forward.cuh.
+// cluster send each other their candidates, and each searches for itself. Several blocks to a
+// multiprocessor hide each other's waiting. A row that does not fit the pattern is marked, and left
+// to careful_forward.cuh.
 //
 // The ladder, in fractions of the floor (H200, float32, alpha = 1e-2, n = 4096 | 16384 | 65536).
 // The floor of the first six was measured up to 10% slower than it is; relative to each other they
@@ -19,13 +20,21 @@
 //   0.75 | 0.95 | 0.65  k + k / 4 maxima instead of 2 k: fewer candidates
 //   0.74 | 0.86 | 0.61  the same, measured again
 //   0.79 | 0.87 | 0.61  one fused operation an exponent (exponent.cuh); a warp for a short row
-//   0.85 | 0.87 | 0.66  messages instead of cluster barriers, stores without a test each
-// In bfloat16 these last two steps took 0.41 | 0.64 | 0.46 to 0.60 | 0.79 | 0.60. What did not
-// help: rows in registers and the next one in shared memory (every call spilled the row); bringing
-// the next row into the L2 cache ahead of time; asking for each quarter of the next row as soon as
-// that of the last is written (0.75 | 0.85 | 0.60); smaller parts in larger clusters (16384
-// elements in two blocks: 0.53). What limits now: a third of the time a block's other warps wait
-// for the one that searches, in clusters for each other, and no more rows fit on chip.
+//   0.85 | 0.87 | 0.64  messages instead of cluster barriers, stores without a test each
+//   0.86 | 0.87 | 0.65  groups that do not count are skipped; a bound for each block, so that
+//   blocks
+//                       exchange once; fewer registers spilled
+//   0.86 | 0.86 | 0.70  every lane of a warp asks for a piece of a cluster's row; one origin for
+//   the
+//                       exponents also where a side is empty
+// In bfloat16 the last two steps took 0.59 | 0.77 | 0.60 to 0.59 | 0.84 | 0.72. What did not help:
+// rows in registers and the next one in shared memory (every call spilled the row); bringing the
+// next row into the L2 cache ahead of time; asking for each quarter of the next row as soon as that
+// of the last is written (0.75 | 0.85 | 0.60); smaller parts in larger clusters (16384 elements in
+// two blocks: 0.53); two warps for a short row (0.84 at n = 4096); the groups that count written
+// straight to memory and not by way of the row's place on chip (0.81 | 0.67 | 0.52: half sectors).
+// What limits now: one warp of a block searches while the others wait, the blocks of a cluster wait
+// for the last of them, and no more rows fit on chip.
 #pragma once
 
 #include "careful_forward.cuh"
@@ -38,63 +47,135 @@ struct Part {  // of a row, a warp's or a block's
   float T;
   int32_t candidates;
 };
+// What a block of a cluster finds in its part: a bound of its own, and the largest element.
+struct PartOfBlock {
+  Part part;
+  float L, max;
+};
 
-template <int WARPS>
+template <int WARPS, bool CLUSTER>
 struct QuickShared {
   uint64_t barrier;
   Found found;
   BoundShared<WARPS> bound;
   Part parts[WARPS];
-  // What the blocks of a cluster tell each other.
-  uint64_t mailboxes[3];
-  float2 bounds_of_blocks[kMostBlocks];
-  Part parts_of_blocks[kMostBlocks];
+  // What the blocks of a cluster tell each other, of two rows: a block may be ahead by one.
+  uint64_t mailboxes[4];
+  PartOfBlock parts_of_blocks[2][CLUSTER ? kMostBlocks : 1];
 };
 
-// p of a row, from its solution.
+// Counts x in `above` if it is greater than L, else adds e to T. As predicated instructions: what
+// the compiler makes of an if is more.
+__device__ __forceinline__ void add_or_count(float x, float L, float e, float& T, int32_t& above) {
+  asm("{\n"
+      ".reg .pred p;\n"
+      "setp.gt.f32 p, %2, %3;\n"
+      "@p add.s32 %1, %1, 1;\n"
+      "@!p add.f32 %0, %0, %4;\n"
+      "}"
+      : "+f"(T), "+r"(above)
+      : "f"(x), "f"(L), "f"(e));
+}
+
+// p of a row, from its solution, with the row's place as a scratchpad; p is 0 in all chunks but
+// `weighty` ones.
 template <class H>
-__device__ __forceinline__ void write_probabilities(const ResidentRow<H>& row,
-                                                    const ResidentSink<H>& sink, const Found& found,
+__device__ __forceinline__ void write_probabilities(ResidentRow<H>& row,
+                                                    const ResidentSink<H>& sink,
+                                                    const ChunkSet<H>& weighty, const Found& found,
                                                     float rate) {
   using S = typename H::S;
   constexpr int kSize = Chunk<S>::size;
   const Origin origin(found.r_A, found.r_B, rate, sizeof(S) == 2 ? 32.0f : 4.0f);
-  if (origin.serves) {
-    const float h_A = -origin.of_A(found.h_A), h_B = origin.of_B(found.h_B);
-    sink.fill(row, [&](int item) {
-      float x[kSize], p[kSize];
-      row.read(item, x);
+  const float near_A = -origin.of_A(found.h_A), near_B = origin.of_B(found.h_B);
+  const auto near = [&](int item) {
+    float x[kSize], p[kSize];
+    row.read(item, x);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const bool above = x[i] >= found.r_A;
-        p[i] = fmaf(above ? h_A : h_B, faster_exp2(-fabsf(origin.z(x[i]))), above ? 1.0f : 0.0f);
-      }
-      return Chunk<S>::of(p);
-    });
-  } else {
-    const float at_A = found.r_A < infinity<float> ? found.r_A : 0, at_B = found.r_B;
-    sink.fill(row, [&](int item) {
-      float x[kSize], p[kSize];
-      row.read(item, x);
+    for (int i = 0; i < kSize; ++i) {
+      const float e = faster_exp2(-fabsf(origin.z(x[i])));
+      p[i] = near_B * e;
+      if (x[i] >= found.r_A) p[i] = fmaf(near_A, e, 1.0f);
+    }
+    return Chunk<S>::of(p);
+  };
+  const float at_A = found.r_A < infinity<float> ? found.r_A : 0, at_B = found.r_B;
+  const auto far = [&](int item) {
+    float x[kSize], p[kSize];
+    row.read(item, x);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const bool above = x[i] >= found.r_A;
-        const float e = faster_exp2(-fabsf(x[i] - (above ? at_A : at_B)) * rate);
-        p[i] = fmaf(above ? -found.h_A : found.h_B, e, above ? 1.0f : 0.0f);
-      }
-      return Chunk<S>::of(p);
-    });
+    for (int i = 0; i < kSize; ++i) {
+      const bool above = x[i] >= found.r_A;
+      const float e = faster_exp2(-fabsf(x[i] - (above ? at_A : at_B)) * rate);
+      p[i] = found.h_B * e;
+      if (above) p[i] = fmaf(-found.h_A, e, 1.0f);
+    }
+    return Chunk<S>::of(p);
+  };
+  if (weighty.most()) {
+    if (origin.serves) {
+      sink.fill(row, near);
+    } else {
+      sink.fill(row, far);
+    }
+    return;
   }
+  if (origin.serves) {
+    weighty.for_each(row, [&](int item) { row.replace(item, near(item)); });
+  } else {
+    weighty.for_each(row, [&](int item) { row.replace(item, far(item)); });
+  }
+  sink.fill(row, [&](int item) { return weighty.has(item) ? row.chunk(item) : Chunk<S>{}; });
+  row.release();
+}
+
+// By one warp: moves the blocks' candidates, each in `room` places, together, and takes all that
+// they collapsed relative to `L`.
+template <class C>
+__device__ __forceinline__ Part gather_parts(const PartOfBlock* of_blocks, float L, float rate,
+                                             float* candidates, int32_t room) {
+  const int lane = int(threadIdx.x) % 32;
+  Part total = {0, 0};
+  // The first 32 of several blocks are read at a time: a place is never written before it was read.
+  constexpr int kTogether = 4;
+  for (int first = 0; first < C::size(); first += kTogether) {
+    float x[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) x[j] = candidates[(first + j) % C::size() * room + lane];
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      if (first + j >= C::size()) break;
+      const PartOfBlock& of_block = of_blocks[first + j];
+      const int32_t count = of_block.part.candidates;
+      float* to = candidates + total.candidates;
+      const float* from = candidates + (first + j) * room;
+      if (lane < count) to[lane] = x[j];
+      for (int32_t i = 32; i < count; i += 32) {
+        __syncwarp();
+        const float more = i + lane < count ? from[i + lane] : 0;
+        __syncwarp();
+        if (i + lane < count) to[i + lane] = more;
+      }
+      total.candidates += count;
+      total.T = fmaf(of_block.part.T, faster_exp2((of_block.L - L) * rate), total.T);
+    }
+    __syncwarp();
+  }
+  return total;
 }
 
 // Blocks that registers must suffice for, on a multiprocessor.
 template <class H>
-inline constexpr int blocks_of = H::threads == 32 ? 24 : (H::C::many ? 1024 : 1280) / H::threads;
+inline constexpr int blocks_of = H::threads == 32    ? 24
+                                 : H::threads == 128 ? 8
+                                 : H::C::many        ? 3
+                                                     : 4;
 
 template <class H>
 __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const ForwardArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ QuickShared<H::threads / 32> shared;
+  __shared__ QuickShared<H::threads / 32, H::C::many> shared;
   using S = typename H::S;
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
@@ -104,10 +185,10 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
   const int warp = t / 32, lane = t % 32;
   const Mapping<H> map{n};
   ResidentRow<H> row(memory, &shared.barrier, map);
-  // Those of a cluster's blocks lie one after the other, in every block.
+  // Those of a cluster's blocks lie one after the other, in every block, those of two rows in turn.
   float* candidates = reinterpret_cast<float*>(memory + row.slot_bytes());
-  const int32_t room = args.room / C::size();
-  Mailbox bounds(&shared.mailboxes[0]), parts(&shared.mailboxes[1]), values(&shared.mailboxes[2]);
+  const int32_t room = args.room / (C::many ? 2 * C::size() : 1);
+  Mailbox<2> parts(&shared.mailboxes[0]), values(&shared.mailboxes[2]);
   C::sync();
 
   const int64_t step = int64_t(gridDim.x) / C::size();
@@ -123,12 +204,12 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
     if (r >= args.x.rows) return {0, 1};
     const double k = per_row(args.k, r);
     const float alpha = float(per_row(args.alpha, r)), rate = kLog2e / alpha;
-    const bool fits = k > 0 && k < kMostBudget<H> * C::size() && k < n;
+    const bool fits = k > 0 && k < kMostBudget<H> && k < n;
     return {fits && rate > 1e-36f && rate < 1e36f ? k : 0, alpha};
   };
   const int64_t first_row = int64_t(blockIdx.x) / C::size();
   Request next = request(first_row);
-  if (next.k > 0 && is_fed<H>(args, first_row)) row.ask(data(first_row));
+  if (next.k > 0 && is_fed<H>(args, first_row)) row.ask(data(first_row), warp == 0);
   for (int64_t r = first_row; r < args.x.rows; r += step) {
     const double exact_k = next.k;
     const float alpha = next.alpha, rate = kLog2e / alpha;
@@ -136,7 +217,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
     const bool asks = next.k > 0 && is_fed<H>(args, r + step);
     if (!(exact_k > 0)) {
       if (t == 0 && C::rank() == 0) leave(args, r);
-      if (asks) row.ask(data(r + step));
+      if (asks) row.ask(data(r + step), warp == 0);
       continue;
     }
     if (is_fed<H>(args, r)) {
@@ -147,29 +228,27 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
     if (!args.x.largest) row.negate();
     const Budget k(exact_k);
 
-    uint32_t key[kKeysOf<H>];
-    keys_of_maxima(row, key);
     Found found;
-    // The bound is an element that enough of the maxima reach, each block finding its share: a few
-    // more than k of them, nearly always enough for S > k, or else more than 2 k, which always are.
-    // Where the largest elements lie together, as in a sorted row, that leaves too many candidates:
-    // then one that fewer reach, all in one block.
+    ChunkSet<H> weighty;  // in which p is not 0
+    // The bound is an element that enough of the maxima reach: a few more than k of them, nearly
+    // always enough for S > k, or else more than 2 k, which always are. The blocks of a cluster
+    // each have a bound of their own, which more of their elements reach than of the k largest will
+    // be theirs; the largest of the bounds is the row's. Where the largest elements lie together,
+    // as in a sorted row, too many candidates are left: then a bound that fewer reach.
     bool crowded = false;
     for (int attempt = 0; attempt < 2; ++attempt) {
-      const int likely = k.whole + k.whole / 4 + 4, sure = 2 * k.whole + 2;
-      const int wanted = crowded ? likely / 3 : (attempt == 0 ? likely : sure) / C::size();
-      float2 limits = bound_of_block<kWarps>(key, wanted + 1, C::many, shared.bound);
+      uint32_t key[kGroupsOf<H>];  // anew for a second attempt: they need not outlive the search
+      keys_of_maxima(row, key);
+      const int sure = 2 * k.whole + 2;
+      int wanted = k.whole + k.whole / 4 + 4;
       if constexpr (C::many) {
-        if (t < C::size()) bounds.send(&shared.bounds_of_blocks[C::rank()], t, limits);
-        bounds.receive(C::size() * sizeof(float2));
-        limits = shared.bounds_of_blocks[0];
-        for (int i = 1; i < C::size(); ++i) {
-          const float least = limits.x;
-          limits = widest(limits, shared.bounds_of_blocks[i]);
-          if (crowded) limits.x = fmaxf(least, shared.bounds_of_blocks[i].x);
-        }
+        const float share = float(k.whole) / C::size();
+        if (!crowded) wanted = int(share + 3.5f * quick_sqrt(share)) + 3;
       }
-      const Window window = {limits.x, infinity<float>, limits.y};
+      if (attempt == 1) wanted = crowded ? wanted / (kSize * 3 / 4) : sure;
+      const float2 limits =
+          bound_of_block<kWarps>(key, wanted + 1, C::many || crowded, shared.bound);
+      Window window = {limits.x, limits.y};
 
       // Collapse and count. The exponents are relative to L * rate as it is rounded; what that
       // leaves out is the same factor of every term (exponent.cuh).
@@ -177,21 +256,24 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
       uint32_t found_in = 0;  // items with candidates
       int32_t own = 0;
       float T[4] = {0, 0, 0, 0};
-      row.for_each([&](int item) {
+      const auto look_at = [&](int item) {
         float x[kSize];
         row.read(item, x);
         const int32_t before = own;
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          const float e = faster_exp2(fmaf(x[i], rate, -origin));
-          if (x[i] > window.L) {
-            ++own;
-          } else {
-            T[i % 4] += e;
-          }
+          add_or_count(x[i], window.L, faster_exp2(fmaf(x[i], rate, -origin)), T[i % 4], own);
         }
         if (own != before) found_in |= 1u << item;
-      });
+      };
+      // What is less than 2^-46 of the largest of T's terms is left out.
+      const ChunkSet<H> counts(row, key, window.L - 46 / rate);
+      if (counts.most()) {
+        row.for_each(look_at);
+      } else {
+        counts.for_each(row, look_at);
+      }
+      weighty = ChunkSet<H>(row, key, window.L - 127 / rate);
       Part total = {tree_sum(T), int32_t(inclusive_scan<32>(unsigned(own), lane))};
       int32_t place = total.candidates - own;
 #pragma unroll
@@ -208,9 +290,11 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
           total.candidates += shared.parts[i].candidates;
         }
       }
-      bool usual =
-          window.L > -infinity<float> && window.max < infinity<float> && fabsf(origin) < 0x1p26f;
-      if (usual && total.candidates <= room) {
+      total.T *= faster_exp2(-rest);
+      bool usual = window.L > -infinity<float> && window.max < infinity<float> &&
+                   fabsf(origin) < 0x1p26f && total.candidates <= room;
+      float* all = candidates + values.place() * C::size() * room;
+      if (usual) {
         for (; found_in != 0; found_in &= found_in - 1) {
           float x[kSize];
           row.read(__ffs(int(found_in)) - 1, x);
@@ -219,44 +303,40 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
             if (!(x[i] > window.L)) continue;
             if constexpr (C::many) {
               for (int b = 0; b < C::size(); ++b) {
-                values.send(candidates + C::rank() * room + place, b, x[i]);
+                values.send(all + C::rank() * room + place, b, x[i]);
               }
             } else {
-              candidates[place] = x[i];
+              all[place] = x[i];
             }
             ++place;
           }
         }
       }
       if constexpr (C::many) {
-        if (t < C::size()) parts.send(&shared.parts_of_blocks[C::rank()], t, total);
-        parts.receive(C::size() * sizeof(Part));
-        if (warp == 0) {
-          int32_t sent = 0;
-          for (int b = 0; usual && b < C::size(); ++b) {
-            const int32_t count = shared.parts_of_blocks[b].candidates;
-            sent += count <= room ? count : 0;
-          }
-          values.receive(sent * sizeof(float));
-        }
-        total = {0, 0};
+        PartOfBlock* of_blocks = shared.parts_of_blocks[parts.place()];
+        if (!usual) total.candidates = room + 1;
+        const PartOfBlock mine = {total, window.L, window.max};
+        if (t < C::size()) parts.send(&of_blocks[C::rank()], t, mine);
+        parts.receive(C::size() * sizeof(PartOfBlock));
+        int32_t sent = 0;
+        usual = true;
         for (int b = 0; b < C::size(); ++b) {
-          const Part part = shared.parts_of_blocks[b];
-          usual = usual && part.candidates <= room;
-          if (warp == 0 && usual && b > 0) {  // up to those of the blocks before
-            for (int32_t first = 0; first < part.candidates; first += 32) {
-              const int32_t i = first + lane;
-              const float x = candidates[b * room + i];
-              __syncwarp();
-              if (i < part.candidates) candidates[total.candidates + i] = x;
-              __syncwarp();
-            }
-          }
-          total.T += part.T;
-          total.candidates += part.candidates;
+          const PartOfBlock& other = of_blocks[b];
+          const bool sends = other.part.candidates <= room;
+          usual = usual && sends;
+          sent += sends ? other.part.candidates : 0;
+          window.L = fmaxf(window.L, other.L);
+          window.max = fmaxf(window.max, other.max);
+        }
+        if (warp == 0) {
+          values.receive(sent * sizeof(float));
+          total = {0, 0};
+          if (usual) total = gather_parts<C>(of_blocks, window.L, rate, all, room);
+        } else {
+          values.pass();
+          total = {0, sent};
         }
       } else {
-        usual = usual && total.candidates <= room;
         H::sync();
       }
       crowded = !usual || total.candidates > kFew;
@@ -266,8 +346,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
         found = {0, 0, 0, 0, 0};
         if (usual) {
           const Solution<float> s =
-              FewSearch<Element<S>::grain>(candidates, window, total.candidates,
-                                           total.T * faster_exp2(-rest), k, alpha, rate)
+              FewSearch<Element<S>::grain>(all, window, total.candidates, total.T, k, alpha, rate)
                   .solve(found.right);
           found.r_A = s.r_A, found.r_B = s.r_B;
           const Densities<float> d = quick_densities(s, rate);
@@ -285,10 +364,10 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
     }
     if (found.right && args.form != Form::none) {
       const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);
-      write_probabilities(row, sink, found, rate);
+      write_probabilities(row, sink, weighty, found, rate);
     }
     H::sync();  // the row has been read
-    if (asks) row.ask(data(r + step));
+    if (asks) row.ask(data(r + step), warp == 0);
   }
   C::sync();  // a block that has left can no longer be written to
 }

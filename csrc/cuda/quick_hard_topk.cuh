@@ -7,14 +7,16 @@
 // already wait for the next row, whose one warp is another. A row that does not fit the pattern is
 // marked, and left to hard_topk.cu.
 //
-// The ladder, in fractions of reading the row (H200, k = 64, float32, n = 4096 | 16384 | 65536),
-// before the elements were looked for in the groups alone and by one warp, and with values fetched
-// by torch:
-//   0.37 | 0.62 | 0.41  the next row after the ranking, cluster barriers
-//   0.29 | 0.58 | 0.35  a warp for a short row; all warps look at all candidates
-//   0.44 | 0.74 | 0.45  blocks of 128, only warps with candidates look, the next row asked for
-//   before,
-//                       messages instead of cluster barriers
+// The ladder, in fractions of reading the row (H200, k = 64, float32 n = 4096 | 16384 | 65536,
+// bfloat16 n = 4096 | 16384 | 65536), up to the last line without the values, which torch fetched:
+//   0.37 | 0.62 | 0.41                       the next row asked for after the ranking, cluster
+//                                            barriers, every element compared with the bound
+//   0.29 | 0.58 | 0.35                       a warp for a short row; all warps look at all
+//                                            candidates
+//   0.44 | 0.74 | 0.45                       blocks of 128, only warps with candidates look, the
+//                                            next row asked for before, messages
+//   0.80 | 0.93 | 0.92, 0.40 | 0.86 | 0.92   as above
+//   0.80 | 0.93 | 0.92, 0.58 | 0.86 | 0.92   blocks of 64 for the shortest rows
 #pragma once
 
 #include "few_largest.cuh"
@@ -96,13 +98,13 @@ __device__ __forceinline__ float2 bound_of_maxima(const uint4* maxima, int need)
 // By all threads: lists the groups whose keys reach the bound, thread + threads * number, in any
 // order, and counts them. `groups` has room for kMostRanked.
 template <class H>
-__device__ __forceinline__ void list_groups(const uint32_t (&key)[kKeysOf<H>], float bound,
+__device__ __forceinline__ void list_groups(const uint32_t (&key)[kGroupsOf<H>], float bound,
                                             uint16_t* groups, int32_t* listed) {
   const int lane = int(threadIdx.x) % 32;
   const uint32_t least = key_of(bound == 0 ? -0.0f : bound);
   uint32_t reach = 0;
 #pragma unroll
-  for (int i = 0; i < kKeysOf<H>; ++i) reach |= uint32_t(key[i] >= least) << i;
+  for (int i = 0; i < kGroupsOf<H>; ++i) reach |= uint32_t(key[i] >= least) << i;
   const int all = __reduce_add_sync(~0u, __popc(reach));
   if (all == 0) return;
   int place = 0;
@@ -153,16 +155,16 @@ __device__ __forceinline__ int32_t collect(const ResidentRow<H>& row, float boun
 }
 
 template <class H>
-__global__ void __launch_bounds__(H::threads, H::threads == 128 ? 10 : 4)
+__global__ void __launch_bounds__(H::threads, H::threads <= 128 ? 1280 / H::threads : 4)
     hard_quick(const IndicesArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ HardShared<H::threads / 32> shared;
   using S = typename H::S;
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
-  constexpr int kWarps = H::threads / 32, kKeys = kKeysOf<H>;
+  constexpr int kWarps = H::threads / 32, kKeys = kGroupsOf<H>;
   constexpr int kEach = kMaxima / H::threads;  // maxima of a thread
-  static_assert(kKeys == kGroupsOf<H> && kKeys * H::threads <= 0x10000);
+  static_assert(kKeys * H::threads <= 0x10000);
   const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
   const int warp = t / 32, lane = t % 32;
   const Mapping<H> map{n};
@@ -170,9 +172,8 @@ __global__ void __launch_bounds__(H::threads, H::threads == 128 ? 10 : 4)
   // Those of a cluster's blocks lie one after the other in the first block.
   Candidate* candidates = reinterpret_cast<Candidate*>(memory + (row.slot_bytes() + 15) / 16 * 16);
   const int32_t room = args.room / 2 / C::size();
-  Mailbox bounds[2] = {Mailbox(&shared.mailboxes[0]), Mailbox(&shared.mailboxes[1])};
-  Mailbox counts(&shared.mailboxes[2]), values(&shared.mailboxes[3]);
-  int parity = 0;
+  Mailbox<2> bounds(&shared.mailboxes[0]);
+  Mailbox<> counts(&shared.mailboxes[2]), values(&shared.mailboxes[3]);
   C::sync();
 
   const int64_t step = int64_t(gridDim.x) / C::size();
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(H::threads, H::threads == 128 ? 10 : 4)
     return H::ragged ? r + 1 < args.x.rows && args.x.stride >= n : args.wide_x;
   };
   const int64_t first_row = int64_t(blockIdx.x) / C::size();
-  if (fed(first_row)) row.ask_by_warp(data(first_row), warp == 0);
+  if (fed(first_row)) row.ask(data(first_row), warp == 0);
   int32_t k = budget(first_row);
   // The warps take turns, as each has its place among those of other blocks; messages are the
   // first one's.
@@ -229,16 +230,9 @@ __global__ void __launch_bounds__(H::threads, H::threads == 128 ? 10 : 4)
       }
       if (in_turn) {
         if constexpr (C::many) {
-          float2* of_blocks = shared.bounds_of_blocks[parity];
-          const uint32_t bytes = C::size() * sizeof(float2);
-          if (parity == 0) {
-            if (t < C::size()) bounds[0].send(&of_blocks[C::rank()], t, limits);
-            bounds[0].receive(bytes);
-          } else {
-            if (t < C::size()) bounds[1].send(&of_blocks[C::rank()], t, limits);
-            bounds[1].receive(bytes);
-          }
-          parity ^= 1;
+          float2* of_blocks = shared.bounds_of_blocks[bounds.place()];
+          if (t < C::size()) bounds.send(&of_blocks[C::rank()], t, limits);
+          bounds.receive(C::size() * sizeof(float2));
           limits = of_blocks[0];
           for (int i = 1; i < C::size(); ++i) limits = widest(limits, of_blocks[i]);
         }
@@ -272,7 +266,7 @@ __global__ void __launch_bounds__(H::threads, H::threads == 128 ? 10 : 4)
       }
       __syncwarp();
     }
-    if (fed(r + step)) row.ask_by_warp(data(r + step), in_turn);
+    if (fed(r + step)) row.ask(data(r + step), in_turn);
     const int32_t row_k = k;
     if (args.k.data != nullptr && r + step < args.x.rows) k = budget(r + step);
     if (C::rank() != 0) continue;

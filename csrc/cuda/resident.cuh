@@ -22,6 +22,11 @@ __device__ __forceinline__ float max_with_nan(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
   return m;
 }
+__device__ __forceinline__ float min_with_nan(float a, float b) {
+  float m;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
+  return m;
+}
 
 // How rows are shared out. C: Cluster or NoCluster.
 template <class STORED, class CLUSTER, int THREADS, bool RAGGED>
@@ -102,30 +107,10 @@ class ResidentRow {
     H::sync();
   }
 
-  // Asks the copy engine for the row at `data`; nothing in shared memory is being read any more.
-  // Whole 16-byte granules are copied: those of its ends belong to the neighbours.
-  __device__ void ask(const void* data) {
-#if __CUDA_ARCH__ >= 900
-    skip_ = int32_t(reinterpret_cast<uintptr_t>(data) % 16);
-    if (threadIdx.x != 0) return;
-    const uint64_t first = reinterpret_cast<uint64_t>(data),
-                   end = first + uint64_t(map_.n) * sizeof(S);
-    const int pieces = C::many ? items_ : 1;
-    uint32_t total = 0;
-#pragma unroll 1
-    for (int item = 0; item < pieces; ++item) total += granules(first, end, item).size;
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier_), "r"(total)
-                 : "memory");
-#pragma unroll 1
-    for (int item = 0; item < pieces; ++item) {
-      const Granules part = granules(first, end, item);
-      if (part.size == 0) break;
-      copy_granules(part, item);
-    }
-#endif
-  }
-  // The same by one warp, which is `asking`: every lane asks for a piece of its own.
-  __device__ void ask_by_warp(const void* data, bool asking) {
+  // Asks the copy engine for the row at `data`; nothing in shared memory is being read any more. By
+  // one warp, which is `asking`: in a cluster every lane asks for a piece of its own. Whole 16-byte
+  // granules are copied: those of its ends belong to the neighbours.
+  __device__ void ask(const void* data, bool asking) {
     static_assert(kMostItems <= 32);
 #if __CUDA_ARCH__ >= 900
     skip_ = int32_t(reinterpret_cast<uintptr_t>(data) % 16);
@@ -142,7 +127,13 @@ class ResidentRow {
                    : "memory");
     }
     if (C::many) __syncwarp();
-    if (part.size > 0) copy_granules(part, C::many ? lane : 0);
+    if (part.size > 0) {
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+          "[%3];" ::"r"(shared_address(slot_) + lane * H::stride),
+          "l"(part.from), "r"(part.size), "r"(barrier_)
+          : "memory");
+    }
 #endif
   }
   // Waits for what was asked for.
@@ -181,10 +172,11 @@ class ResidentRow {
     release();
   }
 
-  // f(item), item = 0, 1, ..., equally often in all threads.
-  template <int UNROLL = 16 / kSize, class F>
+  // f(item), item = 0, 1, ..., equally often in all threads. Many small blocks of 16-bit rows, each
+  // at a place of its own in the code, are quicker with less of it: it does not fit in its cache.
+  template <int TOGETHER = sizeof(S) == 2 && H::threads <= 64 ? 1 : 16 / kSize, class F>
   __device__ __forceinline__ void for_each(F f) const {
-#pragma unroll UNROLL
+#pragma unroll TOGETHER
     for (int item = 0; item < items_; ++item) f(item);
   }
   __device__ int items() const { return items_; }
@@ -202,23 +194,53 @@ class ResidentRow {
       x[i] = Element<S>::value(index < map_.n ? from[index - map_.piece(item)] : padding_);
     }
   }
-  // The largest of the calling thread's chunk; NaN if there is one.
-  __device__ __forceinline__ float max(int item) const {
+  // The same as it is stored, and in its place another.
+  __device__ __forceinline__ Chunk<S> chunk(int item) const {
+    if (!H::ragged) return {*chunk_at(item)};
+    Chunk<S> chunk{};
+    const Raw* from = reinterpret_cast<const Raw*>(slot_ + item * H::stride + skip_);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const int32_t index = map_.index(item, i);
+      chunk.set_raw(i, index < map_.n ? from[index - map_.piece(item)] : padding_);
+    }
+    return chunk;
+  }
+  __device__ __forceinline__ void replace(int item, const Chunk<S>& chunk) {
+    if (!H::ragged) {
+      *chunk_at(item) = chunk.words;
+      return;
+    }
+    Raw* to = reinterpret_cast<Raw*>(slot_ + item * H::stride + skip_);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      const int32_t index = map_.index(item, i);
+      if (index < map_.n) to[index - map_.piece(item)] = chunk.raw(i);
+    }
+  }
+  // What was replaced is the copy engine's to overwrite.
+  __device__ static void release() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+  }
+  // The largest and the smallest of the calling thread's chunk; NaN if there is one.
+  __device__ __forceinline__ float max(int item) const { return extreme<false>(item); }
+  __device__ __forceinline__ float min(int item) const { return extreme<true>(item); }
+  // Whether one of the calling thread's chunk equals `value`, which is of S.
+  __device__ __forceinline__ bool holds(int item, float value) const {
     if constexpr (sizeof(S) == 2 && !H::ragged) {
+      const uint32_t wanted = Element<S>::raw(value) * 0x10001u;
       const uint4 words = *chunk_at(item);
-      const uint32_t most =
-          max_of_pairs(max_of_pairs(words.x, words.y), max_of_pairs(words.z, words.w));
-      const float low = Element<S>::value(Raw(most)), high = Element<S>::value(Raw(most >> 16));
-      return max_with_nan(low, high);
+      return (equal_pairs(words.x, wanted) | equal_pairs(words.y, wanted) |
+              equal_pairs(words.z, wanted) | equal_pairs(words.w, wanted)) != 0;
     } else {
       float x[kSize];
       read(item, x);
+      bool here = false;
 #pragma unroll
-      for (int half = kSize / 2; half > 0; half /= 2) {
-#pragma unroll
-        for (int i = 0; i < half; ++i) x[i] = max_with_nan(x[i], x[i + half]);
-      }
-      return x[0];
+      for (int i = 0; i < kSize; ++i) here = here || x[i] == value;
+      return here;
     }
   }
   // Any element of this block's part.
@@ -236,16 +258,50 @@ class ResidentRow {
   __device__ int32_t slot_bytes() const { return items_ * H::stride + 16; }
 
  private:
-  __device__ static uint32_t max_of_pairs(uint32_t a, uint32_t b) {
-    uint32_t most = a;
+  template <bool LEAST>
+  __device__ __forceinline__ float extreme(int item) const {
+    if constexpr (sizeof(S) == 2 && !H::ragged) {
+      const uint4 words = *chunk_at(item);
+      const uint32_t both =
+          of_pairs<LEAST>(of_pairs<LEAST>(words.x, words.y), of_pairs<LEAST>(words.z, words.w));
+      return of_two<LEAST>(Element<S>::value(Raw(both)), Element<S>::value(Raw(both >> 16)));
+    } else {
+      float x[kSize];
+      read(item, x);
+#pragma unroll
+      for (int half = kSize / 2; half > 0; half /= 2) {
+#pragma unroll
+        for (int i = 0; i < half; ++i) x[i] = of_two<LEAST>(x[i], x[i + half]);
+      }
+      return x[0];
+    }
+  }
+  template <bool LEAST>
+  __device__ static float of_two(float a, float b) {
+    return LEAST ? min_with_nan(a, b) : max_with_nan(a, b);
+  }
+  // Of two pairs of 16-bit elements the larger or smaller ones, and a mask of which are equal.
+  template <bool LEAST>
+  __device__ static uint32_t of_pairs(uint32_t a, uint32_t b) {
+    uint32_t both = a;
 #if __CUDA_ARCH__ >= 800
     if constexpr (std::is_same_v<S, __half>) {
-      asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+      if (LEAST) {
+        asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+      } else {
+        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+      }
+    } else if (LEAST) {
+      asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
     } else {
-      asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+      asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
     }
 #endif
-    return most;
+    return both;
+  }
+  __device__ static uint32_t equal_pairs(uint32_t a, uint32_t b) {
+    using Pair = std::conditional_t<std::is_same_v<S, __half>, __half2, __nv_bfloat162>;
+    return __heq2_mask(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
   }
   struct Granules {
     uint64_t from;
@@ -260,21 +316,6 @@ class ResidentRow {
     }
     from &= ~uint64_t(15);
     return {from, uint32_t(((to + 15) & ~uint64_t(15)) - from)};
-  }
-  __device__ void copy_granules(const Granules& part, int item) const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-        "[%3];" ::"r"(shared_address(slot_) + item * H::stride),
-        "l"(part.from), "r"(part.size), "r"(barrier_)
-        : "memory");
-#endif
-  }
-  // What was written here is the copy engine's to overwrite.
-  __device__ static void release() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
   }
   __device__ uint4* chunk_at(int item, uint32_t t = threadIdx.x) const {
     return reinterpret_cast<uint4*>(slot_ + item * H::stride) + t;

@@ -1,28 +1,35 @@
 // The backward of p for rows that one block, or a cluster of blocks, holds in shared memory.
 //
-// One pass over memory: the copy engine brings x and v, grad_x is written. In between three sweeps
-// over shared memory: the pivot; the sums; the output. With u = v - v_pivot and t = (x - m) / alpha
-// in units of ln 2, the sums are <q, t>, <q, u> and <q, t u>. Where r_A and r_B are close, m lies
-// between them (exponent.cuh). Where they are not, t is taken relative to r_A on side A and to r_B
-// on side B, and the part of <q, u> that is A's is summed too: relative to one origin t on B is
-// less by o, the distance between the sides, so
+// One pass over memory: the copy engine brings x and v, grad_x is written. In between up to four
+// sweeps over shared memory: which chunks have any q that is not 0 (of a sample, where that is most
+// of them); the pivot; the sums; the output. With u = v - v_pivot and t = (x - m) / alpha in units
+// of ln 2, the sums are <q, t>, <q, u> and <q, t u>. Where r_A and r_B are close, m lies between
+// them, and h is the same multiple of 2^(-|t + shift|) on both sides (exponent.cuh). Where they are
+// not, t is taken relative to r_A on side A and to r_B on side B, and the part of <q, u> that is
+// A's is summed too: relative to one origin t on B is less by o, the distance between the sides, so
 //
 //   <q, (t - <q, t>)(u - <q, u>)> = <q, t u> - <q, t> <q, u> - o (w_A <q, u>_B - w_B <q, u>_A)
 //
-// with w the share of q on a side; and chunks whose every q is 0 are left out of the sums. In a
-// cluster each block has a pivot of its own, and the sums are shifted to the first one's when they
-// are put together; so the blocks meet once. A v where q = 0 counts unless it makes a sum infinite
-// or NaN: then the row is done again by the careful way (backward_row.cuh).
+// with w the share of q on a side. In a cluster each block has a pivot of its own, and the sums are
+// shifted to the first one's when they are put together; so the blocks meet once. A v where q = 0
+// counts unless it makes a sum infinite or NaN: then the row is done again by the careful way
+// (backward_row.cuh).
 //
 // The ladder, in fractions of 1.5 copies (H200, alpha = 1e-2, float32 n = 4096 | 16384 | 65536,
-// bfloat16 n = 16384):
-//   0.66 | 0.49 | 0.46 | 0.45  rows that the threads load, with the careful sums
-//   0.92 | 0.72 | 0.62 | 0.71  bulk copies, no calls, three cluster barriers a row
-//   0.93 | 0.76 | 0.70 | 0.83  one fused operation an exponent, chunks without weight left out
-//   0.94 | 0.86 | 0.75 | 0.85  one message a row, registers for as many blocks as fit
-//   0.94 | 0.90 | 0.76 | 0.86  sums by fused operations
-// What did not help: asking for each quarter of the next row as soon as that of the last is written
-// (0.91 | 0.66 | 0.61); smaller parts in larger clusters (0.64 | 0.53 at n = 16384 | 65536).
+// bfloat16 n = 16384 | 65536):
+//   0.66 | 0.49 | 0.46, 0.45         rows that the threads load, with the careful sums
+//   0.92 | 0.72 | 0.62, 0.71         bulk copies, no calls, three cluster barriers a row
+//   0.93 | 0.76 | 0.70, 0.83         one fused operation an exponent
+//   0.94 | 0.86 | 0.75, 0.85         one message a row, registers for as many blocks as fit
+//   0.94 | 0.90 | 0.76, 0.85 | 0.59  sums by fused operations
+//   0.93 | 0.88 | 0.78, 0.90 | 0.74  one factor for both sides, chunks without weight left out
+//   0.94 | 0.91 | 0.87, 0.90 | 0.77  every lane of a warp asks for a piece of a cluster's row
+// and at alpha = 1, where a side is empty, the last step took 0.92 | 0.77 | 0.66, 0.67 | 0.51 to
+// 0.95 | 0.91 | 0.84, 0.91 | 0.70: there is one origin then too. What did not help: asking for each
+// quarter of the next row as soon as that of the last is written (0.91 | 0.66 | 0.61); smaller
+// parts in larger clusters (0.64 | 0.53 at n = 16384 | 65536); exponentials kept in the place of x
+// (0.86 | 0.77 at n = 16384 | 65536); chunks with weight written straight to memory among the zeros
+// (0.82 | 0.80: half sectors).
 #pragma once
 
 #include "backward_row.cuh"
@@ -42,6 +49,12 @@ struct Moments {
     tu += other.tu;
     q_A += other.q_A;
     u_A += other.u_A;
+  }
+  __device__ void scale(float factor) {
+    q *= factor;
+    t *= factor;
+    u *= factor;
+    tu *= factor;
   }
   // For u less by `step` everywhere.
   __device__ void shift(float step) {
@@ -127,7 +140,7 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
   using Raw = typename Element<S>::Raw;
   constexpr int kSize = Chunk<S>::size, kWarps = H::threads / 32;
   constexpr float kLog2e = 1.4426950408889634f;
-  const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
+  const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x), warp = t / 32;
   const Mapping<H> map{n};
   const int64_t step = int64_t(gridDim.x) / C::size();
   const auto x_at = [&](int64_t r) {
@@ -142,15 +155,14 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
 
   ResidentRow<H> x_row(memory, &shared.barriers[0], map);
   ResidentRow<H> v_row(memory + x_row.slot_bytes(), &shared.barriers[1], map, true);
-  Mailbox mailboxes[2] = {Mailbox(&shared.mailboxes[0]), Mailbox(&shared.mailboxes[1])};
+  Mailbox<2> mailbox(shared.mailboxes);
   C::sync();
 
-  int parity = 0;
   const int64_t first_row = int64_t(blockIdx.x) / C::size();
   bool x_fed = fed(first_row, args.wide_x, args.x.stride);
   bool v_fed = fed(first_row, args.wide_v, args.v_stride);
-  if (x_fed) x_row.ask(x_at(first_row));
-  if (v_fed) v_row.ask(v_at(first_row));
+  if (x_fed) x_row.ask(x_at(first_row), warp == 0);
+  if (v_fed) v_row.ask(v_at(first_row), warp == 1);
   for (int64_t r = first_row; r < args.x.rows; r += step) {
     const float* solution = static_cast<const float*>(args.solution) + 5 * r;
     const Solution<float> s = {solution[0], solution[1], solution[2], solution[3], solution[4]};
@@ -160,6 +172,8 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
     const float r_A = fabsf(s.r_A) < infinity<float> ? s.r_A : 0,
                 r_B = fabsf(s.r_B) < infinity<float> ? s.r_B : 0;
     const Origin origin(s.r_A, s.r_B, rate, 4);
+    const float shift = origin.shift(d.h_A, d.h_B);
+    const bool one_origin = origin.serves && fabsf(shift) <= 8;
     if (!x_fed) x_row.copy(x_at(r), args.wide_x);
     if (!v_fed) v_row.copy(v_at(r), args.wide_v);
     if (x_fed) x_row.wait();
@@ -170,66 +184,64 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
 
     bool done = false;
     if (s.D == s.D && (s.P > 0 || s.Q > 0) && rate > 1e-36f && rate < 1e36f) {
-      // The pivot, and where the sides are far apart, the chunks in which any q is not 0.
+      // The chunks in which any q is not 0. A warp that finds most of its first ones so looks no
+      // further.
+      const float reach = 127 / rate, least = s.r_B - reach, most = s.r_A + reach;
+      const auto weighs = [&](int item) {
+        return uint32_t(x_row.max(item) >= least && x_row.min(item) <= most) << item;
+      };
+      const int items = x_row.items(), first_items = min(items, 2);
+      uint32_t weighty = 0;
+      for (int item = 0; item < first_items; ++item) weighty |= weighs(item);
+      const bool dense = one_origin && __reduce_add_sync(~0u, __popc(weighty)) > 20 * first_items;
+      if (!dense) {
+#pragma unroll 2
+        for (int item = first_items; item < items; ++item) weighty |= weighs(item);
+      }
+      const auto for_weighty = [&](auto f) {
+        if (dense) return x_row.for_each(f);
+        for (uint32_t left = weighty; left != 0; left &= left - 1) f(__ffs(int(left)) - 1);
+      };
+
       const float at_pivot = d.q_A >= d.q_B ? s.r_A : s.r_B;
       int32_t first = n;
-      uint32_t weighty = ~0u;
-      if (origin.serves) {
-        x_row.for_each([&](int item) {
-          float x[kSize];
-          x_row.read(item, x);
-          bool here = false;
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) here = here || x[i] == at_pivot;
-          if (here) first = min(first, first_index(map, x, item, at_pivot));
-        });
-      } else {
-        const float reach = 127 / rate, least = s.r_B - reach, most = s.r_A + reach;
-        weighty = 0;
-        x_row.for_each([&](int item) {
-          float x[kSize];
-          x_row.read(item, x);
-          bool here = false;
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) here = here || (x[i] >= least && x[i] <= most);
-          if (here) {
-            weighty |= 1u << item;
-            first = min(first, first_index(map, x, item, at_pivot));
-          }
-        });
-      }
+      for_weighty([&](int item) {
+        if (!x_row.holds(item, at_pivot)) return;
+        float x[kSize];
+        x_row.read(item, x);
+        first = min(first, first_index(map, x, item, at_pivot));
+      });
       first = __reduce_min_sync(~0u, first);
-      if (t % 32 == 0) shared.first_of_warps[t / 32] = first;
+      if (t % 32 == 0) shared.first_of_warps[warp] = first;
       H::sync();
 #pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) first = min(first, shared.first_of_warps[warp]);
+      for (int i = 0; i < kWarps; ++i) first = min(first, shared.first_of_warps[i]);
       Pivot pivot = {first, first < n ? v_row.element(first) : 0};
 
       Moments sums = {0, 0, 0, 0, 0, 0};
-      if (origin.serves) {
-        const float q_A = origin.of_A(d.q_A), q_B = origin.of_B(d.q_B);
+      if (one_origin) {
         Moments parts[2] = {};
-        x_row.for_each([&](int item) {
+        for_weighty([&](int item) {
           float x[kSize], v[kSize];
           x_row.read(item, x);
           v_row.read(item, v);
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
             const float z = fmaxf(origin.z(x[i]), -200.0f);
-            const float q = (x[i] >= s.r_A ? q_A : q_B) * faster_exp2(-fabsf(z));
-            const float qu = q * (v[i] - pivot.v);
+            const float e = faster_exp2(-fabsf(z + shift));
+            const float eu = e * (v[i] - pivot.v);
             Moments& part = parts[i % 2];
-            if constexpr (C::many) part.q += q;
-            part.t = fmaf(q, z, part.t);
-            part.u += qu;
-            part.tu = fmaf(qu, z, part.tu);
+            if constexpr (C::many) part.q += e;
+            part.t = fmaf(e, z, part.t);
+            part.u += eu;
+            part.tu = fmaf(eu, z, part.tu);
           }
         });
         sums = parts[0];
         sums.combine(parts[1]);
+        sums.scale(0.5f / d.R);
       } else {
-        for (uint32_t left = weighty; left != 0; left &= left - 1) {
-          const int item = __ffs(int(left)) - 1;
+        for_weighty([&](int item) {
           float x[kSize], v[kSize];
           x_row.read(item, x);
           v_row.read(item, v);
@@ -248,27 +260,21 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
               sums.u_A += qu;
             }
           }
-        }
+        });
       }
 #pragma unroll
       for (int mask = 16; mask > 0; mask /= 2) sums.combine(from_lane_xor(sums, mask));
       if constexpr (kWarps > 1) {
-        if (t % 32 == 0) shared.of_warps[t / 32] = sums;
+        if (t % 32 == 0) shared.of_warps[warp] = sums;
         __syncthreads();
         sums = shared.of_warps[0];
 #pragma unroll
-        for (int warp = 1; warp < kWarps; ++warp) sums.combine(shared.of_warps[warp]);
+        for (int i = 1; i < kWarps; ++i) sums.combine(shared.of_warps[i]);
       }
       if constexpr (C::many) {
-        const Share* shares = shared.shares[parity];
-        const Share mine = {pivot, sums};
-        if (parity == 0) {
-          if (t < C::size()) mailboxes[0].send(&shared.shares[0][C::rank()], t, mine);
-          mailboxes[0].receive(C::size() * sizeof(Share));
-        } else {
-          if (t < C::size()) mailboxes[1].send(&shared.shares[1][C::rank()], t, mine);
-          mailboxes[1].receive(C::size() * sizeof(Share));
-        }
+        Share* shares = shared.shares[mailbox.place()];
+        if (t < C::size()) mailbox.send(&shares[C::rank()], t, Share{pivot, sums});
+        mailbox.receive(C::size() * sizeof(Share));
         for (int b = 0; b < C::size(); ++b) {
           if (shares[b].pivot.index < pivot.index) pivot = shares[b].pivot;
         }
@@ -278,12 +284,11 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
           of_block.shift(pivot.v - shares[b].pivot.v);
           sums.combine(of_block);
         }
-        parity ^= 1;
       }
       const float mean_u = sums.u, mean_t = sums.t;
       float covariance = sums.tu - mean_t * mean_u;
       const float cross = d.q_A * s.P * (sums.u - sums.u_A) - d.q_B * s.Q * sums.u_A;
-      if (!origin.serves && cross != 0 && s.P > 0 && s.Q > 0) {
+      if (!one_origin && cross != 0 && s.P > 0 && s.Q > 0) {
         covariance -= (r_A - r_B) * rate * cross;
       }
       done = fabsf(mean_u) + fabsf(mean_t) + fabsf(covariance) < infinity<float>;
@@ -295,43 +300,48 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
         }
         const float per_alpha = (args.x.largest ? rate : -rate) / kLog2e;
         const ResidentSink<H> sink(static_cast<Raw*>(args.grad_x) + r * n, map, args.wide_grad);
-        const float s_A = (origin.serves ? origin.of_A(d.h_A) : d.h_A) * per_alpha,
-                    s_B = (origin.serves ? origin.of_B(d.h_B) : d.h_B) * per_alpha;
-        if (origin.serves) {
-          sink.fill(x_row, [&](int item) {
-            float x[kSize], v[kSize];
-            x_row.read(item, x);
-            v_row.read(item, v);
+        const float half = 0.5f * per_alpha, s_A = d.h_A * per_alpha, s_B = d.h_B * per_alpha;
+        const auto near = [&](int item) {
+          float x[kSize], v[kSize];
+          x_row.read(item, x);
+          v_row.read(item, v);
 #pragma unroll
-            for (int i = 0; i < kSize; ++i) {
-              const float e = faster_exp2(-fabsf(origin.z(x[i])));
-              x[i] = (x[i] >= s.r_A ? s_A : s_B) * e * (v[i] - pivot.v - mean_u);
-            }
-            return Chunk<S>::of(x);
-          });
-        } else {
-          sink.fill(x_row, [&](int item) {
-            float x[kSize] = {};
-            if (weighty >> item & 1) {
-              float v[kSize];
-              x_row.read(item, x);
-              v_row.read(item, v);
+          for (int i = 0; i < kSize; ++i) {
+            const float e = faster_exp2(-fabsf(origin.z(x[i]) + shift));
+            x[i] = half * e * (v[i] - pivot.v - mean_u);
+          }
+          return Chunk<S>::of(x);
+        };
+        const auto far = [&](int item) {
+          float x[kSize], v[kSize];
+          x_row.read(item, x);
+          v_row.read(item, v);
 #pragma unroll
-              for (int i = 0; i < kSize; ++i) {
-                const bool above = x[i] >= s.r_A;
-                const float e = faster_exp2(-fabsf(x[i] - (above ? r_A : r_B)) * rate);
-                x[i] = (above ? s_A : s_B) * e * (v[i] - pivot.v - mean_u);
-              }
-            }
-            return Chunk<S>::of(x);
-          });
+          for (int i = 0; i < kSize; ++i) {
+            const bool above = x[i] >= s.r_A;
+            const float e = faster_exp2(-fabsf(x[i] - (above ? r_A : r_B)) * rate);
+            x[i] = (above ? s_A : s_B) * e * (v[i] - pivot.v - mean_u);
+          }
+          return Chunk<S>::of(x);
+        };
+        if (dense) {
+          sink.fill(x_row, near);
+        } else {  // few chunks are not 0: they go through the place of x, the rest straight out
+          if (one_origin) {
+            for_weighty([&](int item) { x_row.replace(item, near(item)); });
+          } else {
+            for_weighty([&](int item) { x_row.replace(item, far(item)); });
+          }
+          sink.fill(x_row,
+                    [&](int item) { return weighty >> item & 1 ? x_row.chunk(item) : Chunk<S>{}; });
+          x_row.release();
         }
       }
     }
     if (!done && t == 0 && C::rank() == 0) static_cast<uint32_t*>(args.grad_k)[r] = kLeftBackward;
     H::sync();  // the row has been read
-    if (x_fed) x_row.ask(x_at(r + step));
-    if (v_fed) v_row.ask(v_at(r + step));
+    if (x_fed) x_row.ask(x_at(r + step), warp == 0);
+    if (v_fed) v_row.ask(v_at(r + step), warp == 1);
   }
   C::sync();  // a block that has left can no longer be written to
 }

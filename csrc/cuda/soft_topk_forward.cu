@@ -20,7 +20,7 @@ void launch_careful(ForwardArgs args, const Plan& plan, const Device& device, vo
 
 namespace {
 
-constexpr Demand kQuick = {1, 65536, {32, 32, 128}, {512, 512, 1024}, 2304};
+constexpr Demand kQuick = {1, 65536, {32, 32, 128}, {400, 400, 1024}, 2304};
 // The candidates of a large k are a share of the elements: 16384 of those are a part.
 constexpr Demand careful_demand(int64_t size) {
   return {1, 16384 * size, {128, 128, 256}, {1024, size == 2 ? 2304 : 1024, 2304}, 2176};

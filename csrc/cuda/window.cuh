@@ -20,9 +20,9 @@ __device__ __forceinline__ float value_of(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-// Bounds of the threshold, and the largest element.
+// A bound below the threshold, and the largest element.
 struct Window {
-  float L, U, max;
+  float L, max;
 };
 
 // The lesser bound and the greater maximum of two.
@@ -30,20 +30,18 @@ __device__ __forceinline__ float2 widest(const float2& a, const float2& b) {
   return make_float2(fminf(a.x, b.x), max_with_nan(a.y, b.y));
 }
 
-// How many maxima a thread takes, each of its chunks in turn, and how many keys it makes of them.
-template <class H>
-inline constexpr int kKeysOf = H::threads == 32 ? 16 : 8;
+// How many groups a thread makes of its chunks: chunk i is of group i modulo this.
 template <class H>
 inline constexpr int kGroupsOf = H::threads == 32 ? 16 : 8;
 // The bound takes at most three quarters of the keys.
 template <class H>
-inline constexpr int kMostBudget = kKeysOf<H> * H::threads * 3 / 8;
+inline constexpr int kMostBudget = kGroupsOf<H> * H::threads * 3 / 8;
 
 // The maxima of the calling thread's groups as keys.
 template <class H>
 __device__ __forceinline__ void keys_of_maxima(const ResidentRow<H>& row,
-                                               uint32_t (&key)[kKeysOf<H>]) {
-  constexpr int kKeys = kKeysOf<H>, kGroups = kGroupsOf<H>;
+                                               uint32_t (&key)[kGroupsOf<H>]) {
+  constexpr int kGroups = kGroupsOf<H>;
   float maxima[kGroups];
 #pragma unroll
   for (float& max : maxima) max = -infinity<float>;
@@ -56,13 +54,39 @@ __device__ __forceinline__ void keys_of_maxima(const ResidentRow<H>& row,
     }
   }
 #pragma unroll
-  for (int i = 0; i < kKeys; ++i) {
-    float max = maxima[i];
-#pragma unroll
-    for (int j = i + kKeys; j < kGroups; j += kKeys) max = max_with_nan(max, maxima[j]);
-    key[i] = key_of(max);
-  }
+  for (int i = 0; i < kGroups; ++i) key[i] = key_of(maxima[i]);
 }
+
+// Those of the calling thread's chunks whose group has an element from `least` on.
+template <class H>
+class ChunkSet {
+  static constexpr int kGroups = kGroupsOf<H>;
+
+ public:
+  ChunkSet() = default;
+  __device__ __forceinline__ ChunkSet(const ResidentRow<H>& row, const uint32_t (&key)[kGroups],
+                                      float least) {
+    const uint32_t from = key_of(least);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) groups_ |= uint32_t(key[i] >= from) << i;
+    const int most = int(__reduce_max_sync(~0u, uint32_t(__popc(groups_))));
+    most_ = 4 * most > 3 * ::min(row.items(), kGroups);
+  }
+  // Whether a thread of the warp has most of its chunks, so that to look at all is quicker.
+  __device__ __forceinline__ bool most() const { return most_; }
+  __device__ __forceinline__ bool has(int item) const { return groups_ >> item % kGroups & 1; }
+  template <class F>
+  __device__ __forceinline__ void for_each(const ResidentRow<H>& row, F f) const {
+    for (uint32_t left = groups_; left != 0; left &= left - 1) {
+#pragma unroll 1
+      for (int item = __ffs(int(left)) - 1; item < row.items(); item += kGroups) f(item);
+    }
+  }
+
+ private:
+  uint32_t groups_ = 0;
+  bool most_ = false;
+};
 
 // The smallest of a warp's keys, N a lane, that at least `need` of them, and not many more, reach.
 template <int N>
@@ -111,7 +135,7 @@ template <int WARPS, int N>
 __device__ __forceinline__ float2 bound_of_block(const uint32_t (&key)[N], int need, bool sharper,
                                                  BoundShared<WARPS>& shared) {
   if constexpr (N == 8) {
-    if (need <= 3 * 32 * WARPS) {  // half as many are enough, and faster
+    if (need <= 2 * 32 * WARPS) {  // half as many are enough, and faster
       uint32_t half[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) half[i] = max(key[i], key[i + 4]);
