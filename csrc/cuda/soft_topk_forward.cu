@@ -20,6 +20,7 @@ void launch_careful(ForwardArgs args, const Plan& plan, const Device& device, vo
 
 namespace {
 
+// Room for 400 candidates lets twelve rows of 1024 chunks onto a multiprocessor, for 512 eleven.
 constexpr Demand kQuick = {1, 65536, {32, 32, 128}, {400, 400, 1024}, 2304};
 // The candidates of a large k are a share of the elements: 16384 of those are a part.
 constexpr Demand careful_demand(int64_t size) {
