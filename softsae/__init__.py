@@ -6,10 +6,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from softsae.architectures import (
+        BatchTopKConfig,
+        EstimatorConfig,
+        FeatureChoiceConfig,
+        GatedConfig,
+        JumpReLUConfig,
+        ReLUConfig,
+        SoftSAEConfig,
+    )
     from softsae.autoencoder import Output, SparseAutoencoder, load
     from softsae.config import (
         AutoencoderConfig,
-        EstimatorConfig,
         RunConfig,
         TrainConfig,
         corrected,
@@ -22,9 +30,15 @@ if TYPE_CHECKING:
 # Where each public name lives. Loaded when first used: the command line's --help needs no torch.
 HOMES = {
     "AutoencoderConfig": "config",
-    "EstimatorConfig": "config",
+    "BatchTopKConfig": "architectures",
+    "EstimatorConfig": "architectures",
+    "FeatureChoiceConfig": "architectures",
+    "GatedConfig": "architectures",
+    "JumpReLUConfig": "architectures",
     "Output": "autoencoder",
+    "ReLUConfig": "architectures",
     "RunConfig": "config",
+    "SoftSAEConfig": "architectures",
     "SparseAutoencoder": "autoencoder",
     "TrainConfig": "config",
     "Trainer": "trainer",
@@ -38,9 +52,15 @@ HOMES = {
 
 __all__ = [
     "AutoencoderConfig",
+    "BatchTopKConfig",
     "EstimatorConfig",
+    "FeatureChoiceConfig",
+    "GatedConfig",
+    "JumpReLUConfig",
     "Output",
+    "ReLUConfig",
     "RunConfig",
+    "SoftSAEConfig",
     "SparseAutoencoder",
     "TrainConfig",
     "Trainer",

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softsae import checkpoint, losses
-from softsae.config import AutoencoderConfig, EstimatorConfig, resolve_autoencoder
+from softsae import checkpoint, losses, selectors
+from softsae.architectures import ARCHITECTURES, EstimatorConfig
+from softsae.config import AutoencoderConfig, resolve_autoencoder
 from softsae.schedules import Phase
-from softsae.selectors import SELECTORS
 
-FORMAT = "softsae autoencoder 1"
+FORMAT = "softsae autoencoder 2"
 
 
 @dataclass
@@ -60,7 +60,7 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(config.d))
         self.register_buffer("shift", torch.zeros(config.d))
         self.register_buffer("scale", torch.ones(config.d))
-        self.selector = SELECTORS[config.architecture](config)
+        self.selector = selectors.of(config.architecture)(config)
         self.reset_parameters(seed)
 
     @torch.no_grad()
@@ -119,7 +119,7 @@ class SparseAutoencoder(nn.Module):
         return torch.addmm(self.b_dec, latents, self.W_dec)
 
     def inference_phase(self, hard: bool) -> Phase:
-        return Phase(alpha=self.config.alpha, k_target=self.config.k, hard=hard)
+        return Phase(alpha=self.config.section.alpha, k_target=self.config.k, hard=hard)
 
     def forward(self, x: Tensor, phase: Phase | None = None) -> Output:
         """Reconstruct x (..., d).
@@ -135,7 +135,12 @@ class SparseAutoencoder(nn.Module):
         phase = phase or self.inference_phase(hard=True)
         selection = self.selector(self, rows, self.encoder(rows), phase)
         reconstruction = self.decoder(selection.latents)
-        terms = {"reconstruction": losses.reconstruction(rows, reconstruction)}
+        if self.config.matryoshka is None or phase.step is None:
+            terms = {"reconstruction": losses.reconstruction(rows, reconstruction)}
+        else:
+            ends = self.config.prefixes()
+            nested = losses.nested_reconstruction(rows, selection.latents, self.W_dec, self.b_dec, ends)
+            terms = {"reconstruction": nested}
         terms |= self.selector.loss_terms(self, rows, selection, phase)
         lead = x.shape[:-1]
         return Output(
@@ -212,7 +217,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
 
 def config_from(values: dict) -> AutoencoderConfig:
     """The configuration from dataclasses.asdict's form."""
-    return AutoencoderConfig(**{**values, "estimator": EstimatorConfig(**values["estimator"])})
+    sections = {name: values[name] for name in ARCHITECTURES if name in values}
+    if "softsae" in sections:
+        estimator = EstimatorConfig(**sections["softsae"]["estimator"])
+        sections["softsae"] = {**sections["softsae"], "estimator": estimator}
+    made = {name: ARCHITECTURES[name][0](**section) for name, section in sections.items()}
+    return AutoencoderConfig(**{**values, **made})
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -12,31 +12,20 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-ARCHITECTURES = ("softsae", "topk")
+from softsae.architectures import (
+    ARCHITECTURES,
+    BatchTopKConfig,
+    FeatureChoiceConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    ReLUConfig,
+    Section,
+    SoftSAEConfig,
+    fill,
+)
+from softsae.checks import choice, integer, nearest_choice, number, optional
+
 NORMALIZATIONS = ("none", "unit_mean_square", "unit_mean_norm", "standardize")
-
-
-@dataclass
-class EstimatorConfig:
-    """The k estimator of SoftSAE: k_hat = k_max * sigmoid(w2 . relu(W_k (x - b_dec) + c) + c2)."""
-
-    kind: Literal["wide", "bottleneck"] = "wide"
-    """'wide': W_k is (n, d), a copy of W_enc at the start, as published; 'bottleneck': (width, d)"""
-    width: int = 64
-    """hidden units of the bottleneck"""
-    init: Literal["target", "random"] | None = None
-    """what c2 starts from: 'target' so that k_hat = k, 'random' as torch.nn.Linear, as published"""
-    moves_b_dec: bool | None = None
-    """whether the gradient of k_hat moves b_dec (published: True)"""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """the dtype k_hat is rounded to; the published code runs it under bfloat16 autocast"""
-
-    def __post_init__(self):
-        choice("estimator.kind", self.kind, ("wide", "bottleneck"))
-        integer("estimator.width", self.width, 1)
-        choice("estimator.init", self.init, ("target", "random", None))
-        choice("estimator.moves_b_dec", self.moves_b_dec, (True, False, None))
-        choice("estimator.dtype", self.dtype, ("float32", "bfloat16", None))
 
 
 @dataclass
@@ -47,55 +36,67 @@ class AutoencoderConfig:
     """width of the activations; None takes it from the source"""
     n: int = 4096
     """number of latents"""
-    architecture: Literal["softsae", "topk"] = "softsae"
-    """the selection rule"""
+    architecture: str = "softsae"
+    """the selection rule: softsae, topk, batchtopk, featurechoice, jumprelu, relu or gated"""
     k: float = 32.0
-    """active latents per sample: exactly for topk, in the mean for softsae"""
-    k_max: float | None = None
-    """softsae: the largest k_hat; None is 2 k"""
-    k_min: float = 1.0
-    """softsae: the smallest k_hat"""
-    alpha: float = 1e-4
-    """softsae: scale of the soft selection, in the units of the normalised activations"""
-    selection_gradient: Literal["k", "all"] | float | None = None
-    """softsae: what the gradient of the selection reaches: 'k' the budget only, 'all' also the
-    activations, as published, or a number that scales the activations' part"""
-    rounding: Literal["nearest", "floor"] | None = None
-    """softsae: the budget of the hard selection, 'nearest' or, as published, 'floor' of k_hat"""
+    """active latents per sample: exactly for topk, in the mean for others"""
     normalization: Literal["none", "unit_mean_square", "unit_mean_norm", "standardize"] | None = None
     """of the input: 'unit_mean_square' (mean of x^2 over samples and dimensions is 1),
     'unit_mean_norm' (mean of |x|^2 is 1, as published), 'standardize' (shift and scale of
     each dimension) or 'none'"""
-    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
-    """the k estimator of softsae"""
+    matryoshka: list[float] | None = None
+    """shares of the latents that make nested groups, such as [1/32, 1/16, 1/8, 1/4, 17/32]: every prefix
+    of groups reconstructs by itself, and the loss is their mean; with any architecture; null is none"""
+    softsae: SoftSAEConfig = field(default_factory=SoftSAEConfig)
+    """options of softsae"""
+    batchtopk: BatchTopKConfig = field(default_factory=BatchTopKConfig)
+    """options of batchtopk"""
+    featurechoice: FeatureChoiceConfig = field(default_factory=FeatureChoiceConfig)
+    """options of featurechoice"""
+    jumprelu: JumpReLUConfig = field(default_factory=JumpReLUConfig)
+    """options of jumprelu"""
+    relu: ReLUConfig = field(default_factory=ReLUConfig)
+    """options of relu"""
+    gated: GatedConfig = field(default_factory=GatedConfig)
+    """options of gated"""
 
     def __post_init__(self):
         if self.d is not None:
             integer("d", self.d, 1)
         integer("n", self.n, 1)
-        choice("architecture", self.architecture, ARCHITECTURES)
+        nearest_choice("architecture", self.architecture, ARCHITECTURES)
         number("k", self.k, 0, self.n, above=True)
-        number("k_min", self.k_min, 0, self.n)
-        if self.k_max is not None:
-            number("k_max", self.k_max, 0, self.n, above=True)
-        if self.architecture == "softsae":
-            if self.k_min > self.k:
-                raise ValueError(f"k_min={self.k_min} exceeds k={self.k}")
-            if self.k_max is not None and self.k_max <= self.k:
-                raise ValueError(f"k_max={self.k_max} must exceed the target k={self.k}")
-        number("alpha", self.alpha, 0, math.inf, above=True)
-        if self.selection_gradient not in ("k", "all", None):
-            if isinstance(self.selection_gradient, str):
-                raise ValueError(
-                    f"selection_gradient={self.selection_gradient!r} must be 'k', 'all' or a number"
-                )
-            number("selection_gradient", self.selection_gradient, 0, math.inf)
-        choice("rounding", self.rounding, ("nearest", "floor", None))
         choice("normalization", self.normalization, (*NORMALIZATIONS, None))
+        if self.matryoshka is not None:
+            self.prefixes()
+        for name in self.sections():
+            if name != self.architecture and getattr(self, name) != ARCHITECTURES[name][0]():
+                raise ValueError(f"{name}: options are given, but the architecture is {self.architecture!r}")
+        self.section.fit(self.k, self.n)
 
-    def largest_k(self) -> float:
-        """k_max, by default 2 k and at most n."""
-        return float(min(2 * self.k, self.n) if self.k_max is None else self.k_max)
+    def prefixes(self) -> list[int]:
+        """Where the nested prefixes of the latents end, the last one at n."""
+        shares = self.matryoshka
+        if not isinstance(shares, (list, tuple)) or len(shares) < 2:
+            raise ValueError(f"matryoshka={shares!r} must list two shares or more")
+        for share in shares:
+            number("matryoshka", share, 0, 1, above=True)
+        if not math.isclose(sum(shares), 1, rel_tol=1e-6):
+            raise ValueError(f"matryoshka={shares!r} must sum to 1, not {sum(shares):g}")
+        ends = [math.floor(self.n * sum(shares[: i + 1]) + 0.5) for i in range(len(shares))]
+        if ends[0] < 1 or any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"matryoshka={shares!r} leaves a group of the {self.n} latents empty")
+        return ends
+
+    def sections(self) -> list[str]:
+        """The architectures that have options here."""
+        return [f.name for f in dataclasses.fields(self) if f.name in ARCHITECTURES]
+
+    @property
+    def section(self) -> Section:
+        """The options of the architecture."""
+        name = self.architecture
+        return getattr(self, name) if name in self.sections() else ARCHITECTURES[name][0]()
 
 
 @dataclass
@@ -223,19 +224,11 @@ def published(**autoencoder) -> RunConfig:
 def resolve_autoencoder(config: AutoencoderConfig, mode: str = "corrected") -> AutoencoderConfig:
     """A copy in which every field that was None, except d, has the value of the mode."""
     as_published = mode == "published"
-    estimator = fill(
-        config.estimator,
-        init="random" if as_published else "target",
-        moves_b_dec=as_published,
-        dtype="bfloat16" if as_published else "float32",
-    )
-    return fill(
-        dataclasses.replace(config, estimator=estimator),
-        k_max=config.largest_k(),
-        selection_gradient="all" if as_published else "k",
-        rounding="floor" if as_published else "nearest",
-        normalization="unit_mean_norm" if as_published else "unit_mean_square",
-    )
+    config = fill(config, normalization="unit_mean_norm" if as_published else "unit_mean_square")
+    name = config.architecture
+    if name not in config.sections():
+        return config
+    return dataclasses.replace(config, **{name: config.section.resolved(config.k, config.n, as_published)})
 
 
 def resolve(config: RunConfig, d: int) -> RunConfig:
@@ -248,7 +241,8 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
         raise ValueError(f"d={autoencoder.d} in the configuration, but the activations have d={d}")
     as_published = train.mode == "published"
     autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d), train.mode)
-    wide = autoencoder.estimator.kind == "wide"
+    wide = autoencoder.softsae.estimator.kind == "wide"
+    final_alpha = autoencoder.section.alpha
     samples = train.steps * train.batch_size
     train = fill(
         train,
@@ -257,7 +251,7 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
         clip="global" if as_published else "separate",
         estimator_lr_multiplier=5.0 if wide and not as_published else 1.0,
         k_anneal_steps=train.steps // 100 if as_published else 0,
-        alpha_start=1.0 if as_published else autoencoder.alpha,
+        alpha_start=1.0 if as_published or final_alpha is None else final_alpha,
         alpha_anneal_steps=train.steps // 100,
         hard_steps=train.steps // (25 if as_published else 10),
         hard_phase="decoder" if as_published else "all",
@@ -265,21 +259,14 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
         dead_after=max(1, min(10_000_000, samples // 20)),
         count_logged_twice=as_published,
     )
-    if train.alpha_start < autoencoder.alpha:
-        raise ValueError(f"alpha_start={train.alpha_start} is below the final alpha={autoencoder.alpha}")
+    if final_alpha is not None and train.alpha_start < final_alpha:
+        raise ValueError(f"alpha_start={train.alpha_start} is below the final alpha={final_alpha}")
     return dataclasses.replace(config, autoencoder=autoencoder, train=train)
 
 
 def square_norm(config: AutoencoderConfig) -> float:
     """Mean |x|^2 in normalised units: what the reconstruction loss is measured against."""
     return 1.0 if config.normalization == "unit_mean_norm" else float(config.d)
-
-
-def fill(config, **values):
-    """A copy with the given values where the field is None."""
-    return dataclasses.replace(
-        config, **{name: value for name, value in values.items() if getattr(config, name) is None}
-    )
 
 
 def difference(a: dict, b: dict, path: str = "") -> str | None:
@@ -292,29 +279,3 @@ def difference(a: dict, b: dict, path: str = "") -> str | None:
         elif left != right:
             return f"{path}{name}: {left!r} and {right!r}"
     return None
-
-
-def choice(name: str, value, allowed: tuple):
-    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-        listed = ", ".join(repr(a) for a in allowed if a is not None)
-        raise ValueError(f"{name}={value!r} must be one of {listed}")
-
-
-def integer(name: str, value, low: int, high: float = math.inf):
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        upper = "" if high == math.inf else f" and <= {high}"
-        raise ValueError(f"{name}={value!r} must be an integer >= {low}{upper}")
-
-
-def number(name: str, value, low: float, high: float, above: bool = False, below: bool = False):
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    fits = fits and (low < value if above else low <= value) and (value < high if below else value <= high)
-    if not fits:
-        lower = f"{'>' if above else '>='} {low}"
-        upper = " and finite" if high == math.inf else f" and {'<' if below else '<='} {high}"
-        raise ValueError(f"{name}={value!r} must be a number {lower}{upper}")
-
-
-def optional(check, name: str, value, *limits, **options):
-    if value is not None:
-        check(name, value, *limits, **options)

@@ -18,6 +18,7 @@ from softsae import runs
 from softsae.activations import HELDOUT, TRAIN
 from softsae.activations.shards import ShardSource
 from softsae.activations.tensors import TensorSource
+from softsae.architectures import EstimatorConfig, SoftSAEConfig
 from softsae.autoencoder import SparseAutoencoder
 from softsae.commands import (
     BATCH,
@@ -26,7 +27,7 @@ from softsae.commands import (
     load_model,
     measure_cross_entropy,
 )
-from softsae.config import AutoencoderConfig, EstimatorConfig, RunConfig, TrainConfig
+from softsae.config import AutoencoderConfig, RunConfig, TrainConfig
 from softsae.language_model import LanguageModel
 from softsae.metrics import evaluate
 from softsae.options import CollectConfig, DemoOptions
@@ -75,8 +76,8 @@ def demo(options: DemoOptions) -> None:
             train, held = activations(options, sizes, lm, documents, layer, out / ACTIVATIONS)
             source = on_gpu(train, device)
         with clock("training SoftSAE"):
-            estimator = EstimatorConfig(kind=options.estimator)
-            model = AutoencoderConfig(d=train.d, n=sizes.n, k=options.k, estimator=estimator)
+            section = SoftSAEConfig(estimator=EstimatorConfig(kind=options.estimator))
+            model = AutoencoderConfig(d=train.d, n=sizes.n, k=options.k, softsae=section)
             softsae = fit(model, sizes, options, source, out / "softsae")
         with clock("training TopK"):
             budget = evaluate(softsae, train.in_order(BATCH), limit=16)["l0"]["mean"]

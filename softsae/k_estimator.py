@@ -24,7 +24,9 @@ class KEstimator(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        hidden = config.n if config.estimator.kind == "wide" else config.estimator.width
+        self.options = config.softsae
+        estimator = self.options.estimator
+        hidden = config.n if estimator.kind == "wide" else estimator.width
         self.W = nn.Parameter(torch.zeros(hidden, config.d))
         self.c = nn.Parameter(torch.zeros(hidden))
         self.w2 = nn.Parameter(torch.zeros(hidden))
@@ -33,21 +35,21 @@ class KEstimator(nn.Module):
     def forward(self, x: Tensor, b_dec: Tensor) -> Tensor:
         center = b_dec.detach()
         c = self.c
-        if self.config.estimator.moves_b_dec:  # the value is c; the gradient to b_dec needs no (B, d)
+        if self.options.estimator.moves_b_dec:  # the value is c; the gradient to b_dec needs no (B, d)
             c = c - self.W @ (b_dec - center)
         hidden = F.relu(F.linear(x - center, self.W, c), inplace=True)  # [B, hidden]
         with torch.autocast(x.device.type, enabled=False):
             score = hidden.to(self.w2.dtype) @ self.w2 + self.c2
-        if self.config.estimator.dtype == "bfloat16":
+        if self.options.estimator.dtype == "bfloat16":
             score = score.bfloat16()
-        k_hat = self.config.largest_k() * torch.sigmoid(score)
-        return k_hat.clamp(self.config.k_min, self.config.n).to(self.w2.dtype)
+        k_hat = self.options.k_max * torch.sigmoid(score)
+        return k_hat.clamp(self.options.k_min, self.config.n).to(self.w2.dtype)
 
     @torch.no_grad()
     def initialize(self, W_enc: Tensor, generator: torch.Generator):
         """W_k a copy of W_enc, or random unit rows; w2 and c2 as torch.nn.Linear; then c2 as `init` says."""
         hidden = self.W.shape[0]
-        if self.config.estimator.kind == "wide":
+        if self.options.estimator.kind == "wide":
             self.W.copy_(W_enc)
         else:
             self.W.copy_(F.normalize(torch.randn(self.W.shape, generator=generator), dim=1))
@@ -55,6 +57,6 @@ class KEstimator(nn.Module):
         self.c.zero_()
         self.w2.copy_(torch.empty(hidden).uniform_(-bound, bound, generator=generator))
         self.c2.copy_(torch.empty(()).uniform_(-bound, bound, generator=generator))
-        if self.config.estimator.init == "target":
-            share = min(self.config.k / self.config.largest_k(), 0.99)
+        if self.options.estimator.init == "target":
+            share = min(self.config.k / self.options.k_max, 0.99)
             self.c2.fill_(math.log(share / (1 - share)))

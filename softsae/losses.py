@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +14,44 @@ from softtopk import hard_topk
 def reconstruction(x: Tensor, x_hat: Tensor) -> Tensor:
     """mean_b |x - x_hat|^2 for x, x_hat (B, d)."""
     return (x_hat - x).pow(2).sum(1).mean()
+
+
+def nested_reconstruction(
+    x: Tensor, latents: Tensor, W_dec: Tensor, b_dec: Tensor, ends: Sequence[int]
+) -> Tensor:
+    """Mean over prefixes of `reconstruction` from the first 1 ... end latents (Matryoshka).
+
+    Args:
+        x: (B, d). latents: (B, n). W_dec: (n, d). b_dec: (d,).
+        ends: ends of the prefixes, ascending, the last one n.
+    """
+    x_hat, start, terms = b_dec, 0, []
+    for end in ends:
+        x_hat = torch.addmm(x_hat, latents[:, start:end], W_dec[start:end])
+        terms.append(reconstruction(x, x_hat))
+        start = end
+    return torch.stack(terms).mean()
+
+
+def suppressed(a: Tensor, latents: Tensor, all_units: bool) -> Tensor:
+    """R1 (arXiv 2606.27321): mean_b sum |a_bi| over the units i in A that sample b did not select.
+
+    Args:
+        a: activations before the selection (B, n). latents: those selected (B, n).
+        all_units: A is all units, and not only those that a sample of the batch selected.
+    """
+    kept = latents.detach() != 0
+    return (a.abs() * (units(kept, all_units) & ~kept)).sum(1).mean()
+
+
+def spread(a: Tensor, latents: Tensor, all_units: bool) -> Tensor:
+    """R2 (arXiv 2606.27321): mean_b |a_b|_1 / |a_b|_2 over the units in A; arguments as in `suppressed`."""
+    a = a * units(latents.detach() != 0, all_units)
+    return (a.abs().sum(1) / a.norm(dim=1).clamp(min=torch.finfo(a.dtype).tiny)).mean()
+
+
+def units(kept: Tensor, all_units: bool) -> Tensor:
+    return torch.ones_like(kept[0]) if all_units else kept.any(0)
 
 
 def budget(k_hat: Tensor, k_target: float, beta: float) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from softsae.config import AutoencoderConfig, TrainConfig, choice, integer, number
+from softsae.checks import choice, integer, number
+from softsae.config import AutoencoderConfig, TrainConfig
 
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 

@@ -10,16 +10,18 @@ from softsae.config import RunConfig
 class Phase(NamedTuple):
     """What the autoencoder has to know about the moment of training.
 
-    alpha: scale of the soft selection. k_target: target of the mean k_hat. hard: whether the
-    round(k_hat) largest are selected. learns: "all", "frozen_estimator" or "decoder" (only the
-    decoder learns). softplus_beta: of the budget loss.
+    alpha: scale of the soft selection, None where there is none. k_target: target of the mean k_hat.
+    hard: whether the round(k_hat) largest are selected. learns: "all", "frozen_estimator" or
+    "decoder" (only the decoder learns). softplus_beta: of the budget loss. step: of training, None at
+    inference.
     """
 
-    alpha: float
+    alpha: float | None
     k_target: float
     hard: bool
     learns: str = "all"
     softplus_beta: float = 5.0
+    step: int | None = None
 
 
 class Schedule:
@@ -32,12 +34,17 @@ class Schedule:
         model, train = self.autoencoder, self.train
         hard = step >= train.steps - train.hard_steps
         return Phase(
-            alpha=linear(step, train.alpha_anneal_steps, train.alpha_start, model.alpha),
+            alpha=self.alpha(step),
             k_target=linear(step, train.k_anneal_steps, model.d, model.k),
             hard=hard,
             learns=train.hard_phase if hard else "all",
             softplus_beta=train.softplus_beta,
+            step=step,
         )
+
+    def alpha(self, step: int) -> float | None:
+        final = self.autoencoder.section.alpha
+        return final and linear(step, self.train.alpha_anneal_steps, self.train.alpha_start, final)
 
     def lr(self, step: int) -> float:
         """Linear warm-up over warmup_steps, constant, from decay_from * steps linear to 0."""

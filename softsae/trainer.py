@@ -23,7 +23,7 @@ from softsae.config import AutoencoderConfig, RunConfig, TrainConfig, difference
 from softsae.losses import DeadLatents
 from softsae.schedules import Schedule
 
-FORMAT = "softsae checkpoint 1"
+FORMAT = "softsae checkpoint 2"
 INITIAL_SAMPLES = 8192  # that normalisation and geometric median are taken from, in whole batches
 FREE_FIELDS = ("device", "checkpoint_every", "log_every", "eval_every")  # may change when resuming
 
@@ -206,8 +206,8 @@ class Trainer:
             terms = dict(out.losses)
             if train.auxk_weight and len(dead := self.dead.refresh(self.step)):
                 terms["auxk"] = sae.auxk_loss(x, out.x_hat, dead)
-        auxk_weight = train.auxk_weight * square_norm(self.config.autoencoder)
-        weights = {"budget": train.budget_weight, "auxk": auxk_weight}
+        of_x = square_norm(self.config.autoencoder)
+        weights = {"auxk": train.auxk_weight * of_x, **sae.selector.loss_weights(train, of_x, self.step)}
         loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

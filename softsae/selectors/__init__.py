@@ -1,9 +1,17 @@
-"""Selection rules by the name of their architecture; each is one file on the contract."""
+"""Selection rules, each one file on the contract."""
 
+from __future__ import annotations
+
+import importlib
+
+from softsae.architectures import ARCHITECTURES
 from softsae.selectors.contract import Selection, Selector
-from softsae.selectors.softsae import SoftSAE
-from softsae.selectors.topk import TopK
 
-SELECTORS: dict[str, type[Selector]] = {"softsae": SoftSAE, "topk": TopK}
 
-__all__ = ["SELECTORS", "Selection", "Selector", "SoftSAE", "TopK"]
+def of(architecture: str) -> type[Selector]:
+    """The rule of an architecture."""
+    module, name = ARCHITECTURES[architecture][1].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+__all__ = ["Selection", "Selector", "of"]

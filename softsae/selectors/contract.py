@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from softsae.config import AutoencoderConfig
+from softsae.config import AutoencoderConfig, TrainConfig
 from softsae.schedules import Phase
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ class Selector(nn.Module):
         self, sae: SparseAutoencoder, x: Tensor, selection: Selection, phase: Phase
     ) -> dict[str, Tensor]:
         """The rule's own loss terms by name, before weighting; x (B, d) is normalised."""
+        return {}
+
+    def loss_weights(self, train: TrainConfig, square_norm: float, step: int) -> dict[str, float]:
+        """The weights of these terms, 1 where a name is missing; square_norm is mean |x|^2."""
         return {}
 
     @torch.no_grad()

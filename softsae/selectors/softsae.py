@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from softsae.config import AutoencoderConfig
+from softsae.config import AutoencoderConfig, TrainConfig
 from softsae.k_estimator import KEstimator
 from softsae.losses import budget
 from softsae.schedules import Phase
@@ -48,19 +48,22 @@ class SoftSAE(Selector):
 
     def routed(self, a: Tensor) -> Tensor:
         """a, with as much of the selection's gradient as selection_gradient lets through."""
-        share = self.config.selection_gradient
+        share = self.config.softsae.selection_gradient
         if share == "all":
             return a
         return a.detach() if share == "k" or share == 0 else ScaleGradient.apply(a, share)
 
     def hard_mask(self, a: Tensor, k_hat: Tensor) -> Tensor:
         k_hat = k_hat.detach()
-        return hard_topk(a.detach(), k_hat.floor() if self.config.rounding == "floor" else k_hat)
+        return hard_topk(a.detach(), k_hat.floor() if self.config.softsae.rounding == "floor" else k_hat)
 
     def loss_terms(self, sae, x: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
         if phase.learns != "all":
             return {}
         return {"budget": budget(selection.k_hat, phase.k_target, phase.softplus_beta)}
+
+    def loss_weights(self, train: TrainConfig, square_norm: float, step: int) -> dict[str, float]:
+        return {"budget": train.budget_weight}
 
     def initialize(self, W_enc: Tensor, generator: torch.Generator):
         self.estimator.initialize(W_enc, generator)

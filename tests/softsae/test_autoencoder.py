@@ -9,14 +9,16 @@ import torch
 
 import softsae
 from softsae import AutoencoderConfig, EstimatorConfig, SparseAutoencoder
+from softsae.architectures import ARCHITECTURES
 from softsae.autoencoder import geometric_median
+from tests.softsae.configs import model
 
 D, N = 10, 32
 NORMALIZATIONS = ("none", "unit_mean_square", "unit_mean_norm", "standardize")
 
 
 def autoencoder(**fields) -> SparseAutoencoder:
-    return SparseAutoencoder(AutoencoderConfig(**{"d": D, "n": N, "k": 4.0, **fields}), seed=3)
+    return SparseAutoencoder(model(**{"d": D, "n": N, "k": 4.0, **fields}), seed=3)
 
 
 @pytest.fixture
@@ -136,13 +138,15 @@ def test_geometric_median():
     "fields",
     [
         {},
-        {"architecture": "topk"},
+        *({"architecture": name} for name in ARCHITECTURES if name != "softsae"),
+        {"architecture": "batchtopk", "matryoshka": [0.5, 0.5]},
         {"estimator": EstimatorConfig("bottleneck", 7), "alpha": 0.5},
     ],
 )
 def test_saved_and_loaded_is_the_same(tmp_path, x, name, fields):
     sae = autoencoder(**fields)
     sae.initialize(x)
+    sae(x, sae.inference_phase(True)._replace(step=0))  # what a rule keeps of training
     file = sae.save(tmp_path / name)
     assert [p for p in tmp_path.rglob("*") if "tmp" in p.name] == []
     for path in (tmp_path / name, file):
@@ -174,3 +178,16 @@ def test_wrong_latents_and_missing_width_are_refused():
         autoencoder().decode(torch.zeros(2, 5))
     with pytest.raises(ValueError, match="d=None"):
         SparseAutoencoder(AutoencoderConfig())
+
+
+def test_matryoshka_trains_every_prefix_and_changes_nothing_at_inference(x):
+    nested = autoencoder(architecture="topk", matryoshka=[0.25, 0.25, 0.5])
+    plain = autoencoder(architecture="topk")
+    phase = nested.inference_phase(True)
+    out = nested(x, phase._replace(step=0))
+    latents = out.latents
+    ends = nested.config.prefixes()
+    each = [(x - latents[:, :m] @ nested.W_dec[:m] - nested.b_dec).pow(2).sum(1).mean() for m in ends]
+    torch.testing.assert_close(out.losses["reconstruction"], sum(each) / 3)
+    assert torch.equal(nested(x).x_hat, plain(x).x_hat)
+    assert torch.equal(nested(x).losses["reconstruction"], plain(x).losses["reconstruction"])

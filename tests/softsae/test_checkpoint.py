@@ -43,7 +43,7 @@ def test_absent(tmp_path):
 
 def test_of_another_kind(tmp_path, saved):
     save_file({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
-    refused(tmp_path / "foreign.safetensors", "is of format None, not 'softsae autoencoder 1'")
+    refused(tmp_path / "foreign.safetensors", "is of format None, not 'softsae autoencoder 2'")
     rewrite(saved, change_header=lambda h: {**h, "format": "softsae autoencoder 9"})
     refused(saved, "softsae autoencoder 9")
 
@@ -62,7 +62,7 @@ def test_tensors_that_do_not_fit(saved, change, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"n": -1}, {"architecture": "dense"}, {"surprise": 1}, {"estimator": None}, {"d": None}]
+    "change", [{"n": -1}, {"architecture": "dense"}, {"surprise": 1}, {"softsae": None}, {"d": None}]
 )
 def test_configuration_that_is_not_ours(saved, change):
     rewrite(saved, change_header=lambda h: {**h, "config": {**h["config"], **change}})
@@ -91,4 +91,4 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
 
 def test_config_json_is_plain(saved):
     config = json.loads((saved.parent / "config.json").read_text())
-    assert config["d"] == 4 and config["estimator"]["kind"] == "wide"
+    assert config["d"] == 4 and config["softsae"]["estimator"]["kind"] == "wide"

@@ -189,7 +189,7 @@ def test_help_is_quick_and_names_the_options():
         main(["train", "--help"])
     said = said.getvalue()
     assert ended.value.code == 0
-    assert "--autoencoder.k_max" in said and "the largest k_hat" in said and "--resume" in said
+    assert "--autoencoder.softsae.k_max" in said and "the largest k_hat" in said and "--resume" in said
 
 
 def test_demo_from_end_to_end(tiny_model, prose, tmp_path):

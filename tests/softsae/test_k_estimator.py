@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softsae import AutoencoderConfig, EstimatorConfig
+from softsae import EstimatorConfig
 from softsae.config import resolve_autoencoder
 from softsae.k_estimator import KEstimator
+from tests.softsae.configs import model
 
 
 def estimator(mode="corrected", kind="wide", **fields) -> tuple[KEstimator, torch.Tensor]:
-    config = AutoencoderConfig(**{"d": 6, "n": 30, "k": 4.0, **fields}, estimator=EstimatorConfig(kind, 5))
+    config = model(**{"d": 6, "n": 30, "k": 4.0, **fields}, estimator=EstimatorConfig(kind, 5))
     module = KEstimator(resolve_autoencoder(config, mode))
     W_enc = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     module.initialize(W_enc, torch.Generator().manual_seed(1))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from softsae import AutoencoderConfig, EstimatorConfig, SparseAutoencoder
+from softsae import EstimatorConfig, SparseAutoencoder
+from softsae.architectures import BatchTopKConfig, JumpReLUConfig
 from softsae.schedules import Phase
+from tests.softsae.configs import model
 
 D, N, B = 12, 40, 9
 SOFT = Phase(alpha=0.05, k_target=5.0, hard=False)
@@ -14,7 +18,7 @@ HARD = SOFT._replace(hard=True)
 
 
 def autoencoder(**fields) -> SparseAutoencoder:
-    sae = SparseAutoencoder(AutoencoderConfig(**{"d": D, "n": N, "k": 5.0, **fields}), seed=1)
+    sae = SparseAutoencoder(model(**{"d": D, "n": N, "k": 5.0, **fields}), seed=1)
     with torch.no_grad():
         sae.b_enc.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(2))
         sae.b_dec.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(3))
@@ -166,3 +170,90 @@ def test_hard_phase_frozen_estimator_and_decoder_only():
         assert all(p.grad is None for p in sae.selector.parameters())
         assert (sae.W_enc.grad is not None and sae.W_enc.grad.abs().max() > 0) == encoder_learns
         assert sae.W_dec.grad.abs().max() > 0
+
+
+def test_batchtopk_keeps_the_largest_of_the_batch_and_follows_the_smallest():
+    section = BatchTopKConfig(threshold_decay=0.75, threshold_from=1)
+    sae = autoencoder(architecture="batchtopk", k=2.5, batchtopk=section).train()
+    x = samples()
+    a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()
+    order = sorted((-a[i, j].item(), i, j) for i in range(B) for j in range(N))
+    expected = torch.zeros_like(a)
+    for value, i, j in order[: math.floor(2.5 * B + 0.5)]:
+        expected[i, j] = -value
+    smallest = expected[expected > 0].min()
+    for step in range(3):
+        out = sae(x, HARD._replace(step=step))
+    torch.testing.assert_close(out.latents.detach(), expected, rtol=1e-5, atol=1e-6)
+    assert out.k_hat.tolist() == (expected != 0).sum(1).tolist()
+    torch.testing.assert_close(sae.selector.threshold, smallest)
+    sae(samples() * 2, HARD._replace(step=3))
+    moved = sae.selector.threshold
+    assert moved > smallest  # a quarter of the way
+    kept = sae.eval().encode(x)
+    torch.testing.assert_close(kept, a * (a > moved), rtol=1e-5, atol=1e-6)
+    alone = torch.cat([sae.encode(row[None]) for row in x])
+    assert torch.equal(alone != 0, kept != 0)
+
+
+def test_jumprelu_is_the_formula_and_its_thresholds_get_the_kernel_gradient():
+    section = JumpReLUConfig(threshold=0.3, bandwidth=0.2)
+    sae = autoencoder(architecture="jumprelu", k=4.0, jumprelu=section).double()
+    theta = sae.selector.threshold
+    x = samples().double()
+    z = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()
+    out = sae(x, HARD)
+    gates = z > 0.3
+    torch.testing.assert_close(out.latents.detach(), z * gates)
+    l0 = gates.sum() / B
+    assert out.losses["sparsity"].item() == pytest.approx((l0.item() / 4 - 1) ** 2)
+    error = (out.x_hat - x).detach()
+    of_latents = 2 * error @ sae.W_dec.T / B
+    of_gates = 2 * (l0 / 4 - 1) / 4 / B
+    near = ((z - 0.3).abs() <= 0.1) / 0.2
+    expected = -(near * (0.3 * of_latents + of_gates)).sum(0)
+    (found,) = torch.autograd.grad(out.losses["reconstruction"] + out.losses["sparsity"], theta)
+    assert near.any()
+    torch.testing.assert_close(found, expected.detach(), check_dtype=False)
+
+
+def test_relu_penalises_latents_by_the_length_of_their_decoder_rows():
+    sae = autoencoder(architecture="relu")
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.5, 2, N)[:, None])
+    x = samples()
+    a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+    out = sae(x, HARD)
+    torch.testing.assert_close(out.latents, a)
+    torch.testing.assert_close(out.losses["l1"], (a * sae.W_dec.norm(dim=1)).sum(1).mean())
+
+
+def test_gated_learns_its_gates_by_a_reconstruction_that_spares_the_decoder():
+    sae = autoencoder(architecture="gated")
+    with torch.no_grad():
+        sae.selector.r.uniform_(-0.5, 0.5)
+        sae.selector.b_m.uniform_(-0.1, 0.1)
+    x = samples()
+    direction = (x - sae.b_dec) @ sae.W_enc.T
+    gate, magnitude = direction + sae.b_enc, sae.selector.r.exp() * direction + sae.selector.b_m
+    out = sae(x, HARD._replace(step=0))
+    torch.testing.assert_close(out.latents, (gate > 0) * torch.relu(magnitude), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.losses["l1"], torch.relu(gate).sum(1).mean(), rtol=1e-5, atol=1e-6)
+    through = torch.relu(gate) @ sae.W_dec + sae.b_dec
+    auxiliary = out.losses["gate_reconstruction"]
+    torch.testing.assert_close(auxiliary, (x - through).pow(2).sum(1).mean())
+    auxiliary.backward()
+    assert sae.W_dec.grad is None and sae.W_enc.grad.abs().sum() > 0
+    assert set(sae(x).losses) == {"reconstruction"}  # at inference nothing else
+
+
+def test_feature_choice_keeps_the_largest_of_each_latent():
+    sae = autoencoder(architecture="featurechoice", k=9.0)  # two samples a latent
+    x = samples()
+    a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()
+    expected = keep_largest(a.T.contiguous(), [2] * N).T
+    out = sae(x, HARD._replace(step=0))
+    torch.testing.assert_close(out.latents.detach(), expected, rtol=1e-5, atol=1e-6)
+    smallest = torch.where(expected > 0, expected, torch.inf).amin(0)
+    torch.testing.assert_close(sae.selector.threshold, smallest, rtol=1e-5, atol=1e-6)
+    assert torch.equal(sae.encode(x) != 0, a > sae.selector.threshold)

@@ -14,13 +14,14 @@ import softsae
 from softsae import AutoencoderConfig, EstimatorConfig, TrainConfig, Trainer
 from softsae.activations.synthetic import SyntheticSource
 from softsae.trainer import NonFiniteActivations
+from tests.softsae.configs import model
 
 D, N = 16, 48
 SOURCE = SyntheticSource(D, 32, 1, 6)
 
 
 def config(**fields) -> AutoencoderConfig:
-    return AutoencoderConfig(**{"n": N, "k": 3.5, **fields})
+    return model(**{"n": N, "k": 3.5, **fields})
 
 
 def recipe(**fields) -> TrainConfig:
