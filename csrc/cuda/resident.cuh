@@ -194,7 +194,7 @@ class ResidentRow {
       x[i] = Element<S>::value(index < map_.n ? from[index - map_.piece(item)] : padding_);
     }
   }
-  // The same as it is stored, and in its place another.
+  // The same as it is stored, and in its place another; what lies beyond the end stays.
   __device__ __forceinline__ Chunk<S> chunk(int item) const {
     if (!H::ragged) return {*chunk_at(item)};
     Chunk<S> chunk{};
@@ -208,7 +208,7 @@ class ResidentRow {
   }
   __device__ __forceinline__ void replace(int item, const Chunk<S>& chunk) {
     if (!H::ragged) {
-      *chunk_at(item) = chunk.words;
+      if (map_.index(item, 0) < map_.n) *chunk_at(item) = chunk.words;
       return;
     }
     Raw* to = reinterpret_cast<Raw*>(slot_ + item * H::stride + skip_);
