@@ -162,17 +162,11 @@ class ReLUConfig(Section):
 
 
 @dataclass
-class GatedConfig(Section):
-    """Gated: which latents are active and how much are two linear maps that share their directions."""
+class GatedConfig(ReLUConfig):
+    """Gated: which latents are active and how much are two linear maps that share their directions.
 
-    l1_weight: float = 0.1
-    """weight of sum_i relu(gate_i) |d_i|, relative to mean |x|^2"""
-    l1_warmup_steps: int = 2000
-    """steps in which that weight rises linearly"""
-
-    def __post_init__(self):
-        number("l1_weight", self.l1_weight, 0, math.inf)
-        integer("l1_warmup_steps", self.l1_warmup_steps, 0)
+    The penalty is on the gates, sum_i relu(gate_i) |d_i|.
+    """
 
 
 # Every architecture with its section and the class of its rule, which is imported when it is needed.
@@ -192,8 +186,3 @@ def fill(config, **values):
     return dataclasses.replace(
         config, **{name: value for name, value in values.items() if getattr(config, name) is None}
     )
-
-
-def warm(step: int, steps: int) -> float:
-    """A weight that rises linearly to 1 within `steps`."""
-    return min(1.0, (step + 1) / steps) if steps else 1.0

@@ -33,27 +33,6 @@ def nested_reconstruction(
     return torch.stack(terms).mean()
 
 
-def suppressed(a: Tensor, latents: Tensor, all_units: bool) -> Tensor:
-    """R1 (arXiv 2606.27321): mean_b sum |a_bi| over the units i in A that sample b did not select.
-
-    Args:
-        a: activations before the selection (B, n). latents: those selected (B, n).
-        all_units: A is all units, and not only those that a sample of the batch selected.
-    """
-    kept = latents.detach() != 0
-    return (a.abs() * (units(kept, all_units) & ~kept)).sum(1).mean()
-
-
-def spread(a: Tensor, latents: Tensor, all_units: bool) -> Tensor:
-    """R2 (arXiv 2606.27321): mean_b |a_b|_1 / |a_b|_2 over the units in A; arguments as in `suppressed`."""
-    a = a * units(latents.detach() != 0, all_units)
-    return (a.abs().sum(1) / a.norm(dim=1).clamp(min=torch.finfo(a.dtype).tiny)).mean()
-
-
-def units(kept: Tensor, all_units: bool) -> Tensor:
-    return torch.ones_like(kept[0]) if all_units else kept.any(0)
-
-
 def budget(k_hat: Tensor, k_target: float, beta: float) -> Tensor:
     """softplus_beta(mean_b k_hat - k_target) for k_hat (B,)."""
     return F.softplus(k_hat.mean() - k_target, beta=beta)

@@ -58,3 +58,8 @@ class Schedule:
 def linear(step: int, steps: int, start: float, final: float) -> float:
     """From start at step 0 to final at step `steps`; final at once where steps is 0."""
     return final if step >= steps else start + (final - start) * (step / steps)
+
+
+def warm(step: int, steps: int) -> float:
+    """A weight that rises linearly to 1 within `steps`."""
+    return min(1.0, (step + 1) / steps) if steps else 1.0

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from softsae import losses
-from softsae.architectures import warm
 from softsae.config import AutoencoderConfig, TrainConfig
-from softsae.schedules import Phase
+from softsae.schedules import Phase, warm
 from softsae.selectors.contract import Selection, Selector
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softsae.architectures import warm
 from softsae.config import TrainConfig
-from softsae.schedules import Phase
+from softsae.schedules import Phase, warm
 from softsae.selectors.contract import Selection, Selector
 
 

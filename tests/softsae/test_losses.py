@@ -79,15 +79,3 @@ def test_nested_reconstruction_is_the_mean_over_prefixes():
     expected = [(x - latents[:, :m] @ W[:m] - b).pow(2).sum(1).mean() for m in (2, 7, 20)]
     found = losses.nested_reconstruction(x, latents, W, b, (2, 7, 20))
     torch.testing.assert_close(found, sum(expected) / 3)
-
-
-@pytest.mark.parametrize("all_units", [False, True])
-def test_regularizers_look_at_units_of_the_batch(all_units):
-    a = torch.rand(4, 8)
-    latents = a * torch.tensor([[1, 0, 1, 0, 0, 0, 0, 0]] * 3 + [[0, 1, 0, 0, 0, 0, 0, 0]])
-    chosen = range(8) if all_units else (0, 1, 2)
-    r1 = [sum(a[b, i].item() for i in chosen if latents[b, i] == 0) for b in range(4)]
-    assert losses.suppressed(a, latents, all_units).item() == pytest.approx(sum(r1) / 4, rel=1e-5)
-    picked = a[:, list(chosen)]
-    r2 = (picked.sum(1) / picked.pow(2).sum(1).sqrt()).mean()
-    torch.testing.assert_close(losses.spread(a, latents, all_units), r2)
