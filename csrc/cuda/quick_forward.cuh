@@ -136,9 +136,9 @@ __device__ __forceinline__ void write_probabilities(ResidentRow<H>& row,
     return;
   }
   if (origin.serves) {
-    weighty.for_each(row, [&](int item) { row.replace(item, near(item)); });
+    weighty.for_each([&](int item) { row.replace(item, near(item)); });
   } else {
-    weighty.for_each(row, [&](int item) { row.replace(item, far(item)); });
+    weighty.for_each([&](int item) { row.replace(item, far(item)); });
   }
   sink.fill(row, [&](int item) { return weighty.has(item) ? row.chunk(item) : Chunk<S>{}; });
   row.release();
@@ -290,13 +290,13 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
         }
         if (own != before) found_in |= 1u << item;
       };
-      // What is less than 2^-46 of the largest of T's terms is left out. Of a short row's there is
-      // no more than a chunk or two to a group: its one loop serves for all of them too.
+      // What is less than 2^-46 of the largest of T's terms is left out. Short 16-bit rows have one
+      // loop for both: less code.
       const ChunkSet<H> counts(row, maxima, window.L - 46 * kLn2 * alpha);
       if (!kPaired<H> && counts.most()) {
         row.for_each(look_at);
       } else {
-        counts.for_each(row, look_at);
+        counts.for_each(look_at);
       }
       weighty = ChunkSet<H>(row, maxima, window.L - 127 * kLn2 * alpha);
       Part total = {tree_sum(T), int32_t(inclusive_scan<32>(unsigned(own), lane))};

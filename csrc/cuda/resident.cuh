@@ -346,7 +346,7 @@ class ResidentRow {
     return {from, uint32_t(((to + 15) & ~uint64_t(15)) - from)};
   }
   __device__ uint4* chunk_at(int item, uint32_t t = threadIdx.x) const {
-    return reinterpret_cast<uint4*>(slot_ + item * H::stride) + t;
+    return reinterpret_cast<uint4*>(slot_ + t * 16 + item * H::stride);
   }
 
   Raw padding_;
@@ -382,7 +382,8 @@ class ResidentSink {
       Raw* to = row_ + first;
       row.for_each([&](int item) {
         const Chunk<S> chunk = f(item);
-        if (item < mine) store_global(to + int64_t(item) * step, chunk.words);
+        if (item < mine) store_global(to, chunk.words);
+        to += step;
       });
       return;
     }

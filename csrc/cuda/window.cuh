@@ -80,6 +80,7 @@ struct Maxima {
     for (int i = 0; i < N; ++i) groups |= uint32_t(key[i] >= least) << i;
     return groups;
   }
+  __device__ __forceinline__ uint32_t from_value(float least) const { return from(key_of(least)); }
   // The smallest of their keys.
   __device__ __forceinline__ uint32_t least(uint32_t from) const {
     uint32_t least = ~0u;
@@ -137,7 +138,13 @@ struct PairedMaxima {
     }
   }
   __device__ __forceinline__ uint32_t from(uint32_t least) const {
-    const uint32_t both = to_raw(least) * 0x10001u;
+    return from_pair(to_raw(least) * 0x10001u);
+  }
+  // A value between two elements stands for the nearer.
+  __device__ __forceinline__ uint32_t from_value(float least) const {
+    return from_pair(Element<S>::raw(least) * 0x10001u);
+  }
+  __device__ __forceinline__ uint32_t from_pair(uint32_t both) const {
     uint32_t groups = 0;
 #pragma unroll
     for (int i = 0; i < size / 2; ++i) groups |= pairs_from<S>(pair[i], both) & 0x1000001u << i;
@@ -179,26 +186,30 @@ class ChunkSet {
 
  public:
   ChunkSet() = default;
-  // Where `least` is between two keys, the next one above or below.
   __device__ __forceinline__ ChunkSet(const ResidentRow<H>& row, const MaximaOf<H>& maxima,
-                                      float least)
-      : groups_(maxima.from(maxima.to_key(least))) {
-    const int most = int(__reduce_max_sync(~0u, uint32_t(__popc(groups_))));
-    most_ = 4 * most > 3 * ::min(row.items(), kGroups);
+                                      float least) {
+    static_assert(kMostItems == 32 && (kGroups == 8 || kGroups == 16));
+    const uint32_t groups = maxima.from_value(least);
+    chunks_ = groups * (kGroups == 8 ? 0x1010101u : 0x10001u) & ~0u >> (32 - row.items());
+    const int most = int(__reduce_max_sync(~0u, uint32_t(__popc(chunks_))));
+    most_ = 4 * most > 3 * row.items();
   }
   // Whether a thread of the warp has most of its chunks, so that to look at all is quicker.
   __device__ __forceinline__ bool most() const { return most_; }
-  __device__ __forceinline__ bool has(int item) const { return groups_ >> item % kGroups & 1; }
+  __device__ __forceinline__ bool has(int item) const { return chunks_ >> item & 1; }
+  // f(item), from the last to the first.
   template <class F>
-  __device__ __forceinline__ void for_each(const ResidentRow<H>& row, F f) const {
-    for (uint32_t left = groups_; left != 0; left &= left - 1) {
+  __device__ __forceinline__ void for_each(F f) const {
 #pragma unroll 1
-      for (int item = __ffs(int(left)) - 1; item < row.items(); item += kGroups) f(item);
+    for (uint32_t left = chunks_; left != 0;) {
+      const int item = 31 - __clz(int(left));
+      left ^= 1u << item;
+      f(item);
     }
   }
 
  private:
-  uint32_t groups_ = 0;
+  uint32_t chunks_ = 0;
   bool most_ = false;
 };
 
