@@ -140,8 +140,8 @@ __device__ __forceinline__ void write_probabilities(ResidentRow<H>& row,
   } else {
     weighty.for_each([&](int item) { row.replace(item, far(item)); });
   }
+  row.release();  // before the stores to memory, which it need not wait for
   sink.fill(row, [&](int item) { return weighty.has(item) ? row.chunk(item) : Chunk<S>{}; });
-  row.release();
 }
 
 // By one warp: moves the blocks' candidates, each in `room` places, together, and takes all that
@@ -320,6 +320,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
                    fabsf(origin) < 0x1p26f && total.candidates <= room;
       float* all = candidates + values.place() * C::size() * room;
       if (usual) {
+        float* to = all + (C::many ? C::rank() * room : 0) + place;
         for (; found_in != 0; found_in &= found_in - 1) {
           float x[kSize];
           row.read(__ffs(int(found_in)) - 1, x);
@@ -327,13 +328,11 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
           for (int i = 0; i < kSize; ++i) {
             if (!(x[i] > window.L)) continue;
             if constexpr (C::many) {
-              for (int b = 0; b < C::size(); ++b) {
-                values.send(all + C::rank() * room + place, b, x[i]);
-              }
+              for (int b = 0; b < C::size(); ++b) values.send(to, b, x[i]);
             } else {
-              all[place] = x[i];
+              *to = x[i];
             }
-            ++place;
+            ++to;
           }
         }
       }
