@@ -231,7 +231,7 @@ class ResidentRow {
       x[i] = Element<S>::value(index < map_.n ? from[index - map_.piece(item)] : padding_);
     }
   }
-  // The same as it is stored, and in its place another.
+  // The same as it is stored, and in its place another; what lies beyond the end stays.
   __device__ __forceinline__ Chunk<S> chunk(int item) const {
     if (!H::ragged) return {*chunk_at(item)};
     Chunk<S> chunk{};
@@ -245,7 +245,7 @@ class ResidentRow {
   }
   __device__ __forceinline__ void replace(int item, const Chunk<S>& chunk) {
     if (!H::ragged) {
-      *chunk_at(item) = chunk.words;
+      if (map_.index(item, 0) < map_.n) *chunk_at(item) = chunk.words;
       return;
     }
     Raw* to = reinterpret_cast<Raw*>(slot_ + item * H::stride + skip_);
@@ -323,13 +323,13 @@ class ResidentRow {
   template <bool LEAST>
   __device__ static uint32_t of_pairs(const uint4& words) {
     if (LEAST) {
-      return min_of_pairs<S>(min_of_pairs<S>(words.x, words.y),
-                             min_of_pairs<S>(words.z, words.w));
+      return min_of_pairs<S>(min_of_pairs<S>(words.x, words.y), min_of_pairs<S>(words.z, words.w));
     }
     return max_of_pairs<S>(max_of_pairs<S>(words.x, words.y), max_of_pairs<S>(words.z, words.w));
   }
   __device__ static uint32_t equal_pairs(uint32_t a, uint32_t b) {
-    return __heq2_mask(reinterpret_cast<const PairOf<S>&>(a), reinterpret_cast<const PairOf<S>&>(b));
+    return __heq2_mask(reinterpret_cast<const PairOf<S>&>(a),
+                       reinterpret_cast<const PairOf<S>&>(b));
   }
   struct Granules {
     uint64_t from;

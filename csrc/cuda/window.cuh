@@ -176,8 +176,7 @@ struct PairedMaxima {
 };
 
 template <class H>
-using MaximaOf =
-    std::conditional_t<kPaired<H>, PairedMaxima<typename H::S>, Maxima<kGroupsOf<H>>>;
+using MaximaOf = std::conditional_t<kPaired<H>, PairedMaxima<typename H::S>, Maxima<kGroupsOf<H>>>;
 
 // Those of the calling thread's chunks whose group has an element from `least` on.
 template <class H>
