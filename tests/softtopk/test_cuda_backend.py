@@ -202,6 +202,18 @@ def test_position_changes_no_bit(cuda, dtype, n):
     assert_same(shuffled, [t[order] for t in want])
 
 
+@pytest.mark.parametrize("n", [2056, 5000, 21000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_row_leaves_behind(cuda, dtype, n):
+    """Negative rows that share a block's memory with earlier rows, of lengths that do not fill it."""
+    rows = 8000
+    row = -torch.rand(1, n, device="cuda").to(dtype)
+    x = torch.cat([torch.randn(rows, n, device="cuda").relu_().to(dtype), row.expand(rows, n)])
+    want, _ = cuda.soft_topk_forward(row, 64, 1e-4)
+    got, _ = cuda.soft_topk_forward(x, 64, 1e-4)
+    assert torch.equal(got[rows:], want.expand(rows, n))
+
+
 @pytest.mark.parametrize("n", [5, 2100, 70001])
 def test_rows_of_stride_0(cuda, n):
     x, k, alpha, v = inputs(6, n)
