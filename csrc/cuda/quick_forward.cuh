@@ -77,6 +77,21 @@ __device__ __forceinline__ void add_or_count(float x, float L, float e, float& T
       : "f"(x), "f"(L), "f"(e));
 }
 
+// Of 16-bit elements: puts -inf in the place of those above the one in both halves of `bound`, and
+// returns how many they are.
+template <class S>
+__device__ __forceinline__ int32_t chunk_without_candidates(Chunk<S>& chunk, uint32_t bound) {
+  constexpr uint32_t lowest = Element<S>::minus_infinity * 0x10001u;
+  uint32_t which = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t above = pairs_above<S>(chunk.word(i), bound);
+    which |= above & 0x10001u << i;
+    chunk.word(i) = (chunk.word(i) & ~above) | (lowest & above);
+  }
+  return __popc(which);
+}
+
 // p of a row, from its solution, with the row's place as a scratchpad; p is 0 in all chunks but
 // `weighty` ones.
 template <class H>
@@ -121,12 +136,12 @@ __device__ __forceinline__ void write_probabilities(ResidentRow<H>& row,
     return;
   }
   if (origin.serves) {
-    weighty.for_each(row, [&](int item) { row.replace(item, near(item)); });
+    weighty.for_each([&](int item) { row.replace(item, near(item)); });
   } else {
-    weighty.for_each(row, [&](int item) { row.replace(item, far(item)); });
+    weighty.for_each([&](int item) { row.replace(item, far(item)); });
   }
+  row.release();  // before the stores to memory, which it need not wait for
   sink.fill(row, [&](int item) { return weighty.has(item) ? row.chunk(item) : Chunk<S>{}; });
-  row.release();
 }
 
 // By one warp: moves the blocks' candidates, each in `room` places, together, and takes all that
@@ -180,7 +195,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
   constexpr int kSize = Chunk<S>::size, kWarps = H::threads / 32;
-  constexpr float kLog2e = 1.4426950408889634f;
+  constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
   const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
   const int warp = t / 32, lane = t % 32;
   const Mapping<H> map{n};
@@ -195,27 +210,28 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
   const auto data = [&](int64_t r) {
     return static_cast<const Raw*>(args.x.data) + r * args.x.stride;
   };
-  // The row's numbers; k = 0: not for this kernel.
+  // The row's numbers; rate = 0: not for this kernel.
   struct Request {
-    double k;
-    float alpha;
+    Budget k;
+    float alpha, rate;
   };
+  const double most_k = ::min(kMostBudget<H>, n);
   const auto request = [&](int64_t r) -> Request {
-    if (r >= args.x.rows) return {0, 1};
+    if (r >= args.x.rows) return {Budget(0), 1, 0};
     const double k = per_row(args.k, r);
     const float alpha = float(per_row(args.alpha, r)), rate = kLog2e / alpha;
-    const bool fits = k > 0 && k < kMostBudget<H> && k < n;
-    return {fits && rate > 1e-36f && rate < 1e36f ? k : 0, alpha};
+    const bool fits = k > 0 && k < most_k && rate > 1e-36f && rate < 1e36f;
+    return {Budget(k), alpha, fits ? rate : 0};
   };
   const int64_t first_row = int64_t(blockIdx.x) / C::size();
   Request next = request(first_row);
-  if (next.k > 0 && is_fed<H>(args, first_row)) row.ask(data(first_row), warp == 0);
+  if (next.rate > 0 && is_fed<H>(args, first_row)) row.ask(data(first_row), warp == 0);
   for (int64_t r = first_row; r < args.x.rows; r += step) {
-    const double exact_k = next.k;
-    const float alpha = next.alpha, rate = kLog2e / alpha;
+    const Budget k = next.k;
+    const float alpha = next.alpha, rate = next.rate;
     next = request(r + step);
-    const bool asks = next.k > 0 && is_fed<H>(args, r + step);
-    if (!(exact_k > 0)) {
+    const bool asks = next.rate > 0 && is_fed<H>(args, r + step);
+    if (!(rate > 0)) {
       if (t == 0 && C::rank() == 0) leave(args, r);
       if (asks) row.ask(data(r + step), warp == 0);
       continue;
@@ -226,7 +242,6 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
       row.copy(data(r), args.wide_x);
     }
     if (!args.x.largest) row.negate();
-    const Budget k(exact_k);
 
     Found found;
     ChunkSet<H> weighty;  // in which p is not 0
@@ -237,8 +252,8 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
     // as in a sorted row, too many candidates are left: then a bound that fewer reach.
     bool crowded = false;
     for (int attempt = 0; attempt < 2; ++attempt) {
-      uint32_t key[kGroupsOf<H>];  // anew for a second attempt: they need not outlive the search
-      keys_of_maxima(row, key);
+      MaximaOf<H> maxima;  // anew for a second attempt: they need not outlive the search
+      maxima.read(row);
       const int sure = 2 * k.whole + 2;
       int wanted = k.whole + k.whole / 4 + 4;
       if constexpr (C::many) {
@@ -247,33 +262,43 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
       }
       if (attempt == 1) wanted = crowded ? wanted / (kSize * 3 / 4) : sure;
       const float2 limits =
-          bound_of_block<kWarps>(key, wanted + 1, C::many || crowded, shared.bound);
+          bound_of_block<kWarps>(maxima, wanted + 1, C::many || crowded, shared.bound);
       Window window = {limits.x, limits.y};
 
       // Collapse and count. The exponents are relative to L * rate as it is rounded; what that
       // leaves out is the same factor of every term (exponent.cuh).
       const float origin = window.L * rate, rest = fmaf(window.L, rate, -origin);
+      const uint32_t bound = uint32_t(Element<S>::raw(window.L)) * 0x10001u;
       uint32_t found_in = 0;  // items with candidates
       int32_t own = 0;
       float T[4] = {0, 0, 0, 0};
       const auto look_at = [&](int item) {
         float x[kSize];
-        row.read(item, x);
         const int32_t before = own;
+        if constexpr (kPaired<H>) {
+          Chunk<S> chunk = row.chunk(item);
+          own += chunk_without_candidates(chunk, bound);
+          chunk.read(x);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          add_or_count(x[i], window.L, faster_exp2(fmaf(x[i], rate, -origin)), T[i % 4], own);
+          for (int i = 0; i < kSize; ++i) T[i % 4] += faster_exp2(fmaf(x[i], rate, -origin));
+        } else {
+          row.read(item, x);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) {
+            add_or_count(x[i], window.L, faster_exp2(fmaf(x[i], rate, -origin)), T[i % 4], own);
+          }
         }
         if (own != before) found_in |= 1u << item;
       };
-      // What is less than 2^-46 of the largest of T's terms is left out.
-      const ChunkSet<H> counts(row, key, window.L - 46 / rate);
-      if (counts.most()) {
+      // What is less than 2^-46 of the largest of T's terms is left out. Short 16-bit rows have one
+      // loop for both: less code.
+      const ChunkSet<H> counts(row, maxima, window.L - 46 * kLn2 * alpha);
+      if (!kPaired<H> && counts.most()) {
         row.for_each(look_at);
       } else {
-        counts.for_each(row, look_at);
+        counts.for_each(look_at);
       }
-      weighty = ChunkSet<H>(row, key, window.L - 127 / rate);
+      weighty = ChunkSet<H>(row, maxima, window.L - 127 * kLn2 * alpha);
       Part total = {tree_sum(T), int32_t(inclusive_scan<32>(unsigned(own), lane))};
       int32_t place = total.candidates - own;
 #pragma unroll
@@ -295,6 +320,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
                    fabsf(origin) < 0x1p26f && total.candidates <= room;
       float* all = candidates + values.place() * C::size() * room;
       if (usual) {
+        float* to = all + (C::many ? C::rank() * room : 0) + place;
         for (; found_in != 0; found_in &= found_in - 1) {
           float x[kSize];
           row.read(__ffs(int(found_in)) - 1, x);
@@ -302,13 +328,11 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
           for (int i = 0; i < kSize; ++i) {
             if (!(x[i] > window.L)) continue;
             if constexpr (C::many) {
-              for (int b = 0; b < C::size(); ++b) {
-                values.send(all + C::rank() * room + place, b, x[i]);
-              }
+              for (int b = 0; b < C::size(); ++b) values.send(to, b, x[i]);
             } else {
-              all[place] = x[i];
+              *to = x[i];
             }
-            ++place;
+            ++to;
           }
         }
       }

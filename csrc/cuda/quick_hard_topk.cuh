@@ -210,7 +210,8 @@ __global__ void __launch_bounds__(H::threads, H::threads <= 128 ? 1280 / H::thre
     bool usual = false;
     if (k > 0) {
       if (!args.x.largest) row.negate();
-      uint32_t key[kKeys];
+      Maxima<kKeys> maxima;
+      auto& key = maxima.key;
       keys_of_maxima(row, key);
       const int need = (k - 1) / C::size() + 1;
       float2 limits;
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(H::threads, H::threads <= 128 ? 1280 / H::thre
         H::sync();
         if (in_turn) limits = bound_of_maxima(shared.maxima, need);
       } else {
-        limits = bound_of_block<kWarps>(key, need, kWarps > 1, shared.bound);
+        limits = bound_of_block<kWarps>(maxima, need, kWarps > 1, shared.bound);
       }
       if (in_turn) {
         if constexpr (C::many) {

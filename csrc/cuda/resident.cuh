@@ -28,6 +28,43 @@ __device__ __forceinline__ float min_with_nan(float a, float b) {
   return m;
 }
 
+// Of two pairs of 16-bit elements the larger ones, the smaller ones, and masks of which of `a` are
+// as large as those of `b` and which are larger.
+template <class S>
+__device__ __forceinline__ uint32_t max_of_pairs(uint32_t a, uint32_t b) {
+  uint32_t both = a;
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<S, __half>) {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+  }
+#endif
+  return both;
+}
+template <class S>
+__device__ __forceinline__ uint32_t min_of_pairs(uint32_t a, uint32_t b) {
+  uint32_t both = a;
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<S, __half>) {
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+  } else {
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+  }
+#endif
+  return both;
+}
+template <class S>
+using PairOf = std::conditional_t<std::is_same_v<S, __half>, __half2, __nv_bfloat162>;
+template <class S>
+__device__ __forceinline__ uint32_t pairs_from(uint32_t a, uint32_t b) {
+  return __hge2_mask(reinterpret_cast<const PairOf<S>&>(a), reinterpret_cast<const PairOf<S>&>(b));
+}
+template <class S>
+__device__ __forceinline__ uint32_t pairs_above(uint32_t a, uint32_t b) {
+  return __hgt2_mask(reinterpret_cast<const PairOf<S>&>(a), reinterpret_cast<const PairOf<S>&>(b));
+}
+
 // How rows are shared out. C: Cluster or NoCluster.
 template <class STORED, class CLUSTER, int THREADS, bool RAGGED>
 struct Sharing {
@@ -227,6 +264,10 @@ class ResidentRow {
   // The largest and the smallest of the calling thread's chunk; NaN if there is one.
   __device__ __forceinline__ float max(int item) const { return extreme<false>(item); }
   __device__ __forceinline__ float min(int item) const { return extreme<true>(item); }
+  // Of 16-bit elements, the largest in even places and the largest in odd ones.
+  __device__ __forceinline__ uint32_t pair_of_maxima(int item) const {
+    return of_pairs<false>(*chunk_at(item));
+  }
   // Whether one of the calling thread's chunk equals `value`, which is of S.
   __device__ __forceinline__ bool holds(int item, float value) const {
     if constexpr (sizeof(S) == 2 && !H::ragged) {
@@ -262,8 +303,7 @@ class ResidentRow {
   __device__ __forceinline__ float extreme(int item) const {
     if constexpr (sizeof(S) == 2 && !H::ragged) {
       const uint4 words = *chunk_at(item);
-      const uint32_t both =
-          of_pairs<LEAST>(of_pairs<LEAST>(words.x, words.y), of_pairs<LEAST>(words.z, words.w));
+      const uint32_t both = of_pairs<LEAST>(words);
       return of_two<LEAST>(Element<S>::value(Raw(both)), Element<S>::value(Raw(both >> 16)));
     } else {
       float x[kSize];
@@ -280,28 +320,16 @@ class ResidentRow {
   __device__ static float of_two(float a, float b) {
     return LEAST ? min_with_nan(a, b) : max_with_nan(a, b);
   }
-  // Of two pairs of 16-bit elements the larger or smaller ones, and a mask of which are equal.
   template <bool LEAST>
-  __device__ static uint32_t of_pairs(uint32_t a, uint32_t b) {
-    uint32_t both = a;
-#if __CUDA_ARCH__ >= 800
-    if constexpr (std::is_same_v<S, __half>) {
-      if (LEAST) {
-        asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
-      } else {
-        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
-      }
-    } else if (LEAST) {
-      asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
-    } else {
-      asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+  __device__ static uint32_t of_pairs(const uint4& words) {
+    if (LEAST) {
+      return min_of_pairs<S>(min_of_pairs<S>(words.x, words.y), min_of_pairs<S>(words.z, words.w));
     }
-#endif
-    return both;
+    return max_of_pairs<S>(max_of_pairs<S>(words.x, words.y), max_of_pairs<S>(words.z, words.w));
   }
   __device__ static uint32_t equal_pairs(uint32_t a, uint32_t b) {
-    using Pair = std::conditional_t<std::is_same_v<S, __half>, __half2, __nv_bfloat162>;
-    return __heq2_mask(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
+    return __heq2_mask(reinterpret_cast<const PairOf<S>&>(a),
+                       reinterpret_cast<const PairOf<S>&>(b));
   }
   struct Granules {
     uint64_t from;
@@ -318,7 +346,7 @@ class ResidentRow {
     return {from, uint32_t(((to + 15) & ~uint64_t(15)) - from)};
   }
   __device__ uint4* chunk_at(int item, uint32_t t = threadIdx.x) const {
-    return reinterpret_cast<uint4*>(slot_ + item * H::stride) + t;
+    return reinterpret_cast<uint4*>(slot_ + t * 16 + item * H::stride);
   }
 
   Raw padding_;
@@ -354,7 +382,8 @@ class ResidentSink {
       Raw* to = row_ + first;
       row.for_each([&](int item) {
         const Chunk<S> chunk = f(item);
-        if (item < mine) store_global(to + int64_t(item) * step, chunk.words);
+        if (item < mine) store_global(to, chunk.words);
+        to += step;
       });
       return;
     }
