@@ -111,10 +111,8 @@ struct CarefulShared {
   Found found;
   Outside of_warps[warps];
   Outside of_blocks[H::C::many ? kMostBlocks : 1];
-  union {
-    SampleShared<warps> sample;
-    typename Team::Storage team;
-  };
+  Limits window;
+  typename Team::Storage team;
   typename Team::Mail mail;
 };
 
@@ -282,9 +280,9 @@ __global__ void __launch_bounds__(H::threads, H::threads == 256 ? 3 : 8)
       const Budget k(exact_k);
       constexpr int32_t kSample = kSampleOfThread * H::threads;
       take_sample(row, candidates);
-      const Limits window = window_of_sample<kGrain>(
+      const Limits window = window_of_sample<kGrain, H::threads>(
           candidates, __fdividef((float(k.whole) + k.rest) * float(kSample), n), rate,
-          shared.sample);
+          shared.window);
       Outside rest;
       int32_t in_block, right;
       Found found = {0, 0, 0, 0, 0};
