@@ -18,6 +18,7 @@
 // quick kernel takes 5,300.
 #pragma once
 
+#include "exponent.cuh"
 #include "many.cuh"
 #include "sample.cuh"
 
@@ -45,10 +46,8 @@ __device__ __forceinline__ void write_solution(const ForwardArgs& args, int64_t 
   out[0] = s.r_A, out[1] = s.r_B, out[2] = s.P, out[3] = s.Q, out[4] = s.D;
 }
 
-// Candidates up to which one warp searches: it does so in fewer instructions than a block, which
-// is quicker. In half precision more rows are on chip at a time to hide a warp's time.
-template <class S>
-inline constexpr int32_t kFewOfWarp = sizeof(S) == 2 ? 1024 : 512;
+// Candidates up to which one warp searches: it does so in fewer instructions than a block.
+inline constexpr int32_t kFewOfWarp = 2048;
 
 // The mark of a row that is left to forward_careful, in the place of the upper half of D or of p_0:
 // in every type a NaN of no computation.
@@ -123,6 +122,24 @@ __device__ __forceinline__ void add_up(Outside& total, const Outside& other) {
   total.P += other.P;
 }
 
+// Sorts x into a window: e is added to T up to L, or where x is NaN, and to P from U on; in between
+// `bit` is added to `places`, and from U on `one`. As predicated instructions: what the compiler
+// makes of an if is more.
+__device__ __forceinline__ void sort_in(float x, const Limits& window, float e, float bit,
+                                        float one, float& T, float& P, float& places) {
+  asm("{\n"
+      ".reg .pred over, up;\n"
+      "setp.gt.f32 over, %3, %4;\n"
+      "setp.ge.f32 up, %3, %5;\n"
+      "@!over add.f32 %0, %0, %6;\n"
+      "@up add.f32 %1, %1, %6;\n"
+      "@over add.f32 %2, %2, %7;\n"
+      "@up add.f32 %2, %2, %8;\n"
+      "}"
+      : "+f"(T), "+f"(P), "+f"(places)
+      : "f"(x), "f"(window.L), "f"(window.U), "f"(e), "f"(bit), "f"(one - bit));
+}
+
 // Adds up what lies outside of the window and collects the candidates: up to `few` of a cluster in
 // its first block, else each block its own. The total is the same in all threads, own.candidates
 // those that the calling block has; false if there is no room for them.
@@ -132,30 +149,52 @@ __device__ __forceinline__ bool collapse(const ResidentRow<H>& row, const Limits
                                          CarefulShared<H>& shared, Outside& total, int32_t& own) {
   using C = typename H::C;
   constexpr int kSize = Chunk<typename H::S>::size, kWarps = H::threads / 32;
+  constexpr int kTogether = 32 / kSize, kWords = kMostItems / kTogether;
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
-  uint32_t found = 0;          // items with candidates
-  float below = 0, above = 0;  // elements, and their sums
-  float T[4] = {0, 0, 0, 0}, P[4] = {0, 0, 0, 0};
-  row.for_each([&](int item) {
-    float x[kSize];
-    row.read(item, x);
-    const float outside = below + above;
+  uint32_t candidate[kWords];  // a bit for each of the thread's elements
+  uint32_t above = 0;          // elements
+  float T[2] = {0, 0}, P[2] = {0, 0};
+  const auto sweep = [&](auto exponential) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float is_below = one_unless_greater(x[i], window.L),  // or NaN, which makes T NaN
-          is_above = one_if_not_less(x[i], window.U);
-      const float out = fminf(x[i] - window.L, window.U - x[i]);  // < 0 outside of the window
-      const float e = faster_exp2(-fabsf(out) * rate);
-      T[i % 4] += is_below * e;
-      P[i % 4] += is_above * e;
-      below += is_below;
-      above += is_above;
+    for (int word = 0; word < kWords; ++word) {
+      candidate[word] = 0;
+      const int first = word * kTogether, end = ::min(first + kTogether, row.items());
+#pragma unroll 16 / kSize
+      for (int item = first; item < end; ++item) {
+        float x[kSize];
+        row.read(item, x);
+        float places = 0x1p23f;  // from here on the last bits of a float count
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          sort_in(x[i], window, exponential(x[i]), float(1 << i), float(1 << kSize), T[i % 2],
+                  P[i % 2], places);
+        }
+        const uint32_t bits = __float_as_uint(places);
+        candidate[word] |= (bits & ((1u << kSize) - 1)) << (item - first) * kSize;
+        above += bits >> kSize & 15;
+      }
     }
-    if (below + above < outside + kSize) found |= 1u << item;
-  });
-  const int32_t inside = row.items() * kSize - int32_t(below + above);
-  Outside mine = {window.L,    window.U,   0, int32_t(__reduce_add_sync(~0u, int32_t(above))),
-                  tree_sum(T), tree_sum(P)};
+  };
+  // Where the window is narrow, one exponent serves for both sides, relative to its middle
+  // (exponent.cuh).
+  const float middle = (window.L + (window.U - window.L) / 2) * rate;
+  const float z_L = fmaf(window.L, rate, -middle), z_U = fmaf(window.U, rate, -middle);
+  if (z_U - z_L <= 32 && fabsf(middle) < 0x1p26f) {
+    sweep([&](float x) { return faster_exp2(-fabsf(fmaf(x, rate, -middle))); });
+    const float of_L = faster_exp2(-z_L), of_U = faster_exp2(z_U);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) T[i] *= of_L, P[i] *= of_U;
+  } else {
+    sweep([&](float x) {
+      const float out = fminf(x - window.L, window.U - x);  // < 0 outside of the window
+      return faster_exp2(-fabsf(out) * rate);
+    });
+  }
+  int32_t inside = 0;
+#pragma unroll
+  for (const uint32_t word : candidate) inside += __popc(word);
+  Outside mine = {window.L,    window.U,   0, int32_t(__reduce_add_sync(~0u, above)),
+                  T[0] + T[1], P[0] + P[1]};
   mine.candidates = int32_t(inclusive_scan<32>(unsigned(inside), lane));
   int32_t place = mine.candidates - inside;
 #pragma unroll
@@ -193,12 +232,11 @@ __device__ __forceinline__ bool collapse(const ResidentRow<H>& row, const Limits
     }
   }
   if (!fits || !(total.T >= 0)) return false;
-  for (; found != 0; found &= found - 1) {
-    float x[kSize];
-    row.read(__ffs(int(found)) - 1, x);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      if (x[i] > window.L && x[i] < window.U) to[place++] = x[i];
+  for (int word = 0; word < kWords; ++word) {
+    for (uint32_t left = candidate[word]; left != 0; left &= left - 1) {
+      const int i = __ffs(int(left)) - 1, item = word * kTogether + i / kSize;
+      to[place++] = row.element(item, row.map().index(item, i % kSize));
     }
   }
   C::sync();
@@ -232,9 +270,49 @@ __device__ __forceinline__ Found search_together(const ForwardArgs& args, int64_
   return shared.found;
 }
 
+// p of a row, from its solution.
+template <class H>
+__device__ __forceinline__ void write_all(const ResidentRow<H>& row, const ResidentSink<H>& sink,
+                                          const Found& found, float rate) {
+  using S = typename H::S;
+  constexpr int kSize = Chunk<S>::size;
+  const Origin origin(found.r_A, found.r_B, rate, sizeof(S) == 2 ? 32.0f : 4.0f);
+  const auto fill = [&](float h_A, float h_B, auto exponential) {
+    sink.fill(row, [&](int item) {
+      float x[kSize], p[kSize];
+      row.read(item, x);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const bool above = x[i] >= found.r_A;
+        const float e = exponential(x[i], above);
+        p[i] = h_B * e;
+        if (above) p[i] = fmaf(-h_A, e, 1.0f);
+      }
+      return Chunk<S>::of(p);
+    });
+  };
+  if (origin.serves) {
+    fill(origin.of_A(found.h_A), origin.of_B(found.h_B),
+         [&](float x, bool) { return faster_exp2(-fabsf(origin.z(x))); });
+  } else {
+    const float at_A = found.r_A < infinity<float> ? found.r_A : 0,
+                at_B = found.r_B > -infinity<float> ? found.r_B : 0;
+    fill(found.h_A, found.h_B, [&](float x, bool above) {
+      return faster_exp2(-fabsf(x - (above ? at_A : at_B)) * rate);
+    });
+  }
+}
+
+// Blocks that registers must suffice for, on a multiprocessor: as many as fit in shared memory.
+template <class H>
+inline constexpr int careful_blocks_of = H::threads == 64 ? (sizeof(typename H::S) == 2 ? 16 : 10)
+                                         : H::threads == 128          ? 6
+                                         : sizeof(typename H::S) == 2 ? 4
+                                                                      : 3;
+
 // The rows that forward_quick has left.
 template <class H>
-__global__ void __launch_bounds__(H::threads, H::threads == 256 ? 3 : 8)
+__global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
     forward_careful(const __grid_constant__ ForwardArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ CarefulShared<H> shared;
@@ -244,13 +322,17 @@ __global__ void __launch_bounds__(H::threads, H::threads == 256 ? 3 : 8)
   using Team = AllWarps<C, H::threads / 32>;
   constexpr int kSize = Chunk<S>::size;
   constexpr uint32_t kGrain = Element<S>::grain;
-  const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
+  const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x), lane = t % 32;
+  constexpr int warps = H::threads / 32;
   const Mapping<H> map{n};
   const int64_t step = int64_t(gridDim.x) / C::size(), own = int64_t(blockIdx.x) / C::size();
   ResidentRow<H> row(memory, &shared.barrier, map);
   float* candidates = reinterpret_cast<float*>(memory + row.slot_bytes());
   Team team(shared.mail);
   bool unsolved = false;
+  // Which warps search alone, different ones in the blocks of a multiprocessor and from row to row:
+  // a scheduler has every fourth warp.
+  int turn = int(blockIdx.x * uint64_t(8) / gridDim.x);
   C::sync();
 
   // Every cluster has each of its rows `step` after the last. Of 32 of them at a time those that
@@ -278,25 +360,25 @@ __global__ void __launch_bounds__(H::threads, H::threads == 256 ? 3 : 8)
         __syncthreads();
       }
       const Budget k(exact_k);
-      constexpr int32_t kSample = kSampleOfThread * H::threads;
+      constexpr int32_t kSample = kSampleSize<H::threads>;
       take_sample(row, candidates);
       const Limits window = window_of_sample<kGrain, H::threads>(
-          candidates, __fdividef((float(k.whole) + k.rest) * float(kSample), n), rate,
+          candidates, __fdividef((float(k.whole) + k.rest) * float(kSample), n), rate, turn,
           shared.window);
+      turn = (turn + 1) % warps;
       Outside rest;
       int32_t in_block, right;
       Found found = {0, 0, 0, 0, 0};
-      if (collapse(row, window, rate, candidates, kFewOfWarp<S>, args.room, shared, rest,
-                   in_block)) {
+      if (collapse(row, window, rate, candidates, kFewOfWarp, args.room, shared, rest, in_block)) {
         const Candidates all = {candidates, in_block};
-        if (rest.candidates <= kFewOfWarp<S>) {
-          if (t < 32 && C::rank() == 0) {
+        if (rest.candidates <= kFewOfWarp) {
+          if (t / 32 == (turn + 1) % warps && C::rank() == 0) {
             const Solution<float> s =
                 ManySearch<kGrain, OneWarp, Candidates>(all, rest, k, alpha, rate, {})
                     .solve(rest, right);
             found = found_of(s, right, rate);
-            if (t == 0 && right) write_solution(args, r, s);
-            if (t < C::size()) *C::at(&shared.found, t) = found;
+            if (lane == 0 && right) write_solution(args, r, s);
+            if (lane < C::size()) *C::at(&shared.found, lane) = found;
           }
           C::sync();
           found = shared.found;
@@ -312,20 +394,8 @@ __global__ void __launch_bounds__(H::threads, H::threads == 256 ? 3 : 8)
       }
       unsolved = unsolved || !found.right;
       if (found.right && args.form != Form::none) {
-        const float at_A = found.r_A < infinity<float> ? found.r_A : 0,
-                    at_B = found.r_B > -infinity<float> ? found.r_B : 0;
         const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);
-        sink.fill(row, [&](int item) {
-          float x[kSize], p[kSize];
-          row.read(item, x);
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            const bool above = x[i] >= found.r_A;
-            const float e = faster_exp2(-fabsf(x[i] - (above ? at_A : at_B)) * rate);
-            p[i] = (above ? 1.0f : 0.0f) + (above ? -found.h_A : found.h_B) * e;
-          }
-          return Chunk<S>::of(p);
-        });
+        write_all(row, sink, found, rate);
       }
       C::sync();  // the row has been read, and so have the candidates
     }

@@ -15,7 +15,9 @@
 
 namespace softtopk::cuda {
 
-inline constexpr int kSampleOfThread = 4;  // elements of the sample for each thread of a block
+// Elements of the sample of a block of THREADS.
+template <int THREADS>
+inline constexpr int kSampleSize = THREADS == 64 ? 512 : 1024;
 inline constexpr int kSampleRounds = 8;
 
 // An end that was not found lies beyond all finite elements.
@@ -92,14 +94,14 @@ __device__ __forceinline__ float middle_of(float ascending, float lo, float hi) 
   return first < end ? middle : lo + (hi - lo) / 2;
 }
 
-// Collects the sample into `samples` of every block: kSampleOfThread * H::threads values.
+// Collects the sample into `samples` of every block: kSampleSize values.
 template <class H>
 __device__ __forceinline__ void take_sample(const ResidentRow<H>& row, float* samples) {
   using C = typename H::C;
-  constexpr uint32_t kSize = kSampleOfThread * H::threads;
+  constexpr uint32_t kSize = kSampleSize<H::threads>;
   const uint32_t n = uint32_t(row.map().n), length = n / kSize;
 #pragma unroll
-  for (int i = 0; i < kSampleOfThread; ++i) {
+  for (int i = 0; i < int(kSize) / H::threads; ++i) {
     const uint32_t j = i * H::threads + threadIdx.x;
     const uint32_t at = j * n / kSize + __umulhi(j * 2654435769u, length);
     if constexpr (C::many) {
@@ -199,15 +201,16 @@ __device__ __forceinline__ float end_of_window(const float* samples, float wante
   return sign * fmaxf(next, -kFar);
 }
 
-// The window, the same in all threads. `samples` are not needed afterwards in the calling block.
+// The window, the same in all threads, by the warp `turn` and the one half of them further.
 template <uint32_t GRAIN, int THREADS>
 __device__ __forceinline__ Limits window_of_sample(const float* samples, float wanted, float rate,
-                                                   Limits& shared) {
-  const int t = int(threadIdx.x), warp = t / 32;
-  if (warp < 2) {
-    const float end = end_of_window<GRAIN, kSampleOfThread * THREADS>(samples, wanted, rate,
-                                                                      warp == 0 ? 1.0f : -1.0f);
-    if (t % 32 == 0) (warp == 0 ? shared.L : shared.U) = end;
+                                                   int turn, Limits& shared) {
+  constexpr int kWarps = THREADS / 32;
+  const int t = int(threadIdx.x), place = (t / 32 - turn % kWarps + kWarps) % kWarps;
+  if (place == 0 || place == kWarps / 2) {
+    const float end = end_of_window<GRAIN, kSampleSize<THREADS>>(samples, wanted, rate,
+                                                                 place == 0 ? 1.0f : -1.0f);
+    if (t % 32 == 0) (place == 0 ? shared.L : shared.U) = end;
   }
   __syncthreads();
   return shared;

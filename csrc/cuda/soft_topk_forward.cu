@@ -23,7 +23,7 @@ namespace {
 constexpr Demand kQuick = {1, 65536, {32, 32, 128}, {400, 400, 1024}, 2304};
 // The candidates of a large k are a share of the elements: 16384 of those are a part.
 constexpr Demand careful_demand(int64_t size) {
-  return {1, 16384 * size, {128, 128, 256}, {1024, size == 2 ? 2304 : 1024, 2304}, 2176};
+  return {1, 16384 * size, {64, 64, 128}, {1024, size == 2 ? 2304 : 1024, 2304}, 2176};
 }
 
 template <class S, class L>
