@@ -149,30 +149,42 @@ __device__ __forceinline__ bool collapse(const ResidentRow<H>& row, const Limits
                                          CarefulShared<H>& shared, Outside& total, int32_t& own) {
   using C = typename H::C;
   constexpr int kSize = Chunk<typename H::S>::size, kWarps = H::threads / 32;
-  constexpr int kTogether = 32 / kSize, kWords = kMostItems / kTogether;
+  constexpr int kTogether = 16 / kSize;  // items of which a float counts the elements
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
-  uint32_t candidate[kWords];  // a bit for each of the thread's elements
-  uint32_t above = 0;          // elements
+  uint32_t candidate[kMostItems / kTogether / 2];  // a bit for each of the thread's elements
+  int32_t above = 0, inside = 0;                   // elements, and their sums
   float T[2] = {0, 0}, P[2] = {0, 0};
   const auto sweep = [&](auto exponential) {
-#pragma unroll
-    for (int word = 0; word < kWords; ++word) {
-      candidate[word] = 0;
-      const int first = word * kTogether, end = ::min(first + kTogether, row.items());
-#pragma unroll 16 / kSize
-      for (int item = first; item < end; ++item) {
-        float x[kSize];
-        row.read(item, x);
+#pragma unroll 1
+    for (int first = 0, word = 0; first < row.items(); ++word) {
+      uint32_t bits = 0;
+#pragma unroll 1
+      for (int shift = 0; shift < 32 && first < row.items(); shift += 16, first += kTogether) {
         float places = 0x1p23f;  // from here on the last bits of a float count
+        const auto look_at = [&](int j) {
+          float x[kSize];
+          row.read(first + j, x);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          sort_in(x[i], window, exponential(x[i]), float(1 << i), float(1 << kSize), T[i % 2],
-                  P[i % 2], places);
+          for (int i = 0; i < kSize; ++i) {
+            sort_in(x[i], window, exponential(x[i]), float(1 << (j * kSize + i)), 0x1p16f, T[i % 2],
+                    P[i % 2], places);
+          }
+        };
+        if (first + kTogether <= row.items()) {
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) look_at(j);
+        } else {
+#pragma unroll
+          for (int j = 0; j < kTogether; ++j) {
+            if (first + j < row.items()) look_at(j);
+          }
         }
-        const uint32_t bits = __float_as_uint(places);
-        candidate[word] |= (bits & ((1u << kSize) - 1)) << (item - first) * kSize;
-        above += bits >> kSize & 15;
+        const uint32_t counted = __float_as_uint(places);
+        bits |= (counted & 0xffff) << shift;
+        above += counted >> 16 & 31;
       }
+      candidate[word] = bits;
+      inside += __popc(bits);
     }
   };
   // Where the window is narrow, one exponent serves for both sides, relative to its middle
@@ -190,9 +202,6 @@ __device__ __forceinline__ bool collapse(const ResidentRow<H>& row, const Limits
       return faster_exp2(-fabsf(out) * rate);
     });
   }
-  int32_t inside = 0;
-#pragma unroll
-  for (const uint32_t word : candidate) inside += __popc(word);
   Outside mine = {window.L,    window.U,   0, int32_t(__reduce_add_sync(~0u, above)),
                   T[0] + T[1], P[0] + P[1]};
   mine.candidates = int32_t(inclusive_scan<32>(unsigned(inside), lane));
@@ -232,10 +241,10 @@ __device__ __forceinline__ bool collapse(const ResidentRow<H>& row, const Limits
     }
   }
   if (!fits || !(total.T >= 0)) return false;
-#pragma unroll
-  for (int word = 0; word < kWords; ++word) {
+#pragma unroll 1
+  for (int first = 0, word = 0; first < row.items(); first += 2 * kTogether, ++word) {
     for (uint32_t left = candidate[word]; left != 0; left &= left - 1) {
-      const int i = __ffs(int(left)) - 1, item = word * kTogether + i / kSize;
+      const int i = __ffs(int(left)) - 1, item = first + i / kSize;
       to[place++] = row.element(item, row.map().index(item, i % kSize));
     }
   }

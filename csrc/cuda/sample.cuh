@@ -51,11 +51,12 @@ struct WindowEnd {
     return lo < hi && !(miss <= spread / 6) && key_of(hi) - key_of(lo) > GRAIN;
   }
   // Of two trials a round: one that should just serve, and one that should serve surely or, if such
-  // is known, just not. Every third time the middle of the few that were sorted, and past the ties
-  // of the end that serves.
+  // is known, just not. Every third time the middle of the few that were sorted, or the extreme
+  // while none is known to serve, and past the ties of the end that serves.
   __device__ __forceinline__ float trial(int which, int round, float middle, float reach,
                                          int32_t size, float wanted, float sign) const {
     float c;
+    if (round % 3 == 2 && which == 0 && !(miss < infinity<float>)) return sign > 0 ? lo : hi;
     if (round % 3 == 2) {
       c = which == 0 ? middle : sign > 0 ? lo + reach : hi - reach;
     } else {
@@ -145,11 +146,13 @@ __device__ __forceinline__ float end_of_window(const float* samples, float wante
   end.spread = most;
   // Of ties: past it their F is small.
   const float reach = fminf(__fdividef(6, rate), (end.hi - end.lo) / 32);
-  // First the extreme, and once in between.
+  // First either side of where it may be among a few; where alpha is large, perhaps there is none,
+  // which the extreme tells.
   const float few = sorted(samples[lane * (SIZE / 32) + SIZE / 64]);
-  const float above = (wanted + sign * (most + SIZE / 16)) * (32.0f / SIZE);
-  float c[2] = {sign > 0 ? end.lo : end.hi,
-                __shfl_sync(~0u, few, ::min(::max(int(32 - above), 0), 31))};
+  const int above = int((wanted + sign * (most + SIZE / 16)) * (32.0f / SIZE));
+  float c[2] = {__shfl_sync(~0u, few, ::min(::max(32 - above + int(2 * sign), 0), 31)),
+                __shfl_sync(~0u, few, ::min(::max(32 - above, 0), 31))};
+  if ((end.hi - end.lo) * rate < 64 || !(fabsf(c[0]) < kFar / 8)) c[0] = sign > 0 ? end.lo : end.hi;
   if (!(fabsf(c[1]) < kFar / 8)) c[1] = c[0];
 #pragma unroll 1
   for (int round = 1;; ++round) {
@@ -157,7 +160,7 @@ __device__ __forceinline__ float end_of_window(const float* samples, float wante
     for_each([&](float x) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float d = x - c[i], f = copysignf(1 - faster_exp2(-fabsf(d) * rate), d);
+        const float z = fmaf(x, rate, -c[i] * rate), f = copysignf(1 - faster_exp2(-fabsf(z)), z);
         sum[i] += f;
         squares[i] += f * f;
       }
