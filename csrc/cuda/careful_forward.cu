@@ -8,7 +8,7 @@ namespace softtopk::cuda {
 template <class S>
 void launch_careful(ForwardArgs args, const Plan& plan, const Device& device, void* stream) {
   args.room = plan.room;
-  with_sharing<S, 128, 256>(plan, args.x.n, [&](auto sharing) {
+  with_sharing<S, 64, 128, 256>(plan, args.x.n, [&](auto sharing) {
     launch_resident(forward_careful<decltype(sharing)>, args, args.x.rows, plan, device, stream);
   });
 }

@@ -13,12 +13,14 @@
 //   0.14 | 0.16 | 0.07  sample, collapse and search as calls, one bit of the bounds a round
 //   0.37 | 0.51 | 0.35  nothing called, several thresholds a round, rows shared out one by one
 //   0.35 | 0.55 | 0.37  in the search one warp decides for all instead of every warp for itself
-// What limits: of 128 threads 37% of the time three warps wait for the one that leads the search
-// for the window or for the threshold, and a row takes 11,100 instructions of a warp where the
-// quick kernel takes 5,300.
+// Since then, not yet measured: one warp seeks either end of the window, and neither waits for
+// anyone; an element takes 9 instructions in the collapse and 6.6 in the output instead of 13 and
+// 10; rows of up to 1024 chunks are two warps', so that up to 16 are on chip; one warp searches up
+// to 2048 candidates. A row of 16384 takes about 17,000 instructions of a warp instead of 27,000.
 #pragma once
 
-#include "many.cuh"
+#include "collapse.cuh"
+#include "exponent.cuh"
 #include "sample.cuh"
 
 namespace softtopk::cuda {
@@ -45,10 +47,8 @@ __device__ __forceinline__ void write_solution(const ForwardArgs& args, int64_t 
   out[0] = s.r_A, out[1] = s.r_B, out[2] = s.P, out[3] = s.Q, out[4] = s.D;
 }
 
-// Candidates up to which one warp searches: it does so in fewer instructions than a block, which
-// is quicker. In half precision more rows are on chip at a time to hide a warp's time.
-template <class S>
-inline constexpr int32_t kFewOfWarp = sizeof(S) == 2 ? 1024 : 512;
+// Candidates up to which one warp searches: it does so in fewer instructions than a block.
+inline constexpr int32_t kFewOfWarp = 2048;
 
 // The mark of a row that is left to forward_careful, in the place of the upper half of D or of p_0:
 // in every type a NaN of no computation.
@@ -109,103 +109,11 @@ struct CarefulShared {
   using Team = AllWarps<typename H::C, warps>;
   uint64_t barrier;
   Found found;
-  Outside of_warps[warps];
-  Outside of_blocks[H::C::many ? kMostBlocks : 1];
-  union {
-    SampleShared<warps> sample;
-    typename Team::Storage team;
-  };
+  CollapseShared<H> collapsed;
+  Limits window;
+  typename Team::Storage team;
   typename Team::Mail mail;
 };
-
-__device__ __forceinline__ void add_up(Outside& total, const Outside& other) {
-  total.candidates += other.candidates;
-  total.above += other.above;
-  total.T += other.T;
-  total.P += other.P;
-}
-
-// Adds up what lies outside of the window and collects the candidates: up to `few` of a cluster in
-// its first block, else each block its own. The total is the same in all threads, own.candidates
-// those that the calling block has; false if there is no room for them.
-template <class H>
-__device__ __forceinline__ bool collapse(const ResidentRow<H>& row, const Limits& window,
-                                         float rate, float* candidates, int32_t few, int32_t room,
-                                         CarefulShared<H>& shared, Outside& total, int32_t& own) {
-  using C = typename H::C;
-  constexpr int kSize = Chunk<typename H::S>::size, kWarps = H::threads / 32;
-  const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
-  uint32_t found = 0;          // items with candidates
-  float below = 0, above = 0;  // elements, and their sums
-  float T[4] = {0, 0, 0, 0}, P[4] = {0, 0, 0, 0};
-  row.for_each([&](int item) {
-    float x[kSize];
-    row.read(item, x);
-    const float outside = below + above;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float is_below = one_unless_greater(x[i], window.L),  // or NaN, which makes T NaN
-          is_above = one_if_not_less(x[i], window.U);
-      const float out = fminf(x[i] - window.L, window.U - x[i]);  // < 0 outside of the window
-      const float e = faster_exp2(-fabsf(out) * rate);
-      T[i % 4] += is_below * e;
-      P[i % 4] += is_above * e;
-      below += is_below;
-      above += is_above;
-    }
-    if (below + above < outside + kSize) found |= 1u << item;
-  });
-  const int32_t inside = row.items() * kSize - int32_t(below + above);
-  Outside mine = {window.L,    window.U,   0, int32_t(__reduce_add_sync(~0u, int32_t(above))),
-                  tree_sum(T), tree_sum(P)};
-  mine.candidates = int32_t(inclusive_scan<32>(unsigned(inside), lane));
-  int32_t place = mine.candidates - inside;
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
-    mine.T += __shfl_xor_sync(~0u, mine.T, mask);
-    mine.P += __shfl_xor_sync(~0u, mine.P, mask);
-  }
-  if (lane == 31) shared.of_warps[warp] = mine;
-  __syncthreads();
-  total = shared.of_warps[0];
-#pragma unroll
-  for (int i = 1; i < kWarps; ++i) {
-    if (i == warp) place += total.candidates;
-    add_up(total, shared.of_warps[i]);
-  }
-  own = total.candidates;
-  bool fits = own <= room;
-  float* to = candidates;
-  if constexpr (C::many) {
-    if (t < C::size()) *C::at(&shared.of_blocks[C::rank()], t) = total;
-    C::sync();
-    fits = true;
-    int32_t before = 0;
-    total = shared.of_blocks[0];
-    fits = total.candidates <= room;
-    for (int i = 1; i < C::size(); ++i) {
-      if (i == C::rank()) before = total.candidates;
-      fits = fits && shared.of_blocks[i].candidates <= room;
-      add_up(total, shared.of_blocks[i]);
-    }
-    if (total.candidates <= few) {
-      to = C::at(candidates, 0);
-      place += before;
-      own = total.candidates;
-    }
-  }
-  if (!fits || !(total.T >= 0)) return false;
-  for (; found != 0; found &= found - 1) {
-    float x[kSize];
-    row.read(__ffs(int(found)) - 1, x);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      if (x[i] > window.L && x[i] < window.U) to[place++] = x[i];
-    }
-  }
-  C::sync();
-  return true;
-}
 
 __device__ __forceinline__ Found found_of(const Solution<float>& s, int32_t right, float rate) {
   const Densities<float> d = quick_densities(s, rate);
@@ -234,9 +142,49 @@ __device__ __forceinline__ Found search_together(const ForwardArgs& args, int64_
   return shared.found;
 }
 
+// p of a row, from its solution.
+template <class H>
+__device__ __forceinline__ void write_all(const ResidentRow<H>& row, const ResidentSink<H>& sink,
+                                          const Found& found, float rate) {
+  using S = typename H::S;
+  constexpr int kSize = Chunk<S>::size;
+  const Origin origin(found.r_A, found.r_B, rate, sizeof(S) == 2 ? 32.0f : 4.0f);
+  const auto fill = [&](float h_A, float h_B, auto exponential) {
+    sink.fill(row, [&](int item) {
+      float x[kSize], p[kSize];
+      row.read(item, x);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const bool above = x[i] >= found.r_A;
+        const float e = exponential(x[i], above);
+        p[i] = h_B * e;
+        if (above) p[i] = fmaf(-h_A, e, 1.0f);
+      }
+      return Chunk<S>::of(p);
+    });
+  };
+  if (origin.serves) {
+    fill(origin.of_A(found.h_A), origin.of_B(found.h_B),
+         [&](float x, bool) { return faster_exp2(-fabsf(origin.z(x))); });
+  } else {
+    const float at_A = found.r_A < infinity<float> ? found.r_A : 0,
+                at_B = found.r_B > -infinity<float> ? found.r_B : 0;
+    fill(found.h_A, found.h_B, [&](float x, bool above) {
+      return faster_exp2(-fabsf(x - (above ? at_A : at_B)) * rate);
+    });
+  }
+}
+
+// Blocks that registers must suffice for, on a multiprocessor: as many as fit in shared memory.
+template <class H>
+inline constexpr int careful_blocks_of = H::threads == 64 ? (sizeof(typename H::S) == 2 ? 16 : 10)
+                                         : H::threads == 128          ? 6
+                                         : sizeof(typename H::S) == 2 ? 4
+                                                                      : 3;
+
 // The rows that forward_quick has left.
 template <class H>
-__global__ void __launch_bounds__(H::threads, H::threads == 256 ? 3 : 8)
+__global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
     forward_careful(const __grid_constant__ ForwardArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ CarefulShared<H> shared;
@@ -244,15 +192,18 @@ __global__ void __launch_bounds__(H::threads, H::threads == 256 ? 3 : 8)
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
   using Team = AllWarps<C, H::threads / 32>;
-  constexpr int kSize = Chunk<S>::size;
   constexpr uint32_t kGrain = Element<S>::grain;
-  const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
+  const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x), lane = t % 32;
+  constexpr int warps = H::threads / 32;
   const Mapping<H> map{n};
   const int64_t step = int64_t(gridDim.x) / C::size(), own = int64_t(blockIdx.x) / C::size();
   ResidentRow<H> row(memory, &shared.barrier, map);
   float* candidates = reinterpret_cast<float*>(memory + row.slot_bytes());
   Team team(shared.mail);
   bool unsolved = false;
+  // Which warps search alone, different ones in the blocks of a multiprocessor and from row to row:
+  // a scheduler has every fourth warp.
+  int turn = int(blockIdx.x * uint64_t(8) / gridDim.x);
   C::sync();
 
   // Every cluster has each of its rows `step` after the last. Of 32 of them at a time those that
@@ -280,25 +231,26 @@ __global__ void __launch_bounds__(H::threads, H::threads == 256 ? 3 : 8)
         __syncthreads();
       }
       const Budget k(exact_k);
-      constexpr int32_t kSample = kSampleOfThread * H::threads;
+      constexpr int32_t kSample = kSampleSize<H::threads>;
       take_sample(row, candidates);
-      const Limits window = window_of_sample<kGrain>(
-          candidates, __fdividef((float(k.whole) + k.rest) * float(kSample), n), rate,
-          shared.sample);
+      const Limits window = window_of_sample<kGrain, H::threads>(
+          candidates, __fdividef((float(k.whole) + k.rest) * float(kSample), n), rate, turn,
+          shared.window);
+      turn = (turn + 1) % warps;
       Outside rest;
       int32_t in_block, right;
       Found found = {0, 0, 0, 0, 0};
-      if (collapse(row, window, rate, candidates, kFewOfWarp<S>, args.room, shared, rest,
+      if (collapse(row, window, rate, candidates, kFewOfWarp, args.room, shared.collapsed, rest,
                    in_block)) {
         const Candidates all = {candidates, in_block};
-        if (rest.candidates <= kFewOfWarp<S>) {
-          if (t < 32 && C::rank() == 0) {
+        if (rest.candidates <= kFewOfWarp) {
+          if (t / 32 == (turn + 1) % warps && C::rank() == 0) {
             const Solution<float> s =
                 ManySearch<kGrain, OneWarp, Candidates>(all, rest, k, alpha, rate, {})
                     .solve(rest, right);
             found = found_of(s, right, rate);
-            if (t == 0 && right) write_solution(args, r, s);
-            if (t < C::size()) *C::at(&shared.found, t) = found;
+            if (lane == 0 && right) write_solution(args, r, s);
+            if (lane < C::size()) *C::at(&shared.found, lane) = found;
           }
           C::sync();
           found = shared.found;
@@ -314,20 +266,8 @@ __global__ void __launch_bounds__(H::threads, H::threads == 256 ? 3 : 8)
       }
       unsolved = unsolved || !found.right;
       if (found.right && args.form != Form::none) {
-        const float at_A = found.r_A < infinity<float> ? found.r_A : 0,
-                    at_B = found.r_B > -infinity<float> ? found.r_B : 0;
         const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);
-        sink.fill(row, [&](int item) {
-          float x[kSize], p[kSize];
-          row.read(item, x);
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            const bool above = x[i] >= found.r_A;
-            const float e = faster_exp2(-fabsf(x[i] - (above ? at_A : at_B)) * rate);
-            p[i] = (above ? 1.0f : 0.0f) + (above ? -found.h_A : found.h_B) * e;
-          }
-          return Chunk<S>::of(p);
-        });
+        write_all(row, sink, found, rate);
       }
       C::sync();  // the row has been read, and so have the candidates
     }

@@ -17,15 +17,27 @@ struct Outside {
 };
 
 // 1 or 0 by one instruction, to add and multiply with.
-__device__ __forceinline__ float one_unless_greater(float x, float y) {
-  float one;
-  asm("set.leu.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(x), "f"(y));
-  return one;
-}
 __device__ __forceinline__ float one_if_not_less(float x, float y) {
   float one;
   asm("set.ge.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(x), "f"(y));
   return one;
+}
+
+// From c on counts x and adds e to P, below it to Q; `up` and `down` become the elements next to c.
+// As predicated instructions: what the compiler makes of an if is more.
+__device__ __forceinline__ void add_to_side(float x, float c, float e, float& P, float& Q,
+                                            float& count, float& up, float& down) {
+  asm("{\n"
+      ".reg .pred above;\n"
+      "setp.ge.f32 above, %5, %6;\n"
+      "@above add.f32 %0, %0, %7;\n"
+      "@!above add.f32 %1, %1, %7;\n"
+      "@above add.f32 %2, %2, 0f3f800000;\n"
+      "@above min.f32 %3, %3, %5;\n"
+      "@!above max.f32 %4, %4, %5;\n"
+      "}"
+      : "+f"(P), "+f"(Q), "+f"(count), "+f"(up), "+f"(down)
+      : "f"(x), "f"(c), "f"(e));
 }
 
 // A question about all that is searched.
@@ -81,13 +93,7 @@ __device__ __forceinline__ Answer answer_of_thread(const Question& q, const Valu
     const float c = q.c[0];
     float count = 0, up = infinity<float>, down = -infinity<float>;
     values.template for_each<Team>([&](float x) {
-      const bool above = x >= c;
-      const float e = faster_exp2(-fabsf(x - c) * rate), is_above = one_if_not_less(x, c);
-      count += is_above;
-      up = fminf(up, above ? x : infinity<float>);
-      down = fmaxf(down, above ? -infinity<float> : x);
-      a.P += is_above * e;
-      a.Q += above ? 0.0f : e;
+      add_to_side(x, c, faster_exp2(-fabsf(x - c) * rate), a.P, a.Q, count, up, down);
     });
     a.words[0] = uint32_t(count);
     a.words[1] = key_of(up);

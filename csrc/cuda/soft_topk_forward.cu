@@ -21,10 +21,13 @@ void launch_careful(ForwardArgs args, const Plan& plan, const Device& device, vo
 namespace {
 
 // Room for 400 candidates lets twelve rows of 1024 chunks onto a multiprocessor, for 512 eleven.
-constexpr Demand kQuick = {1, 65536, {32, 32, 128}, {400, 400, 1024}, 2304};
+// Where a block has more than 2048 chunks, k up to kMostBudget leaves about 2000 candidates.
+constexpr Demand quick_demand(int64_t bytes) {
+  return {1, 65536, {32, 32, 128}, {400, 400, bytes > 2048 * 16 ? 2048 : 1024}, 2304};
+}
 // The candidates of a large k are a share of the elements: 16384 of those are a part.
 constexpr Demand careful_demand(int64_t size) {
-  return {1, 16384 * size, {128, 128, 256}, {1024, size == 2 ? 2304 : 1024, 2304}, 2176};
+  return {1, 16384 * size, {64, 64, 128}, {1024, size == 2 ? 2304 : 1024, 2304}, 2176};
 }
 
 template <class S, class L>
@@ -87,7 +90,8 @@ void forward(ForwardArgs args, const Device& device, void* stream) {
   const Rows& x = args.x;
   if constexpr (sizeof(S) <= 4) {
     const bool longer = x.n * sizeof(S) > 256 * 16;
-    const Plan quick = longer ? plan_resident(x.n, sizeof(S), kQuick, device) : Plan();
+    const Plan quick =
+        longer ? plan_resident(x.n, sizeof(S), quick_demand(x.n * sizeof(S)), device) : Plan();
     const Plan careful =
         longer ? plan_resident(x.n, sizeof(S), careful_demand(sizeof(S)), device) : Plan();
     if (quick.blocks > 0 && careful.blocks > 0) {
