@@ -110,7 +110,7 @@ struct CarefulShared {
   uint64_t barrier;
   Found found;
   CollapseShared<H> collapsed;
-  Limits window;
+  SampleShared<warps> sample;
   typename Team::Storage team;
   typename Team::Mail mail;
 };
@@ -234,8 +234,8 @@ __global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
       constexpr int32_t kSample = kSampleSize<H::threads>;
       take_sample(row, candidates);
       const Limits window = window_of_sample<kGrain, H::threads>(
-          candidates, __fdividef((float(k.whole) + k.rest) * float(kSample), n), rate, turn,
-          shared.window);
+          candidates, __fdividef((float(k.whole) + k.rest) * float(kSample), n), rate,
+          shared.sample);
       turn = (turn + 1) % warps;
       Outside rest;
       int32_t in_block, right;
