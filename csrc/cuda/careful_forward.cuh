@@ -110,7 +110,6 @@ struct CarefulShared {
   uint64_t barrier;
   Found found;
   CollapseShared<H> collapsed;
-  SampleShared<warps> sample;
   typename Team::Storage team;
   typename Team::Mail mail;
 };
@@ -235,7 +234,7 @@ __global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
       take_sample(row, candidates);
       const Limits window = window_of_sample<kGrain, H::threads>(
           candidates, __fdividef((float(k.whole) + k.rest) * float(kSample), n), rate,
-          shared.sample);
+          *reinterpret_cast<SampleShared<warps>*>(candidates + kSample));
       turn = (turn + 1) % warps;
       Outside rest;
       int32_t in_block, right;
