@@ -19,8 +19,8 @@ namespace softtopk::cuda {
 // Elements of the sample of a block of THREADS.
 template <int THREADS>
 inline constexpr int kSampleSize = THREADS == 64 ? 512 : 1024;
-inline constexpr int kSampleRounds = 4;
-inline constexpr int kTrials = 8;  // thresholds that are tried in a round
+inline constexpr int kSampleRounds = 6;
+inline constexpr int kTrials = 4;  // thresholds that are tried in a round
 
 // An end that was not found lies beyond all finite elements.
 struct Limits {
@@ -53,23 +53,24 @@ __device__ __forceinline__ float sorted(float value) {
 }
 
 // The sums of N values each over a warp: that of values[i] in the 32 / N lanes from i * 32 / N on.
-template <int N>
+template <int N, int LANES = 16>
 __device__ __forceinline__ float sum_of_each(float (&values)[N]) {
+  if constexpr (N == 1) {
 #pragma unroll
-  for (int half = N / 2, mask = 16; half > 0; half /= 2, mask /= 2) {
-    const bool upper = int(threadIdx.x) & mask;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float kept = upper ? values[i + half] : values[i],
-                  given = upper ? values[i] : values[i + half];
-      values[i] = kept + __shfl_xor_sync(~0u, given, mask);
+    for (int mask = LANES; mask > 0; mask /= 2) {
+      values[0] += __shfl_xor_sync(~0u, values[0], mask);
     }
-  }
+    return values[0];
+  } else {
+    const bool upper = int(threadIdx.x) & LANES;
+    float half[N / 2];
 #pragma unroll
-  for (int mask = 16 / N; mask > 0; mask /= 2) {
-    values[0] += __shfl_xor_sync(~0u, values[0], mask);
+    for (int i = 0; i < N / 2; ++i) {
+      const float given = upper ? values[i] : values[i + N / 2];
+      half[i] = (upper ? values[i + N / 2] : values[i]) + __shfl_xor_sync(~0u, given, LANES);
+    }
+    return sum_of_each<N / 2, LANES / 2>(half);
   }
-  return values[0];
 }
 
 // Collects the sample into `samples` of every block: kSampleSize values.
@@ -111,7 +112,8 @@ template <uint32_t GRAIN, int THREADS>
 __device__ __forceinline__ Limits window_of_sample(const float* samples, float wanted, float rate,
                                                    SampleShared<THREADS / 32>& shared) {
   constexpr float kFar = largest<float>;
-  constexpr int kSize = kSampleSize<THREADS>, kWarps = THREADS / 32, kOwn = kSize / THREADS;
+  constexpr int kSize = kSampleSize<THREADS>, kWarps = THREADS / 32, kOwn = kSize / THREADS,
+                kLanes = 16 / kTrials;  // that have the same sum
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32, entry = lane % 16;
   const float sign = lane < 16 ? 1.0f : -1.0f;  // which end a lane is about: L or U
   float own[kOwn];
@@ -156,7 +158,7 @@ __device__ __forceinline__ Limits window_of_sample(const float* samples, float w
     }
     float total = sum_of_each(sums);  // of sum lane / 2
     float (&of_warps)[kWarps][2 * kTrials] = shared.sums[round % 2];
-    if (lane % 2 == 0) of_warps[warp][lane / 2] = total;
+    if (lane % kLanes == 0) of_warps[warp][lane / kLanes] = total;
     if (round == 1) {
       float min = own[0], max = own[0];
 #pragma unroll
@@ -168,7 +170,7 @@ __device__ __forceinline__ Limits window_of_sample(const float* samples, float w
     __syncthreads();
     total = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; w += 2) total += of_warps[w + lane % 2][lane / 2];
+    for (int w = 0; w < kWarps; w += 2) total += of_warps[w + lane % 2][lane / kLanes];
     total += __shfl_xor_sync(~0u, total, 1);
     if (round == 1) {
       const int w = lane % kWarps;
@@ -181,7 +183,7 @@ __device__ __forceinline__ Limits window_of_sample(const float* samples, float w
                 variance = (squares - total * total / kSize) / 4,
                 ratio = __fdividef(variance, fmaxf(S_here * (kSize - S_here), 1e-6f)),
                 s_here = fminf(deviations * quick_sqrt(fmaxf(ratio, 1e-6f / kSize)), most);
-    const int place = 2 * ((entry & (each - 1)) + (each == kTrials || lane < 16 ? 0 : each));
+    const int place = kLanes * ((entry & (each - 1)) + (each == kTrials || lane < 16 ? 0 : each));
     const float S = __shfl_sync(~0u, S_here, place), s = __shfl_sync(~0u, s_here, place),
                 m = S - wanted - sign * s;
     // The trials ascend: the last with m > 0 is the new lo, the one after it the new hi.
@@ -210,9 +212,9 @@ __device__ __forceinline__ Limits window_of_sample(const float* samples, float w
                 at = logit_of(S_lo, kSize), to = logit_of(S_hi, kSize),
                 near = __fdividef(at - logit_of(aim, kSize), at - to);
     const bool upper = entry >= each / 2;
-    const float aside = (entry + 1) % (kTrials / 2) < 2 ? 0.4f : 0.06f;
+    const float aside = kTrials == 4 ? 0.12f : (entry + 1) % (kTrials / 2) < 2 ? 0.4f : 0.06f;
     float share = upper ? near + (1 - near) * aside : near - near * aside;
-    if (round == 3 || !(share > 0 && share < 1)) share = (entry + 1) * (1.0f / (each + 1));
+    if (round % 3 == 0 || !(share > 0 && share < 1)) share = (entry + 1) * (1.0f / (each + 1));
     mine = fminf(fmaxf(lo + (hi - lo) * share, lo), hi);
     if (!(miss < infinity<float>) && sign > 0 && entry == 0) mine = lo;
     if (!(miss < infinity<float>) && sign < 0 && entry == each - 1) mine = hi;
