@@ -49,12 +49,16 @@ __device__ __forceinline__ bool collapse(const ResidentRow<H>& row, const Limits
   constexpr int kSize = Chunk<typename H::S>::size, kWarps = H::threads / 32;
   constexpr int kTogether = 16 / kSize;  // items of which a float counts the elements
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
-  uint32_t candidate[kMostItems / kTogether / 2];  // a bit for each of the thread's elements
-  int32_t above = 0, inside = 0;                   // elements, and their sums
+  // A bit for each of the thread's elements, the last ones first. In registers: their places must
+  // not depend on a variable, and memory of a thread's own is slow while rows are being written.
+  constexpr int kMost = H::C::many || H::threads > 128 ? kMostItems : kMostItems / 2,
+                kWords = kMost / kTogether / 2;
+  uint32_t candidate[kWords];
+  int32_t above = 0, inside = 0;  // elements, and their sums
   float T[2] = {0, 0}, P[2] = {0, 0};
   const auto sweep = [&](auto exponential) {
 #pragma unroll 1
-    for (int first = 0, word = 0; first < row.items(); ++word) {
+    for (int first = 0; first < row.items();) {
       uint32_t bits = 0;
 #pragma unroll 1
       for (int shift = 0; shift < 32 && first < row.items(); shift += 16, first += kTogether) {
@@ -81,7 +85,9 @@ __device__ __forceinline__ bool collapse(const ResidentRow<H>& row, const Limits
         bits |= (counted & 0xffff) << shift;
         above += counted >> 16 & 31;
       }
-      candidate[word] = bits;
+#pragma unroll
+      for (int i = kWords - 1; i > 0; --i) candidate[i] = candidate[i - 1];
+      candidate[0] = bits;
       inside += __popc(bits);
     }
   };
@@ -139,12 +145,15 @@ __device__ __forceinline__ bool collapse(const ResidentRow<H>& row, const Limits
     }
   }
   if (!fits || !(total.T >= 0)) return false;
+  const int words = (row.items() + 2 * kTogether - 1) / (2 * kTogether);
 #pragma unroll 1
-  for (int first = 0, word = 0; first < row.items(); first += 2 * kTogether, ++word) {
-    for (uint32_t left = candidate[word]; left != 0; left &= left - 1) {
+  for (int first = (words - 1) * 2 * kTogether; first >= 0; first -= 2 * kTogether) {
+    for (uint32_t left = candidate[0]; left != 0; left &= left - 1) {
       const int i = __ffs(int(left)) - 1, item = first + i / kSize;
       to[place++] = row.element(item, row.map().index(item, i % kSize));
     }
+#pragma unroll
+    for (int i = 0; i < kWords - 1; ++i) candidate[i] = candidate[i + 1];
   }
   C::sync();
   return true;

@@ -144,32 +144,40 @@ __device__ __forceinline__ void write_probabilities(ResidentRow<H>& row,
   sink.fill(row, [&](int item) { return weighty.has(item) ? row.chunk(item) : Chunk<S>{}; });
 }
 
-// Moves the blocks' candidates, each in `room` places, together, by all threads: the lanes of every
-// warp have the blocks' counts, and how many come before.
-template <class H>
-__device__ __forceinline__ void gather(float* candidates, int32_t room, int32_t count,
-                                       int32_t before) {
-  using C = typename H::C;
-  constexpr int kWarps = H::threads / 32, kMost = 6;  // of 32 candidates, that a warp moves
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const int blocks = C::size(), pieces = (room + 31) / 32 * blocks;  // blocks is a power of two
-  float x[kMost];
-  int32_t to[kMost];
+// By one warp: moves the blocks' candidates, each in `room` places, together, and takes all that
+// they collapsed relative to `L`.
+template <class C>
+__device__ __forceinline__ Part gather_parts(const PartOfBlock* of_blocks, float L, float rate,
+                                             float* candidates, int32_t room) {
+  const int lane = int(threadIdx.x) % 32;
+  Part total = {0, 0};
+  // The first 32 of several blocks are read at a time: a place is never written before it was read.
+  constexpr int kTogether = 4;
+  for (int first = 0; first < C::size(); first += kTogether) {
+    float x[kTogether];
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    const int piece = warp + i * kWarps, block = piece & (blocks - 1);
-    const int32_t place = piece / blocks * 32 + lane;
-    const int32_t held = __shfl_sync(~0u, count, block), first = __shfl_sync(~0u, before, block);
-    const bool there = piece < pieces && place < held;
-    to[i] = there ? first + place : -1;
-    if (there) x[i] = candidates[block * room + place];
-  }
-  __syncthreads();
+    for (int j = 0; j < kTogether; ++j) x[j] = candidates[(first + j) % C::size() * room + lane];
+    __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    if (to[i] >= 0) candidates[to[i]] = x[i];
+    for (int j = 0; j < kTogether; ++j) {
+      if (first + j >= C::size()) break;
+      const PartOfBlock& of_block = of_blocks[first + j];
+      const int32_t count = of_block.part.candidates;
+      float* to = candidates + total.candidates;
+      const float* from = candidates + (first + j) * room;
+      if (lane < count) to[lane] = x[j];
+      for (int32_t i = 32; i < count; i += 32) {
+        __syncwarp();
+        const float more = i + lane < count ? from[i + lane] : 0;
+        __syncwarp();
+        if (i + lane < count) to[i + lane] = more;
+      }
+      total.candidates += count;
+      total.T = fmaf(of_block.part.T, faster_exp2((of_block.L - L) * rate), total.T);
+    }
+    __syncwarp();
   }
-  __syncthreads();
+  return total;
 }
 
 // Blocks that registers must suffice for, on a multiprocessor.
@@ -334,22 +342,24 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
         const PartOfBlock mine = {total, window.L, window.max};
         if (t < C::size()) parts.send(&of_blocks[C::rank()], t, mine);
         parts.receive(C::size() * sizeof(PartOfBlock));
-        // A lane has what one of them found.
-        const PartOfBlock other = of_blocks[::min(lane, C::size() - 1)];
-        usual = __all_sync(~0u, other.part.candidates <= room);
-        const int32_t count =
-            lane < C::size() && other.part.candidates <= room ? other.part.candidates : 0;
-        const int32_t sent_until = int32_t(inclusive_scan<32>(unsigned(count), lane));
-        window.L = value_of(__reduce_max_sync(~0u, key_of(other.L)));
-        window.max = value_of(__reduce_max_sync(~0u, key_of(other.max)));
-        total.T = lane < C::size() ? other.part.T * faster_exp2((other.L - window.L) * rate) : 0;
-#pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) {
-          total.T += __shfl_xor_sync(~0u, total.T, mask);
+        int32_t sent = 0;
+        usual = true;
+        for (int b = 0; b < C::size(); ++b) {
+          const PartOfBlock& other = of_blocks[b];
+          const bool sends = other.part.candidates <= room;
+          usual = usual && sends;
+          sent += sends ? other.part.candidates : 0;
+          window.L = fmaxf(window.L, other.L);
+          window.max = fmaxf(window.max, other.max);
         }
-        total.candidates = __shfl_sync(~0u, sent_until, 31);
-        values.receive(total.candidates * sizeof(float));
-        if (usual) gather<H>(all, room, count, sent_until - count);
+        if (warp == 0) {
+          values.receive(sent * sizeof(float));
+          total = {0, 0};
+          if (usual) total = gather_parts<C>(of_blocks, window.L, rate, all, room);
+        } else {
+          values.pass();
+          total = {0, sent};
+        }
       } else {
         H::sync();
       }

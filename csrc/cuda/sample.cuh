@@ -53,24 +53,23 @@ __device__ __forceinline__ float sorted(float value) {
 }
 
 // The sums of N values each over a warp: that of values[i] in the 32 / N lanes from i * 32 / N on.
-template <int N, int LANES = 16>
+template <int N>
 __device__ __forceinline__ float sum_of_each(float (&values)[N]) {
-  if constexpr (N == 1) {
 #pragma unroll
-    for (int mask = LANES; mask > 0; mask /= 2) {
-      values[0] += __shfl_xor_sync(~0u, values[0], mask);
-    }
-    return values[0];
-  } else {
-    const bool upper = int(threadIdx.x) & LANES;
-    float half[N / 2];
+  for (int half = N / 2, mask = 16; half > 0; half /= 2, mask /= 2) {
+    const bool upper = int(threadIdx.x) & mask;
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      const float given = upper ? values[i] : values[i + N / 2];
-      half[i] = (upper ? values[i + N / 2] : values[i]) + __shfl_xor_sync(~0u, given, LANES);
+    for (int i = 0; i < half; ++i) {
+      const float kept = upper ? values[i + half] : values[i],
+                  given = upper ? values[i] : values[i + half];
+      values[i] = kept + __shfl_xor_sync(~0u, given, mask);
     }
-    return sum_of_each<N / 2, LANES / 2>(half);
   }
+#pragma unroll
+  for (int mask = 16 / N; mask > 0; mask /= 2) {
+    values[0] += __shfl_xor_sync(~0u, values[0], mask);
+  }
+  return values[0];
 }
 
 // Collects the sample into `samples` of every block: kSampleSize values.
