@@ -320,19 +320,23 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
                    fabsf(origin) < 0x1p26f && total.candidates <= room;
       float* all = candidates + values.place() * C::size() * room;
       if (usual) {
-        float* to = all + (C::many ? C::rank() * room : 0) + place;
+        float* const mine = all + (C::many ? C::rank() * room : 0);
+        float* to = mine + place;
         for (; found_in != 0; found_in &= found_in - 1) {
           float x[kSize];
           row.read(__ffs(int(found_in)) - 1, x);
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
-            if (!(x[i] > window.L)) continue;
-            if constexpr (C::many) {
-              for (int b = 0; b < C::size(); ++b) values.send(to, b, x[i]);
-            } else {
-              *to = x[i];
-            }
-            ++to;
+            if (x[i] > window.L) *to++ = x[i];
+          }
+        }
+        if constexpr (C::many) {
+          __syncthreads();
+          // C::size() is a power of two.
+          for (int i = t; i < total.candidates * C::size(); i += H::threads) {
+            float* const one = mine + i / C::size();
+            const int b = i & (C::size() - 1);
+            if (b != C::rank()) values.send(one, b, *one);
           }
         }
       }
@@ -342,6 +346,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
         const PartOfBlock mine = {total, window.L, window.max};
         if (t < C::size()) parts.send(&of_blocks[C::rank()], t, mine);
         parts.receive(C::size() * sizeof(PartOfBlock));
+        const int32_t own_sent = usual ? total.candidates : 0;
         int32_t sent = 0;
         usual = true;
         for (int b = 0; b < C::size(); ++b) {
@@ -353,7 +358,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
           window.max = fmaxf(window.max, other.max);
         }
         if (warp == 0) {
-          values.receive(sent * sizeof(float));
+          values.receive((sent - own_sent) * sizeof(float));
           total = {0, 0};
           if (usual) total = gather_parts<C>(of_blocks, window.L, rate, all, room);
         } else {
