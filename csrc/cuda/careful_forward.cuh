@@ -13,10 +13,15 @@
 //   0.14 | 0.16 | 0.07  sample, collapse and search as calls, one bit of the bounds a round
 //   0.37 | 0.51 | 0.35  nothing called, several thresholds a round, rows shared out one by one
 //   0.35 | 0.55 | 0.37  in the search one warp decides for all instead of every warp for itself
-// Since then, not yet measured: one warp seeks either end of the window, and neither waits for
-// anyone; an element takes 9 instructions in the collapse and 6.6 in the output instead of 13 and
-// 10; rows of up to 1024 chunks are two warps', so that up to 16 are on chip; one warp searches up
-// to 2048 candidates. A row of 16384 takes about 17,000 instructions of a warp instead of 27,000.
+//   0.51 | 0.56 | 0.39  one warp seeks either end of the window, and neither waits for anyone; 9
+//                       instructions an element in the collapse and 6.6 in the output instead of 13
+//                       and 10; rows of up to 1024 chunks are two warps', so that up to 16 are on
+//                       chip; one warp searches up to 2048 candidates
+//   0.55 | 0.64 | 0.43  all warps seek the window; no local memory but for what is spilled: where
+//                       rows are being written it takes a thousand cycles
+// What limits now (cycles of a row of 65536 in four blocks, 45,000 in all): waiting for the row
+// 5,000, the sample 4,000, the window 9,000, the collapse 10,000, the search 12,000, the output
+// 3,000; most of them latencies, which three blocks on a multiprocessor do not hide.
 #pragma once
 
 #include "collapse.cuh"
@@ -200,8 +205,8 @@ __global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
   float* candidates = reinterpret_cast<float*>(memory + row.slot_bytes());
   Team team(shared.mail);
   bool unsolved = false;
-  // Which warps search alone, different ones in the blocks of a multiprocessor and from row to row:
-  // a scheduler has every fourth warp.
+  // Which warp searches alone, another one in each block of a multiprocessor and from row to row: a
+  // scheduler has every fourth warp.
   int turn = int(blockIdx.x * uint64_t(8) / gridDim.x);
   C::sync();
 
@@ -235,7 +240,6 @@ __global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
       const Limits window = window_of_sample<kGrain, H::threads>(
           candidates, __fdividef((float(k.whole) + k.rest) * float(kSample), n), rate,
           *reinterpret_cast<SampleShared<warps>*>(candidates + kSample));
-      turn = (turn + 1) % warps;
       Outside rest;
       int32_t in_block, right;
       Found found = {0, 0, 0, 0, 0};
@@ -243,7 +247,8 @@ __global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
                    in_block)) {
         const Candidates all = {candidates, in_block};
         if (rest.candidates <= kFewOfWarp) {
-          if (t / 32 == (turn + 1) % warps && C::rank() == 0) {
+          turn = (turn + 1) % warps;
+          if (t / 32 == turn && C::rank() == 0) {
             const Solution<float> s =
                 ManySearch<kGrain, OneWarp, Candidates>(all, rest, k, alpha, rate, {})
                     .solve(rest, right);

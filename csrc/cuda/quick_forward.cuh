@@ -22,17 +22,19 @@
 //   0.79 | 0.87 | 0.61  one fused operation an exponent (exponent.cuh); a warp for a short row
 //   0.85 | 0.87 | 0.64  messages instead of cluster barriers, stores without a test each
 //   0.86 | 0.87 | 0.65  groups that do not count are skipped; a bound for each block, so that
-//   blocks
-//                       exchange once; fewer registers spilled
+//                       blocks exchange once; fewer registers spilled
 //   0.86 | 0.86 | 0.70  every lane of a warp asks for a piece of a cluster's row; one origin for
-//   the
-//                       exponents also where a side is empty
-// In bfloat16 the last two steps took 0.59 | 0.77 | 0.60 to 0.59 | 0.84 | 0.72. What did not help:
-// rows in registers and the next one in shared memory (every call spilled the row); bringing the
-// next row into the L2 cache ahead of time; asking for each quarter of the next row as soon as that
-// of the last is written (0.75 | 0.85 | 0.60); smaller parts in larger clusters (16384 elements in
-// two blocks: 0.53); two warps for a short row (0.84 at n = 4096); the groups that count written
-// straight to memory and not by way of the row's place on chip (0.81 | 0.67 | 0.52: half sectors).
+//                       the exponents also where a side is empty
+//   0.87 | 0.87 | 0.75  groups are counted as bits, 16-bit ones in pairs; fewer address
+//   computations
+// In bfloat16 the last three steps took 0.59 | 0.77 | 0.60 to 0.59 | 0.84 | 0.72 and 0.73 | 0.86 |
+// 0.76. What did not help: rows in registers and the next one in shared memory (every call spilled
+// the row); bringing the next row into the L2 cache ahead of time; asking for each quarter of the
+// next row as soon as that of the last is written (0.75 | 0.85 | 0.60); smaller parts in larger
+// clusters (16384 elements in two blocks: 0.53); two warps for a short row (0.84 at n = 4096); the
+// groups that count written straight to memory and not by way of the row's place on chip (0.81 |
+// 0.67 | 0.52: half sectors); the blocks' candidates gathered by all warps (0.68 at n = 65536: it
+// spilled); the other warps writing zeros while one searches (0.86 | 0.84 | 0.75).
 // What limits now: one warp of a block searches while the others wait, the blocks of a cluster wait
 // for the last of them, and no more rows fit on chip.
 #pragma once

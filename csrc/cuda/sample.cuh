@@ -6,10 +6,11 @@
 // tells. L is an element where that sum is about 3 deviations above what k asks for, U one where
 // it is as far below: S(L) > k > S(U), nearly always, and the solution found in between is checked.
 //
-// Every thread holds some of the sample in registers. In a round all of them try the same eight
-// thresholds: first elements of the sample itself, then for L and for U four each, either side of
+// Every thread holds some of the sample in registers. In a round all of them try the same four
+// thresholds: first elements of the sample itself, then two for L and two for U, either side of
 // where the logit of S should reach its aim. Every warp decides for itself, L in its lower lanes
-// and U in its upper ones.
+// and U in its upper ones. Eight thresholds a round, in fewer rounds, were slower: registers did
+// not suffice.
 #pragma once
 
 #include "few.cuh"
@@ -203,7 +204,7 @@ __device__ __forceinline__ Limits window_of_sample(const float* samples, float w
     }
     const bool open = lo < hi && !(miss <= spread / 6) && key_of(hi) - key_of(lo) > GRAIN;
     if (round == kSampleRounds || !__any_sync(~0u, open)) break;
-    // Next four: near where one should just serve and further to either side, or evenly in between.
+    // Next: near where one should just serve and further to either side, or evenly in between.
     // While none is known to serve, the extreme too.
     each = kTrials / 2;
     const float margin = 0.02f * (S_lo - S_hi),
@@ -211,7 +212,7 @@ __device__ __forceinline__ Limits window_of_sample(const float* samples, float w
                 at = logit_of(S_lo, kSize), to = logit_of(S_hi, kSize),
                 near = __fdividef(at - logit_of(aim, kSize), at - to);
     const bool upper = entry >= each / 2;
-    const float aside = kTrials == 4 ? 0.12f : (entry + 1) % (kTrials / 2) < 2 ? 0.4f : 0.06f;
+    const float aside = 0.12f;
     float share = upper ? near + (1 - near) * aside : near - near * aside;
     if (round % 3 == 0 || !(share > 0 && share < 1)) share = (entry + 1) * (1.0f / (each + 1));
     mine = fminf(fmaxf(lo + (hi - lo) * share, lo), hi);
