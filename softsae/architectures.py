@@ -15,22 +15,34 @@ from softsae.checks import choice, integer, number, optional
 
 @dataclass
 class EstimatorConfig:
-    """The k estimator of SoftSAE: k_hat = k_max * sigmoid(w2 . relu(W_k (x - b_dec) + c) + c2)."""
+    """The k estimator of SoftSAE: k_hat = k_max * sigmoid(w2 . h(x) + c2)."""
 
-    kind: Literal["wide", "bottleneck"] = "wide"
-    """'wide': W_k is (n, d), a copy of W_enc at the start, as published; 'bottleneck': (width, d)"""
+    kind: Literal["wide", "bottleneck", "shared", "linear"] = "wide"
+    """h(x): 'wide' relu(W_k (x - b_dec) + c) with W_k (n, d), a copy of W_enc at the start, as published;
+    'bottleneck' with W_k (width, d); 'shared' the autoencoder's own activations relu(W_enc (x - b_dec) +
+    b_enc); 'linear' x - b_dec"""
     width: int = 64
     """hidden units of the bottleneck"""
     init: Literal["target", "random"] | None = None
-    """what c2 starts from: 'target' so that k_hat = k, 'random' as torch.nn.Linear, as published"""
+    """what w2 and c2 start from: 'target' from 0 and so that k_hat = k, 'random' as torch.nn.Linear, as
+    published"""
     moves_b_dec: bool | None = None
-    """whether the gradient of k_hat moves b_dec (published: True)"""
+    """whether the gradient of k_hat moves b_dec (published: True); 'shared' asks moves_encoder instead"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """the dtype k_hat is rounded to; the published code runs it under bfloat16 autocast"""
+    input: Literal["x", "constant"] = "x"
+    """what it sees: 'x' or, an ablation with as many parameters, the same random 'constant' vector of the
+    inputs' mean norm for every sample: k_hat then is one learned number"""
+    moves_encoder: bool = False
+    """whether the gradient of k_hat goes through 'shared' activations to W_enc, b_enc and b_dec"""
 
     def __post_init__(self):
-        choice("estimator.kind", self.kind, ("wide", "bottleneck"))
+        choice("estimator.kind", self.kind, ("wide", "bottleneck", "shared", "linear"))
         integer("estimator.width", self.width, 1)
+        choice("estimator.input", self.input, ("x", "constant"))
+        choice("estimator.moves_encoder", self.moves_encoder, (True, False))
+        if self.moves_encoder and self.kind != "shared":
+            raise ValueError(f"estimator.moves_encoder is for kind 'shared', not {self.kind!r}")
         choice("estimator.init", self.init, ("target", "random", None))
         choice("estimator.moves_b_dec", self.moves_b_dec, (True, False, None))
         choice("estimator.dtype", self.dtype, ("float32", "bfloat16", None))
