@@ -34,6 +34,9 @@ class AutoencoderConfig:
 
     d: int | None = None
     """width of the activations; None takes it from the source"""
+    d_out: int | None = None
+    """width of the target, for a transcoder: it makes another vector of x, such as an MLP's output of its
+    input; None is an autoencoder, or takes it from the source"""
     n: int = 4096
     """number of latents"""
     architecture: str = "softsae"
@@ -63,6 +66,7 @@ class AutoencoderConfig:
     def __post_init__(self):
         if self.d is not None:
             integer("d", self.d, 1)
+        optional(integer, "d_out", self.d_out, 1)
         integer("n", self.n, 1)
         nearest_choice("architecture", self.architecture, ARCHITECTURES)
         number("k", self.k, 0, self.n, above=True)
@@ -222,7 +226,7 @@ def published(**autoencoder) -> RunConfig:
 
 
 def resolve_autoencoder(config: AutoencoderConfig, mode: str = "corrected") -> AutoencoderConfig:
-    """A copy in which every field that was None, except d, has the value of the mode."""
+    """A copy in which every field that was None, except d and d_out, has the value of the mode."""
     as_published = mode == "published"
     config = fill(config, normalization="unit_mean_norm" if as_published else "unit_mean_square")
     name = config.architecture
@@ -231,16 +235,19 @@ def resolve_autoencoder(config: AutoencoderConfig, mode: str = "corrected") -> A
     return dataclasses.replace(config, **{name: config.section.resolved(config.k, config.n, as_published)})
 
 
-def resolve(config: RunConfig, d: int) -> RunConfig:
-    """A copy in which no field is None, for activations of width d.
+def resolve(config: RunConfig, d: int, d_out: int | None = None) -> RunConfig:
+    """A copy in which no field is None, for activations of width d and, if any, targets of width d_out.
 
-    Raises ValueError where the configuration says another d or fields contradict each other.
+    Raises ValueError where the configuration says other widths or fields contradict each other.
     """
     autoencoder, train = config.autoencoder, config.train
     if autoencoder.d not in (None, d):
         raise ValueError(f"d={autoencoder.d} in the configuration, but the activations have d={d}")
+    if autoencoder.d_out not in (None, d_out):
+        found = "there is no target" if d_out is None else f"the target has d={d_out}"
+        raise ValueError(f"d_out={autoencoder.d_out} in the configuration, but {found}")
     as_published = train.mode == "published"
-    autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d), train.mode)
+    autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d, d_out=d_out), train.mode)
     wide = autoencoder.softsae.estimator.kind == "wide"
     final_alpha = autoencoder.section.alpha
     samples = train.steps * train.batch_size
@@ -264,9 +271,9 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
     return dataclasses.replace(config, autoencoder=autoencoder, train=train)
 
 
-def square_norm(config: AutoencoderConfig) -> float:
-    """Mean |x|^2 in normalised units: what the reconstruction loss is measured against."""
-    return 1.0 if config.normalization == "unit_mean_norm" else float(config.d)
+def square_norm(config: AutoencoderConfig, d: int | None = None) -> float:
+    """Mean |x|^2 in normalised units at width d; by default of what is reconstructed, as its loss counts."""
+    return 1.0 if config.normalization == "unit_mean_norm" else float(d or config.d_out or config.d)
 
 
 def difference(a: dict, b: dict, path: str = "") -> str | None:

@@ -33,14 +33,14 @@ class Gated(Selector):
         self.gate = torch.relu(pre) if phase.step is not None else None
         return Selection(latents, (latents.detach() > 0).sum(1).float())
 
-    def loss_terms(self, sae, x: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
+    def loss_terms(self, sae, target: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
         if self.gate is None:
             return {}
         gate, self.gate = self.gate, None
         through_gates = torch.addmm(sae.b_dec.detach(), gate, sae.W_dec.detach())
         return {
             "l1": (gate @ sae.W_dec.detach().norm(dim=1)).mean(),
-            "gate_reconstruction": losses.reconstruction(x, through_gates),
+            "gate_reconstruction": losses.reconstruction(target, through_gates),
         }
 
     def loss_weights(self, train: TrainConfig, square_norm: float, step: int) -> dict[str, float]:

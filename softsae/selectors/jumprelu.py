@@ -26,7 +26,7 @@ class JumpReLU(Selector):
         latents, gates = Jump.apply(pre, self.threshold, self.options.bandwidth)
         return Selection(latents, gates.sum(1, dtype=torch.float32))
 
-    def loss_terms(self, sae, x: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
+    def loss_terms(self, sae, target: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
         return {"sparsity": (selection.k_hat.mean() / self.config.k - 1).square()}
 
     def loss_weights(self, train: TrainConfig, square_norm: float, step: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ class ReLU(Selector):
         latents = torch.relu(pre)
         return Selection(latents, (latents.detach() > 0).sum(1).float())
 
-    def loss_terms(self, sae, x: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
+    def loss_terms(self, sae, target: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
         return {"l1": (selection.latents @ sae.W_dec.norm(dim=1)).mean()}
 
     def loss_weights(self, train: TrainConfig, square_norm: float, step: int) -> dict[str, float]:
