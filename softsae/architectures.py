@@ -58,7 +58,11 @@ class Section:
         """ValueError where the options contradict k or the number of latents n."""
 
     def resolved(self, k: float, n: int, as_published: bool):
-        """A copy in which no field is None."""
+        """A copy in which no field is None, apart from numbers of steps."""
+        return self
+
+    def scheduled(self, steps: int):
+        """A copy in which no number of steps is None, for a training of `steps`."""
         return self
 
 
@@ -143,20 +147,25 @@ class FeatureChoiceConfig(BatchTopKConfig):
 class JumpReLUConfig(Section):
     """JumpReLU: activations above a learned threshold each; the mean L0 is drawn to k by a loss."""
 
-    threshold: float = 1e-3
-    """what every threshold starts from, in the units of the normalised activations"""
-    bandwidth: float = 1e-3
-    """width of the window around a threshold in which it gets a gradient"""
-    sparsity_weight: float = 1.0
-    """weight of (L0 / k - 1)^2, relative to mean |x|^2 as the reconstruction loss is"""
-    sparsity_warmup_steps: int = 2000
-    """steps in which that weight rises linearly"""
+    threshold: float = 0.03
+    """what every threshold starts from, relative to the norm of an input, sqrt(mean |x|^2) (published:
+    0.001)"""
+    bandwidth: float = 0.03
+    """width of the window around a threshold in which it gets a gradient, relative to the same (published:
+    0.001)"""
+    sparsity_weight: float = 10.0
+    """weight of (L0 / k - 1)^2, relative to mean |x|^2 as the reconstruction loss is (published: 1)"""
+    sparsity_warmup_steps: int | None = None
+    """steps in which that weight rises linearly; None is 2000, at most a twentieth of the steps"""
 
     def __post_init__(self):
         number("threshold", self.threshold, 0, math.inf)
         number("bandwidth", self.bandwidth, 0, math.inf, above=True)
         number("sparsity_weight", self.sparsity_weight, 0, math.inf)
-        integer("sparsity_warmup_steps", self.sparsity_warmup_steps, 0)
+        optional(integer, "sparsity_warmup_steps", self.sparsity_warmup_steps, 0)
+
+    def scheduled(self, steps: int) -> JumpReLUConfig:
+        return fill(self, sparsity_warmup_steps=min(2000, steps // 20))
 
 
 @dataclass
@@ -165,12 +174,15 @@ class ReLUConfig(Section):
 
     l1_weight: float = 0.1
     """weight of sum_i f_i |d_i|, relative to mean |x|^2 as the reconstruction loss is"""
-    l1_warmup_steps: int = 2000
-    """steps in which that weight rises linearly"""
+    l1_warmup_steps: int | None = None
+    """steps in which that weight rises linearly; None is 2000, at most a twentieth of the steps"""
 
     def __post_init__(self):
         number("l1_weight", self.l1_weight, 0, math.inf)
-        integer("l1_warmup_steps", self.l1_warmup_steps, 0)
+        optional(integer, "l1_warmup_steps", self.l1_warmup_steps, 0)
+
+    def scheduled(self, steps: int) -> ReLUConfig:
+        return fill(self, l1_warmup_steps=min(2000, steps // 20))
 
 
 @dataclass

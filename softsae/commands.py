@@ -19,7 +19,7 @@ from softsae.activations.collect import Exclusion, measure_exclusion
 from softsae.activations.collect import collect as collect_shards
 from softsae.activations.shards import ShardSource, require_empty
 from softsae.autoencoder import load
-from softsae.config import RunConfig, resolve
+from softsae.config import RunConfig, resolve, shortened
 from softsae.cross_entropy import CrossEntropy, evaluate_cross_entropy
 from softsae.language_model import LanguageModel, load_language_model
 from softsae.metrics import evaluate as evaluate_activations
@@ -81,7 +81,7 @@ def train(options: TrainOptions) -> None:
     config = RunConfig(options.autoencoder, options.train)
     changes = {"device": options.device, "seed": options.seed}
     if options.quick:
-        changes["steps"] = min(200, options.train.steps)
+        config = dataclasses.replace(config, train=shortened(options.train, 200))
     given = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **given))
     source = as_source(options.activations, options.target)

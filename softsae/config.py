@@ -249,6 +249,9 @@ def resolve(config: RunConfig, d: int, d_out: int | None = None) -> RunConfig:
     as_published = train.mode == "published"
     autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d, d_out=d_out), train.mode)
     wide = autoencoder.softsae.estimator.kind == "wide"
+    name = autoencoder.architecture
+    if name in autoencoder.sections():
+        autoencoder = dataclasses.replace(autoencoder, **{name: autoencoder.section.scheduled(train.steps)})
     final_alpha = autoencoder.section.alpha
     samples = train.steps * train.batch_size
     train = fill(
@@ -269,6 +272,16 @@ def resolve(config: RunConfig, d: int, d_out: int | None = None) -> RunConfig:
     if final_alpha is not None and train.alpha_start < final_alpha:
         raise ValueError(f"alpha_start={train.alpha_start} is below the final alpha={final_alpha}")
     return dataclasses.replace(config, autoencoder=autoencoder, train=train)
+
+
+def shortened(train: TrainConfig, steps: int) -> TrainConfig:
+    """The training in `steps` steps at most, with its phases shortened in proportion."""
+    if steps >= train.steps:
+        return train
+    phases = ("warmup_steps", "k_anneal_steps", "alpha_anneal_steps", "hard_steps")
+    given = {name: getattr(train, name) for name in phases if getattr(train, name) is not None}
+    scaled = {name: round(value * steps / train.steps) for name, value in given.items()}
+    return dataclasses.replace(train, steps=steps, **scaled)
 
 
 def square_norm(config: AutoencoderConfig, d: int | None = None) -> float:

@@ -88,6 +88,8 @@ class TrainOptions:
     """the run folder; it must not exist or be empty, apart from --resume"""
     activations: str
     """what softsae collect made, another folder of shards, or an .npy file (rows, d)"""
+    recipe: str | None = None
+    """a configuration that softsae recipes lists; --config and other options win over it"""
     target: str | None = None
     """what to make of each activation instead of itself (a transcoder), of the same rows in the same order:
     a folder of shards or an .npy file (rows, d_out)"""
@@ -123,6 +125,14 @@ class EvalOptions(ModelOptions, TextOptions):
     """held-out tokens for the cross-entropy in the language model; 0 leaves it out"""
     quick: bool = False
     """500 tokens of cross-entropy at most"""
+
+
+@dataclass(kw_only=True)
+class RecipesOptions:
+    """Options of softsae recipes."""
+
+    name: str | None = None
+    """the recipe to print"""
 
 
 @dataclass(kw_only=True)
