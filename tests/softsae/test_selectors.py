@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from softsae import EstimatorConfig, SparseAutoencoder
+from softsae import AutoencoderConfig, EstimatorConfig, SparseAutoencoder, TrainConfig, Trainer, evaluate
+from softsae.activations.synthetic import SyntheticSource
 from softsae.architectures import BatchTopKConfig, JumpReLUConfig
 from softsae.schedules import Phase
 from tests.softsae.configs import model
@@ -197,7 +198,7 @@ def test_batchtopk_keeps_the_largest_of_the_batch_and_follows_the_smallest():
 
 
 def test_jumprelu_is_the_formula_and_its_thresholds_get_the_kernel_gradient():
-    section = JumpReLUConfig(threshold=0.3, bandwidth=0.2)
+    section = JumpReLUConfig(threshold=0.3 / D**0.5, bandwidth=0.2 / D**0.5)  # |x|^2 is D in the mean
     sae = autoencoder(architecture="jumprelu", k=4.0, jumprelu=section).double()
     theta = sae.selector.threshold
     x = samples().double()
@@ -215,6 +216,34 @@ def test_jumprelu_is_the_formula_and_its_thresholds_get_the_kernel_gradient():
     (found,) = torch.autograd.grad(out.losses["reconstruction"] + out.losses["sparsity"], theta)
     assert near.any()
     torch.testing.assert_close(found, expected.detach(), check_dtype=False)
+
+
+@pytest.mark.parametrize("normalization", ["unit_mean_square", "unit_mean_norm"])
+def test_jumprelu_starts_at_the_same_selection_in_any_units(normalization):
+    source = SyntheticSource(16, 32, 1, 6)
+    config = AutoencoderConfig(d=16, n=48, k=3.5, architecture="jumprelu", normalization=normalization)
+    sae = SparseAutoencoder(config)
+    x = source.sample(500, seed=0)[0] * 7
+    sae.initialize(x)
+    latents = sae.encode(x)
+    shares = sae.pre_activations(x) / sae.normalize(x).pow(2).sum(1).mean().sqrt()
+    sure = (shares - 0.03).abs() > 1e-3
+    assert torch.equal((latents != 0)[sure], (shares > 0.03)[sure])
+
+
+def test_jumprelu_reaches_its_l0_in_a_short_training():
+    """The published constants, in the units they are for, are at twice k then."""
+    source = SyntheticSource(16, 32, 1, 6)
+    held = [source.sample(2000, seed=5)[0]]
+    train = TrainConfig(steps=300, batch_size=64, lr=5e-3, device="cpu")
+    published = JumpReLUConfig(0.001, 0.001, sparsity_weight=1.0, sparsity_warmup_steps=2000)
+    found = {}
+    for name, section in (("ours", JumpReLUConfig()), ("published", published)):
+        config = AutoencoderConfig(n=48, k=3.5, architecture="jumprelu", jumprelu=section)
+        sae = Trainer(config, train, progress=False).fit(source)
+        found[name] = evaluate(sae, held)["l0"]["mean"]
+    assert found["ours"] == pytest.approx(3.5, abs=0.35)
+    assert found["published"] > 4.5
 
 
 def test_relu_penalises_latents_by_the_length_of_their_decoder_rows():
