@@ -173,7 +173,7 @@ class ReLUConfig(Section):
     """ReLU with an L1 penalty; the mean L0 is what the penalty makes of it, k is not used."""
 
     l1_weight: float = 0.1
-    """weight of sum_i f_i |d_i|, relative to mean |x|^2 as the reconstruction loss is"""
+    """weight of sum_i f_i |d_i| beside |x - x_hat|^2, as for activations with a mean |x|^2 of 1"""
     l1_warmup_steps: int | None = None
     """steps in which that weight rises linearly; None is 2000, at most a twentieth of the steps"""
 

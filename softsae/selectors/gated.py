@@ -9,6 +9,8 @@ the second, by which the gates learn to reconstruct, with a decoder that gets no
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -45,4 +47,5 @@ class Gated(Selector):
 
     def loss_weights(self, train: TrainConfig, square_norm: float, step: int) -> dict[str, float]:
         options = self.config.gated
-        return {"l1": options.l1_weight * square_norm * warm(step, options.l1_warmup_steps)}
+        # |x - x_hat|^2 grows with the square of the units, latents with the units themselves.
+        return {"l1": options.l1_weight * math.sqrt(square_norm) * warm(step, options.l1_warmup_steps)}

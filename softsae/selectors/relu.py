@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,4 +24,5 @@ class ReLU(Selector):
 
     def loss_weights(self, train: TrainConfig, square_norm: float, step: int) -> dict[str, float]:
         options = self.config.relu
-        return {"l1": options.l1_weight * square_norm * warm(step, options.l1_warmup_steps)}
+        # |x - x_hat|^2 grows with the square of the units, latents with the units themselves.
+        return {"l1": options.l1_weight * math.sqrt(square_norm) * warm(step, options.l1_warmup_steps)}

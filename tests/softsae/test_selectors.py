@@ -10,6 +10,7 @@ import torch
 from softsae import AutoencoderConfig, EstimatorConfig, SparseAutoencoder, TrainConfig, Trainer, evaluate
 from softsae.activations.synthetic import SyntheticSource
 from softsae.architectures import BatchTopKConfig, JumpReLUConfig
+from softsae.config import square_norm
 from softsae.schedules import Phase
 from tests.softsae.configs import model
 
@@ -255,6 +256,24 @@ def test_relu_penalises_latents_by_the_length_of_their_decoder_rows():
     out = sae(x, HARD)
     torch.testing.assert_close(out.latents, a)
     torch.testing.assert_close(out.losses["l1"], (a * sae.W_dec.norm(dim=1)).sum(1).mean())
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated"])
+def test_the_l1_penalty_weighs_the_same_in_any_units(architecture):
+    """Of the whole loss over the mean |x|^2, at the same weights in two normalisations."""
+    x, shares = samples(50) + 1, []
+    for normalization in ("unit_mean_norm", "unit_mean_square"):
+        sae = SparseAutoencoder(
+            AutoencoderConfig(d=D, n=N, k=5.0, architecture=architecture, normalization=normalization)
+        )
+        sae.initialize(x)
+        norm = square_norm(sae.config)
+        assert sae.normalize(x).pow(2).sum(1).mean().item() == pytest.approx(norm, rel=1e-5)
+        weights = sae.selector.loss_weights(TrainConfig(), norm, 10**6)
+        terms = sae(x, HARD._replace(step=0)).losses
+        shares.append(sum(weights.get(name, 1.0) * term.item() for name, term in terms.items()) / norm)
+    assert weights["l1"] == pytest.approx(0.1 * D**0.5)
+    assert shares[0] == pytest.approx(shares[1], rel=1e-4)
 
 
 def test_gated_learns_its_gates_by_a_reconstruction_that_spares_the_decoder():
