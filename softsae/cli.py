@@ -157,7 +157,9 @@ def check_spelling(command: str, argv: list[str], files: list[Path]) -> None:
     known = keys_of(options)
     for word in argv:
         key = word[2:].partition("=")[0].removesuffix("+")  # + appends to a list
-        if word.startswith("--") and key and key not in {"config", "print_config", "help", *known}:
+        inside = any(key.startswith(f"{name}.") for name, section in known.items() if not section)
+        plain = {"config", "print_config", "help", *known}
+        if word.startswith("--") and key and key not in plain and not inside:
             raise ValueError(f"{unknown(key, known, '--')} (softsae {command} --help lists the options)")
 
 

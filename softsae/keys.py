@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -27,7 +28,8 @@ def section_types(options: type) -> dict[str, type | None]:
     kinds, found = get_type_hints(options), {}
     for field in dataclasses.fields(options):
         kind = kinds[field.name]
-        found[field.name] = next(filter(dataclasses.is_dataclass, get_args(kind) or [kind]), None)
+        either = get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind]
+        found[field.name] = next(filter(dataclasses.is_dataclass, either), None)
     return found
 
 

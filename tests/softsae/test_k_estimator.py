@@ -163,7 +163,7 @@ def test_a_section_saved_before_there_were_these_options_loads():
 def test_budgets_follow_what_is_seen(kind):
     """On data of 1 to 6 features k_hat spreads; from a constant it cannot, and may stay below its target."""
     source = SyntheticSource(16, 32, 1, 6)
-    train = TrainConfig(steps=150, batch_size=64, lr=5e-3, device="cpu")
+    train = TrainConfig(steps=300, batch_size=64, lr=5e-3, device="cpu")
     held = [source.sample(1000, seed=5)[0]]
     spread = {}
     for seen in ("x", "constant"):
