@@ -148,8 +148,8 @@ class JumpReLUConfig(Section):
     """JumpReLU: activations above a learned threshold each; the mean L0 is drawn to k by a loss."""
 
     threshold: float = 0.03
-    """what every threshold starts from, relative to the norm of an input, sqrt(mean |x|^2) (published:
-    0.001)"""
+    """what every threshold starts from, relative to the norm of what is reconstructed, sqrt(mean |x|^2)
+    (published: 0.001)"""
     bandwidth: float = 0.03
     """width of the window around a threshold in which it gets a gradient, relative to the same (published:
     0.001)"""

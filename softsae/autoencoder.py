@@ -23,6 +23,7 @@ from softsae import checkpoint, losses, selectors
 from softsae.architectures import ARCHITECTURES, EstimatorConfig
 from softsae.config import AutoencoderConfig, resolve_autoencoder
 from softsae.schedules import Phase
+from softsae.transcoder import fit_decoder
 
 FORMAT = "softsae autoencoder 2"
 
@@ -103,7 +104,8 @@ class SparseAutoencoder(nn.Module):
     def initialize(self, x: Tensor, target: Tensor | None = None):
         """Set the normalisation, and b_dec to the geometric median, from samples x (N, d).
 
-        Of a transcoder b_in is that of x, and b_dec that of the samples' target (N, d_out).
+        Of a transcoder b_in is that of x, b_dec that of the samples' target (N, d_out), and the decoder
+        starts from what its latents have to do with the target (softsae/transcoder.py).
         """
         x = x.to(self.b_dec.device).double()
         set_normalization(self.config.normalization, x, self.shift, self.scale)
@@ -112,6 +114,7 @@ class SparseAutoencoder(nn.Module):
             target = target.to(self.b_dec.device).double()
             set_normalization(self.config.normalization, target, self.target_shift, self.target_scale)
             self.b_dec.copy_(geometric_median(self.normalize_target(target)))
+            fit_decoder(self, self.normalize(x).float(), self.normalize_target(target).float())
 
     def normalize(self, x: Tensor) -> Tensor:
         """x' = (x - shift) / scale, in float32 or wider."""

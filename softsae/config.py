@@ -130,7 +130,8 @@ class TrainConfig:
     estimator_clip_norm: float = 1.0
     """largest norm of the estimator's gradient, where clipped separately"""
     estimator_lr_multiplier: float | None = None
-    """learning rate of the k estimator relative to lr; None is 5 (wide), 1 (others; published)"""
+    """learning rate of the k estimator relative to lr; None is 5 (wide, shared), 1 (others;
+    published)"""
     k_anneal_steps: int | None = None
     """steps in which the target of the mean k_hat falls from d to k; None is 0, since a target above
     k_max saturates the sigmoid of every k_hat before it is learned (published: 1% of the steps)"""
@@ -248,7 +249,7 @@ def resolve(config: RunConfig, d: int, d_out: int | None = None) -> RunConfig:
         raise ValueError(f"d_out={autoencoder.d_out} in the configuration, but {found}")
     as_published = train.mode == "published"
     autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d, d_out=d_out), train.mode)
-    wide = autoencoder.softsae.estimator.kind == "wide"
+    faster = autoencoder.softsae.estimator.kind in ("wide", "shared") and not as_published
     name = autoencoder.architecture
     if name in autoencoder.sections():
         autoencoder = dataclasses.replace(autoencoder, **{name: autoencoder.section.scheduled(train.steps)})
@@ -259,7 +260,7 @@ def resolve(config: RunConfig, d: int, d_out: int | None = None) -> RunConfig:
         lr=(2e-4 if as_published else 5e-4) / math.sqrt(autoencoder.n / 2**14),
         warmup_steps=min(1000, train.steps // 20),
         clip="global" if as_published else "separate",
-        estimator_lr_multiplier=5.0 if wide and not as_published else 1.0,
+        estimator_lr_multiplier=5.0 if faster else 1.0,
         k_anneal_steps=train.steps // 100 if as_published else 0,
         alpha_start=1.0 if as_published or final_alpha is None else final_alpha,
         alpha_anneal_steps=train.steps // 100,

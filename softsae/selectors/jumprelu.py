@@ -3,9 +3,9 @@
 latents = z 1[z > theta], with the loss (L0 / k - 1)^2 on the mean count. Neither has a derivative to theta:
 within `bandwidth` of a threshold the step is taken for a ramp (a rectangle kernel on the pre-activation).
 
-Threshold and bandwidth are relative to the norm of an input. The published 0.001 of both is for inputs of
-norm 1 and long trainings: few activations of a batch then lie in the window of a threshold, Adam moves it by
-a fraction of the learning rate only, and it has far to go.
+Threshold and bandwidth are relative to the norm of what is reconstructed. The published 0.001 of both is for
+activations of norm 1 and long trainings: few of a batch then lie in the window of a threshold, Adam moves it
+by a fraction of the learning rate only, and it has far to go.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class JumpReLU(Selector):
     def __init__(self, config: AutoencoderConfig):
         super().__init__(config)
         self.options = config.jumprelu
-        norm = math.sqrt(square_norm(config, config.d))
+        norm = math.sqrt(square_norm(config))
         self.bandwidth = self.options.bandwidth * norm
         self.threshold = nn.Parameter(torch.full((config.n,), self.options.threshold * norm))
 

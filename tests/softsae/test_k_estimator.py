@@ -174,7 +174,7 @@ def test_budgets_follow_what_is_seen(kind):
     assert spread["x"]["sd"] > 0.5 and spread["constant"]["sd"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind, multiplier", [("wide", 5), ("bottleneck", 1), ("shared", 1), ("linear", 1)])
+@pytest.mark.parametrize("kind, multiplier", [("wide", 5), ("bottleneck", 1), ("shared", 5), ("linear", 1)])
 def test_learning_rate_by_kind(kind, multiplier):
     for mode, expected in (("corrected", multiplier), ("published", 1)):
         run = RunConfig(model(estimator=EstimatorConfig(kind)), TrainConfig(mode=mode))

@@ -64,6 +64,43 @@ def test_learns_a_nonlinear_function_better_than_its_mean(architecture):
     assert side_by_side == found
 
 
+def test_the_start_is_a_regression():
+    """Rows of W_dec along the covariance with the target; W_enc at the scale with the least error."""
+    sae = SparseAutoencoder(AutoencoderConfig(d=D, d_out=D_OUT, n=N, k=5.0, architecture="topk"), seed=1)
+    direction, silent = sae.W_enc.detach().clone(), sae.W_dec[3].detach().clone()
+    with torch.no_grad():
+        sae.b_enc[3] = -1e3  # never active
+    sae.initialize(X, Y)
+    with torch.no_grad():
+        x, y = sae.normalize(X), sae.normalize_target(Y)
+        a = torch.relu((x - sae.b_in) @ direction.T + sae.b_enc)
+        covariance = torch.nn.functional.normalize((a - a.mean(0)).T @ (y - y.mean(0)), dim=1)
+    alive = torch.arange(N) != 3
+    torch.testing.assert_close(sae.W_dec.detach()[alive], covariance[alive], rtol=1e-3, atol=1e-4)
+    assert torch.equal(sae.W_dec[3], silent)
+    scale = (sae.W_enc / direction).mean().item()
+    torch.testing.assert_close(sae.W_enc.detach(), scale * direction)
+
+    def error(share):
+        f = torch.zeros_like(a).scatter(1, a.topk(5).indices, a.topk(5).values) * share
+        return (f @ sae.W_dec + sae.b_dec - y).pow(2).sum().item()
+
+    assert error(scale) < min(error(scale * 0.98), error(scale * 1.02), error(0))
+
+
+def test_a_learned_budget_does_not_collapse():
+    """With random decoder rows k_hat falls to 1 here within 300 steps, and half of the latents die."""
+    source = SyntheticSource(64, 256, 2, 30)
+    generator = torch.Generator().manual_seed(0)
+    W, V = torch.randn(256, 64, generator=generator), torch.randn(48, 256, generator=generator)
+    x = source.sample(9000, seed=0)[0]
+    y = torch.nn.functional.gelu(x @ W.T / 4) @ V.T / 16
+    train = TrainConfig(steps=300, batch_size=128, lr=2e-3, device="cpu")
+    sae = Trainer(AutoencoderConfig(n=512, k=16.0), train, progress=False).fit(x[:8000], target=y[:8000])
+    found = softsae.evaluate(sae, [(x[8000:], y[8000:])])
+    assert abs(found["l0"]["mean"] - 16) < 3 and found["explained_variance"] > 0.6
+
+
 def test_formula_in_the_units_of_both():
     sae = SparseAutoencoder(AutoencoderConfig(d=D, d_out=D_OUT, n=N, k=5.0, architecture="topk"), seed=1)
     sae.initialize(X, Y)
