@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from softsae.language_model import attach, load_language_model
     from softsae.metrics import evaluate
+    from softsae.recipes import recipe
     from softsae.trainer import Trainer
 
 # Where each public name lives. Loaded when first used: the command line's --help needs no torch.
@@ -48,6 +49,7 @@ HOMES = {
     "load": "autoencoder",
     "load_language_model": "language_model",
     "published": "config",
+    "recipe": "recipes",
 }
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "load",
     "load_language_model",
     "published",
+    "recipe",
 ]
 
 

@@ -15,22 +15,34 @@ from softsae.checks import choice, integer, number, optional
 
 @dataclass
 class EstimatorConfig:
-    """The k estimator of SoftSAE: k_hat = k_max * sigmoid(w2 . relu(W_k (x - b_dec) + c) + c2)."""
+    """The k estimator of SoftSAE: k_hat = k_max * sigmoid(w2 . h(x) + c2)."""
 
-    kind: Literal["wide", "bottleneck"] = "wide"
-    """'wide': W_k is (n, d), a copy of W_enc at the start, as published; 'bottleneck': (width, d)"""
+    kind: Literal["wide", "bottleneck", "shared", "linear"] = "wide"
+    """h(x): 'wide' relu(W_k (x - b_dec) + c) with W_k (n, d), a copy of W_enc at the start, as published;
+    'bottleneck' with W_k (width, d); 'shared' the autoencoder's own activations relu(W_enc (x - b_dec) +
+    b_enc); 'linear' x - b_dec"""
     width: int = 64
     """hidden units of the bottleneck"""
     init: Literal["target", "random"] | None = None
-    """what c2 starts from: 'target' so that k_hat = k, 'random' as torch.nn.Linear, as published"""
+    """what w2 and c2 start from: 'target' from 0 and so that k_hat = k, 'random' as torch.nn.Linear, as
+    published"""
     moves_b_dec: bool | None = None
-    """whether the gradient of k_hat moves b_dec (published: True)"""
+    """whether the gradient of k_hat moves b_dec (published: True); 'shared' asks moves_encoder instead"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """the dtype k_hat is rounded to; the published code runs it under bfloat16 autocast"""
+    input: Literal["x", "constant"] = "x"
+    """what it sees: 'x' or, an ablation with as many parameters, the same random 'constant' vector of the
+    inputs' mean norm for every sample: k_hat then is one learned number"""
+    moves_encoder: bool = False
+    """whether the gradient of k_hat goes through 'shared' activations to W_enc, b_enc and b_dec"""
 
     def __post_init__(self):
-        choice("estimator.kind", self.kind, ("wide", "bottleneck"))
+        choice("estimator.kind", self.kind, ("wide", "bottleneck", "shared", "linear"))
         integer("estimator.width", self.width, 1)
+        choice("estimator.input", self.input, ("x", "constant"))
+        choice("estimator.moves_encoder", self.moves_encoder, (True, False))
+        if self.moves_encoder and self.kind != "shared":
+            raise ValueError(f"estimator.moves_encoder is for kind 'shared', not {self.kind!r}")
         choice("estimator.init", self.init, ("target", "random", None))
         choice("estimator.moves_b_dec", self.moves_b_dec, (True, False, None))
         choice("estimator.dtype", self.dtype, ("float32", "bfloat16", None))
@@ -46,7 +58,11 @@ class Section:
         """ValueError where the options contradict k or the number of latents n."""
 
     def resolved(self, k: float, n: int, as_published: bool):
-        """A copy in which no field is None."""
+        """A copy in which no field is None, apart from numbers of steps."""
+        return self
+
+    def scheduled(self, steps: int):
+        """A copy in which no number of steps is None, for a training of `steps`."""
         return self
 
 
@@ -131,20 +147,25 @@ class FeatureChoiceConfig(BatchTopKConfig):
 class JumpReLUConfig(Section):
     """JumpReLU: activations above a learned threshold each; the mean L0 is drawn to k by a loss."""
 
-    threshold: float = 1e-3
-    """what every threshold starts from, in the units of the normalised activations"""
-    bandwidth: float = 1e-3
-    """width of the window around a threshold in which it gets a gradient"""
-    sparsity_weight: float = 1.0
-    """weight of (L0 / k - 1)^2, relative to mean |x|^2 as the reconstruction loss is"""
-    sparsity_warmup_steps: int = 2000
-    """steps in which that weight rises linearly"""
+    threshold: float = 0.03
+    """what every threshold starts from, relative to the norm of what is reconstructed, sqrt(mean |x|^2)
+    (published: 0.001)"""
+    bandwidth: float = 0.03
+    """width of the window around a threshold in which it gets a gradient, relative to the same (published:
+    0.001)"""
+    sparsity_weight: float = 10.0
+    """weight of (L0 / k - 1)^2, relative to mean |x|^2 as the reconstruction loss is (published: 1)"""
+    sparsity_warmup_steps: int | None = None
+    """steps in which that weight rises linearly; None is 2000, at most a twentieth of the steps"""
 
     def __post_init__(self):
         number("threshold", self.threshold, 0, math.inf)
         number("bandwidth", self.bandwidth, 0, math.inf, above=True)
         number("sparsity_weight", self.sparsity_weight, 0, math.inf)
-        integer("sparsity_warmup_steps", self.sparsity_warmup_steps, 0)
+        optional(integer, "sparsity_warmup_steps", self.sparsity_warmup_steps, 0)
+
+    def scheduled(self, steps: int) -> JumpReLUConfig:
+        return fill(self, sparsity_warmup_steps=min(2000, steps // 20))
 
 
 @dataclass
@@ -152,13 +173,16 @@ class ReLUConfig(Section):
     """ReLU with an L1 penalty; the mean L0 is what the penalty makes of it, k is not used."""
 
     l1_weight: float = 0.1
-    """weight of sum_i f_i |d_i|, relative to mean |x|^2 as the reconstruction loss is"""
-    l1_warmup_steps: int = 2000
-    """steps in which that weight rises linearly"""
+    """weight of sum_i f_i |d_i| beside |x - x_hat|^2, as for activations with a mean |x|^2 of 1"""
+    l1_warmup_steps: int | None = None
+    """steps in which that weight rises linearly; None is 2000, at most a twentieth of the steps"""
 
     def __post_init__(self):
         number("l1_weight", self.l1_weight, 0, math.inf)
-        integer("l1_warmup_steps", self.l1_warmup_steps, 0)
+        optional(integer, "l1_warmup_steps", self.l1_warmup_steps, 0)
+
+    def scheduled(self, steps: int) -> ReLUConfig:
+        return fill(self, l1_warmup_steps=min(2000, steps // 20))
 
 
 @dataclass

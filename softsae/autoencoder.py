@@ -3,6 +3,10 @@
 With x' the normalised input:  pre = W_enc (x' - b_dec) + b_enc,  f = select(relu(pre)),
 x_hat' = f W_dec + b_dec,  x_hat = x' units undone. Normalisation is part of the model: everything
 outside is in the units of the activations, the losses and alpha are in normalised units.
+
+A transcoder (config.d_out is not None) reconstructs another vector y (..., d_out), the target, from x. There
+b_dec is the bias of the decoder alone and the encoder's centre is a parameter of its own, b_in:
+pre = W_enc (x' - b_in) + b_enc,  y_hat' = f W_dec + b_dec; and y' has a shift and a scale of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from softsae import checkpoint, losses, selectors
 from softsae.architectures import ARCHITECTURES, EstimatorConfig
 from softsae.config import AutoencoderConfig, resolve_autoencoder
 from softsae.schedules import Phase
+from softsae.transcoder import fit_decoder
 
 FORMAT = "softsae autoencoder 2"
 
@@ -27,7 +32,8 @@ FORMAT = "softsae autoencoder 2"
 class Output:
     """What an autoencoder returns for x of shape (..., d).
 
-    x_hat: (..., d), in the units and the dtype of x. latents: (..., n), dense, mostly zeros.
+    x_hat: (..., d), in the units and the dtype of x; of a transcoder (..., d_out), the reconstruction of
+    the target in the target's units. latents: (..., n), dense, mostly zeros.
     k_hat: (...,), float32, the budget of each sample. losses: scalars by name, before weighting.
     """
 
@@ -43,7 +49,9 @@ class SparseAutoencoder(nn.Module):
     Parameters: W_enc (n, d) and W_dec (n, d), one row per latent, rows of W_dec of unit norm;
     b_enc (n,); b_dec (d,); those of `selector`. Buffers: shift (d,) and scale (d,) of the
     normalisation x' = (x - shift) / scale. Until `initialize` (or training, or loading) the weights
-    are random and shift, scale are 0, 1.
+    are random and shift, scale are 0, 1. A transcoder has W_dec (n, d_out) and b_dec (d_out,), besides
+    a parameter b_in (d,) and buffers target_shift and target_scale (d_out,). Attribute d_out: the width
+    of what is reconstructed, d in an autoencoder.
 
     Raises ValueError for a configuration without d.
     """
@@ -54,110 +62,184 @@ class SparseAutoencoder(nn.Module):
             raise ValueError("d=None: an autoencoder needs the width of its activations")
         config = resolve_autoencoder(config)
         self.config = config
+        self.d_out = config.d_out or config.d
         self.W_enc = nn.Parameter(torch.empty(config.n, config.d))
         self.b_enc = nn.Parameter(torch.zeros(config.n))
-        self.W_dec = nn.Parameter(torch.empty(config.n, config.d))
-        self.b_dec = nn.Parameter(torch.zeros(config.d))
+        self.W_dec = nn.Parameter(torch.empty(config.n, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("shift", torch.zeros(config.d))
         self.register_buffer("scale", torch.ones(config.d))
+        if config.d_out is not None:
+            self.b_in = nn.Parameter(torch.zeros(config.d))
+            self.register_buffer("target_shift", torch.zeros(config.d_out))
+            self.register_buffer("target_scale", torch.ones(config.d_out))
         self.selector = selectors.of(config.architecture)(config)
         self.reset_parameters(seed)
 
+    @property
+    def is_transcoder(self) -> bool:
+        return self.config.d_out is not None
+
+    @property
+    def center(self) -> nn.Parameter:
+        """What the encoder subtracts from x': b_dec, in a transcoder b_in."""
+        return self.b_in if self.is_transcoder else self.b_dec
+
     @torch.no_grad()
     def reset_parameters(self, seed: int):
-        """W_dec random unit rows, W_enc the same, biases 0, the selector's own start; from the seed."""
+        """W_dec random unit rows, W_enc the same (in a transcoder others), biases 0, the selector's own
+        start; from the seed."""
         generator = torch.Generator().manual_seed(seed)
         self.W_dec.copy_(F.normalize(torch.randn(self.W_dec.shape, generator=generator), dim=1))
-        self.W_enc.copy_(self.W_dec)
+        if self.is_transcoder:
+            self.W_enc.copy_(F.normalize(torch.randn(self.W_enc.shape, generator=generator), dim=1))
+        else:
+            self.W_enc.copy_(self.W_dec)
         self.b_enc.zero_()
         self.b_dec.zero_()
+        self.center.zero_()
         self.selector.initialize(self.W_enc, generator)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor):
-        """Set the normalisation, and b_dec to the geometric median, from samples x (N, d)."""
+    def initialize(self, x: Tensor, target: Tensor | None = None):
+        """Set the normalisation, and b_dec to the geometric median, from samples x (N, d).
+
+        Of a transcoder b_in is that of x, b_dec that of the samples' target (N, d_out), and the decoder
+        starts from what its latents have to do with the target (softsae/transcoder.py).
+        """
         x = x.to(self.b_dec.device).double()
-        mode = self.config.normalization
-        if mode == "standardize":
-            self.shift.copy_(x.mean(0))
-            self.scale.copy_(x.std(0, correction=0))
-        elif mode == "unit_mean_square":
-            self.scale.fill_(x.pow(2).mean().sqrt())
-        elif mode == "unit_mean_norm":
-            self.scale.fill_(x.pow(2).sum(1).mean().sqrt())
-        self.scale.masked_fill_(self.scale == 0, 1.0)
-        self.b_dec.copy_(geometric_median(self.normalize(x)))
+        set_normalization(self.config.normalization, x, self.shift, self.scale)
+        self.center.copy_(geometric_median(self.normalize(x)))
+        if self.is_transcoder:
+            target = target.to(self.b_dec.device).double()
+            set_normalization(self.config.normalization, target, self.target_shift, self.target_scale)
+            self.b_dec.copy_(geometric_median(self.normalize_target(target)))
+            fit_decoder(self, self.normalize(x).float(), self.normalize_target(target).float())
 
     def normalize(self, x: Tensor) -> Tensor:
         """x' = (x - shift) / scale, in float32 or wider."""
         return (x - self.shift) / self.scale
 
-    def denormalize(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.shift
+    def normalize_target(self, target: Tensor) -> Tensor:
+        """The same of what is reconstructed, in an autoencoder x itself."""
+        if not self.is_transcoder:
+            return self.normalize(target)
+        return (target - self.target_shift) / self.target_scale
+
+    def denormalize(self, x_hat: Tensor) -> Tensor:
+        """What is reconstructed, in its own units."""
+        if not self.is_transcoder:
+            return x_hat * self.scale + self.shift
+        return x_hat * self.target_scale + self.target_shift
 
     def rows(self, x: Tensor) -> Tensor:
         """A checked x (..., d) as normalised rows (B, d)."""
+        return self.normalize(self.checked(x, "x", "d", self.config.d))
+
+    def target_rows(self, x: Tensor, rows: Tensor, target: Tensor | None) -> Tensor | None:
+        """What is to be reconstructed as normalised rows (B, d_out): of an autoencoder the rows of x.
+
+        None for a transcoder without a target; ValueError for a target that does not belong to x.
+        """
+        if not self.is_transcoder:
+            if target is not None:
+                raise ValueError("a target is given, but this is an autoencoder: its d_out is None")
+            return rows
+        if target is None:
+            return None
+        wanted = self.checked(target, "target", "d_out", self.d_out)
+        if target.shape[:-1] != x.shape[:-1]:
+            raise ValueError(f"x has shape {tuple(x.shape)}, its target {tuple(target.shape)}")
+        return self.normalize_target(wanted)
+
+    def checked(self, x: Tensor, name: str, width_name: str, width: int) -> Tensor:
+        """x (..., width) as rows, if that is what it is."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             found = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a tensor of floats, not {found}")
-        if x.dim() == 0 or x.shape[-1] != self.config.d:
-            raise ValueError(f"x of shape {tuple(x.shape)} must end in d={self.config.d}")
+            raise TypeError(f"{name} must be a tensor of floats, not {found}")
+        if x.dim() == 0 or x.shape[-1] != width:
+            raise ValueError(f"{name} of shape {tuple(x.shape)} must end in {width_name}={width}")
         if x.device != self.b_dec.device:
-            raise ValueError(f"x is on {x.device}, the autoencoder on {self.b_dec.device}")
-        return self.normalize(x.reshape(-1, self.config.d))
+            raise ValueError(f"{name} is on {x.device}, the autoencoder on {self.b_dec.device}")
+        return x.reshape(-1, width)
+
+    def split(self, batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """x and its target, None for an autoencoder, of a batch from a source of activations.
+
+        A transcoder's batch is a pair, or a tensor (..., d + d_out) with both side by side.
+        """
+        if not self.is_transcoder:
+            return batch, None
+        if isinstance(batch, Tensor):
+            if batch.shape[-1] != self.config.d + self.d_out:
+                raise ValueError(
+                    f"a batch of shape {tuple(batch.shape)} must end in d + d_out ="
+                    f" {self.config.d} + {self.d_out}, x and its target side by side"
+                )
+            return batch[..., : self.config.d], batch[..., self.config.d :]
+        x, target = batch
+        return x, target
 
     def encoder(self, x: Tensor) -> Tensor:
         """Pre-activations (B, n) of normalised rows (B, d)."""
-        center = self.b_dec.detach()
-        # The second term is 0; it carries b_dec's gradient, (n,) -> (d,), where the one through
-        # x - b_dec would cost another product of (B, n) with (n, d).
-        bias = self.b_enc - self.W_enc @ (self.b_dec - center) if torch.is_grad_enabled() else self.b_enc
+        center = self.center.detach()
+        # The second term is 0; it carries the centre's gradient, (n,) -> (d,), where the one through
+        # x - center would cost another product of (B, n) with (n, d).
+        bias = self.b_enc - self.W_enc @ (self.center - center) if torch.is_grad_enabled() else self.b_enc
         return F.linear(x - center, self.W_enc, bias)
 
     def decoder(self, latents: Tensor) -> Tensor:
-        """Normalised reconstruction (B, d) of latents (B, n)."""
+        """Normalised reconstruction (B, d_out) of latents (B, n)."""
         return torch.addmm(self.b_dec, latents, self.W_dec)
 
     def inference_phase(self, hard: bool) -> Phase:
         return Phase(alpha=self.config.section.alpha, k_target=self.config.k, hard=hard)
 
-    def forward(self, x: Tensor, phase: Phase | None = None) -> Output:
-        """Reconstruct x (..., d).
+    def forward(self, x: Tensor, phase: Phase | None = None, target: Tensor | None = None) -> Output:
+        """Reconstruct x (..., d), or a transcoder's target.
 
         Args:
             x: activations of any float dtype; the arithmetic is float32 (autocast apart).
             phase: the moment of training; None is inference: hard selection, the final alpha.
+            target: (..., d_out), what a transcoder is to make of x; without it there are no losses.
 
         Raises:
-            TypeError, ValueError: x is no float tensor, has another width or is on another device.
+            TypeError, ValueError: x or the target is no float tensor, has another width or is on
+                another device; a target that does not belong to x, or to an autoencoder.
         """
         rows = self.rows(x)
+        wanted = self.target_rows(x, rows, target)
         phase = phase or self.inference_phase(hard=True)
         selection = self.selector(self, rows, self.encoder(rows), phase)
         reconstruction = self.decoder(selection.latents)
-        if self.config.matryoshka is None or phase.step is None:
-            terms = {"reconstruction": losses.reconstruction(rows, reconstruction)}
+        if wanted is None:
+            terms = {}
+        elif self.config.matryoshka is None or phase.step is None:
+            terms = {"reconstruction": losses.reconstruction(wanted, reconstruction)}
         else:
             ends = self.config.prefixes()
-            nested = losses.nested_reconstruction(rows, selection.latents, self.W_dec, self.b_dec, ends)
+            nested = losses.nested_reconstruction(wanted, selection.latents, self.W_dec, self.b_dec, ends)
             terms = {"reconstruction": nested}
-        terms |= self.selector.loss_terms(self, rows, selection, phase)
+        if wanted is not None:
+            terms |= self.selector.loss_terms(self, wanted, selection, phase)
         lead = x.shape[:-1]
         return Output(
-            self.denormalize(reconstruction).reshape(x.shape).to(x.dtype),
+            self.denormalize(reconstruction).reshape(*lead, self.d_out).to(x.dtype),
             selection.latents.reshape(*lead, self.config.n),
             selection.k_hat.reshape(lead),
             terms,
         )
 
-    def auxk_loss(self, x: Tensor, x_hat: Tensor, dead: Tensor) -> Tensor:
-        """AuxK for x, x_hat (B, d) in input units and the indices (n_dead,) of the dead latents."""
+    def auxk_loss(self, x: Tensor, x_hat: Tensor, dead: Tensor, target: Tensor | None = None) -> Tensor:
+        """AuxK for x (B, d), x_hat (B, d_out) and, of a transcoder, the target (B, d_out), all in their own
+        units, and the indices (n_dead,) of the dead latents."""
         rows = self.normalize(x)
-        pre = F.linear(rows - self.b_dec.detach(), self.W_enc[dead], self.b_enc[dead])
-        return losses.auxk(rows - self.normalize(x_hat), pre, self.W_dec[dead])
+        wanted = self.target_rows(x, rows, target)
+        pre = F.linear(rows - self.center.detach(), self.W_enc[dead], self.b_enc[dead])
+        return losses.auxk(wanted - self.normalize_target(x_hat), pre, self.W_dec[dead])
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """W_enc (x' - b_dec) + b_enc, before ReLU and selection: (..., d) -> (..., n)."""
+        """W_enc (x' - center) + b_enc, before ReLU and selection: (..., d) -> (..., n)."""
         return self.encoder(self.rows(x)).reshape(*x.shape[:-1], self.config.n)
 
     def encode(self, x: Tensor, hard: bool = True) -> Tensor:
@@ -167,11 +249,11 @@ class SparseAutoencoder(nn.Module):
         return selection.latents.reshape(*x.shape[:-1], self.config.n)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Reconstruction (..., d), in input units, of latents (..., n)."""
+        """Reconstruction (..., d_out), in the units of what is reconstructed, of latents (..., n)."""
         if latents.shape[-1:] != (self.config.n,):
             raise ValueError(f"latents of shape {tuple(latents.shape)} must end in n={self.config.n}")
         x_hat = self.denormalize(self.decoder(latents.reshape(-1, self.config.n)))
-        return x_hat.reshape(*latents.shape[:-1], self.config.d)
+        return x_hat.reshape(*latents.shape[:-1], self.d_out)
 
     @torch.no_grad()
     def normalize_decoder(self):
@@ -223,6 +305,18 @@ def config_from(values: dict) -> AutoencoderConfig:
         sections["softsae"] = {**sections["softsae"], "estimator": estimator}
     made = {name: ARCHITECTURES[name][0](**section) for name, section in sections.items()}
     return AutoencoderConfig(**{**values, **made})
+
+
+def set_normalization(mode: str, x: Tensor, shift: Tensor, scale: Tensor):
+    """Fill shift and scale (d,) from samples x (N, d)."""
+    if mode == "standardize":
+        shift.copy_(x.mean(0))
+        scale.copy_(x.std(0, correction=0))
+    elif mode == "unit_mean_square":
+        scale.fill_(x.pow(2).mean().sqrt())
+    elif mode == "unit_mean_norm":
+        scale.fill_(x.pow(2).sum(1).mean().sqrt())
+    scale.masked_fill_(scale == 0, 1.0)
 
 
 def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

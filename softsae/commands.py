@@ -19,7 +19,7 @@ from softsae.activations.collect import Exclusion, measure_exclusion
 from softsae.activations.collect import collect as collect_shards
 from softsae.activations.shards import ShardSource, require_empty
 from softsae.autoencoder import load
-from softsae.config import RunConfig, resolve
+from softsae.config import RunConfig, resolve, shortened
 from softsae.cross_entropy import CrossEntropy, evaluate_cross_entropy
 from softsae.language_model import LanguageModel, load_language_model
 from softsae.metrics import evaluate as evaluate_activations
@@ -81,15 +81,19 @@ def train(options: TrainOptions) -> None:
     config = RunConfig(options.autoencoder, options.train)
     changes = {"device": options.device, "seed": options.seed}
     if options.quick:
-        changes["steps"] = min(200, options.train.steps)
+        config = dataclasses.replace(config, train=shortened(options.train, 200))
     given = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **given))
-    source = as_source(options.activations)
-    heldout = options.heldout or heldout_beside(options.activations)
-    held = as_source(heldout) if heldout else None
-    if held is not None and held.d != source.d:
-        raise ValueError(f"--heldout {str(heldout)!r} has d={held.d}, the training activations {source.d}")
-    resolve(config, source.d)
+    source = as_source(options.activations, options.target)
+    heldout, heldout_target = heldout_of(options)
+    held = as_source(heldout, heldout_target) if heldout else None
+    if held is None:
+        heldout, heldout_target = options.activations, options.target
+    for name in ("d", "d_out"):
+        found, trained = (getattr(s, name, None) for s in (held, source))
+        if held is not None and found != trained:
+            raise ValueError(f"--heldout {held.name!r} has {name}={found}, the activations {name}={trained}")
+    resolve(config, source.d, getattr(source, "d_out", None))
     pick_device(config.train.device)
     runs.open_run(out, "train", options, options.resume)
     trainer = Trainer(config, out=out)
@@ -97,11 +101,26 @@ def train(options: TrainOptions) -> None:
         sae = trainer.fit(source, held_out=None if held is None else HeldOut(held))
     name, rows = ("held-out", held) if held is not None else ("training", source)
     evaluation = evaluate_activations(sae, batches_of(rows), limit=64)
-    runs.write_json(out / EVALUATION, {"activations": str(heldout or options.activations), "part": name,
+    runs.write_json(out / EVALUATION, {"activations": heldout, "target": heldout_target, "part": name,
                                        "metrics": evaluation})  # fmt: skip
     summary = write_run_summary(out)
     print(f"explained variance {evaluation['explained_variance']:.4f} on {name} activations,"
           f" mean L0 {evaluation['l0']['mean']:.1f}; see {summary}")  # fmt: skip
+
+
+def heldout_of(options: TrainOptions) -> tuple[str | Path | None, str | Path | None]:
+    """The held-out activations and, for a transcoder, their target, as named or beside the training part."""
+    heldout = options.heldout or heldout_beside(options.activations)
+    if options.target is None:
+        if options.heldout_target is not None:
+            raise ValueError("--heldout_target is given, but no --target")
+        return heldout, None
+    target = options.heldout_target or heldout_beside(options.target)
+    if target is None and options.heldout:
+        raise ValueError(f"--heldout_target is needed: the target of --heldout {options.heldout!r}")
+    if heldout is None and options.heldout_target:
+        raise ValueError(f"--heldout is needed: what --heldout_target {options.heldout_target!r} is made of")
+    return (heldout, target) if heldout and target else (None, None)
 
 
 class HeldOut:
@@ -137,15 +156,19 @@ def evaluate(options: EvalOptions) -> None:
     run = Path(options.run)
     out = Path(options.out) if options.out else (run if run.is_dir() else run.parent)
     sae = load_run(run, pick_device(options.device))
-    path = options.activations or evaluated_on(run)
-    source = as_source(path)
-    if source.d != sae.config.d:
-        raise ValueError(f"activations {path!r} have d={source.d}, the autoencoder d={sae.config.d}")
+    path, target = evaluated_on(run, options)
+    source = as_source(path, target)
+    for name in ("d", "d_out"):
+        found, wanted = getattr(source, name, None), getattr(sae.config, name)
+        if found != wanted:
+            raise ValueError(f"activations {path!r} have {name}={found}, the autoencoder {name}={wanted}")
     tokens = min(options.cross_entropy_tokens, 500) if options.quick else options.cross_entropy_tokens
     if tokens and not isinstance(source, ShardSource):
         tokens = 0
-        print(f"no cross-entropy: {path} does not say which language model it is from")
-    result = {"activations": str(path), "part": "given" if options.activations else "held-out"}
+        reason = f"{path} does not say which language model it is from"
+        print(f"no cross-entropy: {'it is a transcoder' if sae.is_transcoder else reason}")
+    part = "given" if options.activations else "held-out"
+    result = {"activations": str(path), "target": target, "part": part}
     result["metrics"] = evaluate_activations(sae, source.in_order(BATCH))
     if tokens:
         lm = model_of(source, options)
@@ -170,11 +193,15 @@ def load_run(run: Path, device):
     raise FileNotFoundError(f"no autoencoder in {str(run)!r}")
 
 
-def evaluated_on(run: Path) -> str:
+def evaluated_on(run: Path, options: EvalOptions) -> tuple[str, str | None]:
+    """The activations to evaluate on and a transcoder's target: the options', or those of the run."""
+    if options.activations:
+        return options.activations, options.target
     file = run / EVALUATION
     if not file.is_file():
         raise ValueError(f"--activations is needed: {str(file)!r} does not name any")
-    return json.loads(file.read_text())["activations"]
+    found = json.loads(file.read_text())
+    return found["activations"], options.target or found.get("target")
 
 
 def model_of(source: ShardSource, options) -> LanguageModel:
@@ -277,4 +304,5 @@ def describe_autoencoder(path: Path) -> str:
     sae = load_run(path, "cpu")
     c = sae.config
     size = sum(p.numel() for p in sae.parameters())
-    return f"{c.architecture}: d={c.d}, n={c.n}, k={c.k:g}, {size:,} parameters"
+    to = f" to d_out={c.d_out}" if sae.is_transcoder else ""
+    return f"{c.architecture}: d={c.d}{to}, n={c.n}, k={c.k:g}, {size:,} parameters"

@@ -34,6 +34,9 @@ class AutoencoderConfig:
 
     d: int | None = None
     """width of the activations; None takes it from the source"""
+    d_out: int | None = None
+    """width of the target, for a transcoder: it makes another vector of x, such as an MLP's output of its
+    input; None is an autoencoder, or takes it from the source"""
     n: int = 4096
     """number of latents"""
     architecture: str = "softsae"
@@ -63,6 +66,7 @@ class AutoencoderConfig:
     def __post_init__(self):
         if self.d is not None:
             integer("d", self.d, 1)
+        optional(integer, "d_out", self.d_out, 1)
         integer("n", self.n, 1)
         nearest_choice("architecture", self.architecture, ARCHITECTURES)
         number("k", self.k, 0, self.n, above=True)
@@ -126,7 +130,8 @@ class TrainConfig:
     estimator_clip_norm: float = 1.0
     """largest norm of the estimator's gradient, where clipped separately"""
     estimator_lr_multiplier: float | None = None
-    """learning rate of the k estimator relative to lr; None is 5 (wide), 1 (bottleneck; published)"""
+    """learning rate of the k estimator relative to lr; None is 5 (wide, shared), 1 (others;
+    published)"""
     k_anneal_steps: int | None = None
     """steps in which the target of the mean k_hat falls from d to k; None is 0, since a target above
     k_max saturates the sigmoid of every k_hat before it is learned (published: 1% of the steps)"""
@@ -222,7 +227,7 @@ def published(**autoencoder) -> RunConfig:
 
 
 def resolve_autoencoder(config: AutoencoderConfig, mode: str = "corrected") -> AutoencoderConfig:
-    """A copy in which every field that was None, except d, has the value of the mode."""
+    """A copy in which every field that was None, except d and d_out, has the value of the mode."""
     as_published = mode == "published"
     config = fill(config, normalization="unit_mean_norm" if as_published else "unit_mean_square")
     name = config.architecture
@@ -231,17 +236,23 @@ def resolve_autoencoder(config: AutoencoderConfig, mode: str = "corrected") -> A
     return dataclasses.replace(config, **{name: config.section.resolved(config.k, config.n, as_published)})
 
 
-def resolve(config: RunConfig, d: int) -> RunConfig:
-    """A copy in which no field is None, for activations of width d.
+def resolve(config: RunConfig, d: int, d_out: int | None = None) -> RunConfig:
+    """A copy in which no field is None, for activations of width d and, if any, targets of width d_out.
 
-    Raises ValueError where the configuration says another d or fields contradict each other.
+    Raises ValueError where the configuration says other widths or fields contradict each other.
     """
     autoencoder, train = config.autoencoder, config.train
     if autoencoder.d not in (None, d):
         raise ValueError(f"d={autoencoder.d} in the configuration, but the activations have d={d}")
+    if autoencoder.d_out not in (None, d_out):
+        found = "there is no target" if d_out is None else f"the target has d={d_out}"
+        raise ValueError(f"d_out={autoencoder.d_out} in the configuration, but {found}")
     as_published = train.mode == "published"
-    autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d), train.mode)
-    wide = autoencoder.softsae.estimator.kind == "wide"
+    autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d, d_out=d_out), train.mode)
+    faster = autoencoder.softsae.estimator.kind in ("wide", "shared") and not as_published
+    name = autoencoder.architecture
+    if name in autoencoder.sections():
+        autoencoder = dataclasses.replace(autoencoder, **{name: autoencoder.section.scheduled(train.steps)})
     final_alpha = autoencoder.section.alpha
     samples = train.steps * train.batch_size
     train = fill(
@@ -249,7 +260,7 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
         lr=(2e-4 if as_published else 5e-4) / math.sqrt(autoencoder.n / 2**14),
         warmup_steps=min(1000, train.steps // 20),
         clip="global" if as_published else "separate",
-        estimator_lr_multiplier=5.0 if wide and not as_published else 1.0,
+        estimator_lr_multiplier=5.0 if faster else 1.0,
         k_anneal_steps=train.steps // 100 if as_published else 0,
         alpha_start=1.0 if as_published or final_alpha is None else final_alpha,
         alpha_anneal_steps=train.steps // 100,
@@ -264,9 +275,19 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
     return dataclasses.replace(config, autoencoder=autoencoder, train=train)
 
 
-def square_norm(config: AutoencoderConfig) -> float:
-    """Mean |x|^2 in normalised units: what the reconstruction loss is measured against."""
-    return 1.0 if config.normalization == "unit_mean_norm" else float(config.d)
+def shortened(train: TrainConfig, steps: int) -> TrainConfig:
+    """The training in `steps` steps at most, with its phases shortened in proportion."""
+    if steps >= train.steps:
+        return train
+    phases = ("warmup_steps", "k_anneal_steps", "alpha_anneal_steps", "hard_steps")
+    given = {name: getattr(train, name) for name in phases if getattr(train, name) is not None}
+    scaled = {name: round(value * steps / train.steps) for name, value in given.items()}
+    return dataclasses.replace(train, steps=steps, **scaled)
+
+
+def square_norm(config: AutoencoderConfig, d: int | None = None) -> float:
+    """Mean |x|^2 in normalised units at width d; by default of what is reconstructed, as its loss counts."""
+    return 1.0 if config.normalization == "unit_mean_norm" else float(d or config.d_out or config.d)
 
 
 def difference(a: dict, b: dict, path: str = "") -> str | None:

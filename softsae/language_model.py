@@ -268,11 +268,13 @@ def attach(
             anything.
 
     Raises:
-        ValueError: layer out of range, an autoencoder of another width.
+        ValueError: layer out of range, an autoencoder of another width, a transcoder.
 
     >>> with attach(lm, 15, sae, edit=lambda f: f.index_fill(-1, torch.tensor([7]), 0.0)):
     ...     lm.model(token_ids).logits                                           # doctest: +SKIP
     """
+    if getattr(sae, "is_transcoder", False):
+        raise ValueError("a transcoder does not reconstruct the residual stream and cannot stand in for it")
     if isinstance(model, LanguageModel):
         blocks, model_name = model.blocks, model.name
     else:

@@ -88,8 +88,15 @@ class TrainOptions:
     """the run folder; it must not exist or be empty, apart from --resume"""
     activations: str
     """what softsae collect made, another folder of shards, or an .npy file (rows, d)"""
+    recipe: str | None = None
+    """a configuration that softsae recipes lists; --config and other options win over it"""
+    target: str | None = None
+    """what to make of each activation instead of itself (a transcoder), of the same rows in the same order:
+    a folder of shards or an .npy file (rows, d_out)"""
     heldout: str | None = None
     """activations to evaluate on; by default the held-out part that softsae collect made"""
+    heldout_target: str | None = None
+    """the target of these; by default the held-out part beside --target"""
     device: str | None = None
     """the same as --train.device"""
     seed: int | None = None
@@ -112,10 +119,20 @@ class EvalOptions(ModelOptions, TextOptions):
     """where evaluation.json and summary.md go; by default the run folder"""
     activations: str | None = None
     """held-out activations; by default what the run was evaluated on"""
+    target: str | None = None
+    """a transcoder's target of these activations; by default that of the run"""
     cross_entropy_tokens: int = 4096
     """held-out tokens for the cross-entropy in the language model; 0 leaves it out"""
     quick: bool = False
     """500 tokens of cross-entropy at most"""
+
+
+@dataclass(kw_only=True)
+class RecipesOptions:
+    """Options of softsae recipes."""
+
+    name: str | None = None
+    """the recipe to print"""
 
 
 @dataclass(kw_only=True)
@@ -152,7 +169,7 @@ class DemoOptions(ModelOptions, TextOptions):
     """activations per step"""
     lr: float | None = None
     """learning rate"""
-    estimator: Literal["wide", "bottleneck"] = "bottleneck"
+    estimator: Literal["wide", "bottleneck", "shared", "linear"] = "bottleneck"
     """the k estimator of SoftSAE"""
     cross_entropy_tokens: int | None = None
     """held-out tokens for the cross-entropy"""

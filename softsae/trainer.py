@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from softsae import checkpoint, metrics
 from softsae.activations import as_source
-from softsae.autoencoder import SparseAutoencoder
+from softsae.autoencoder import SparseAutoencoder, config_from
 from softsae.config import AutoencoderConfig, RunConfig, TrainConfig, difference, resolve, square_norm
 from softsae.losses import DeadLatents
 from softsae.schedules import Schedule
@@ -66,25 +66,29 @@ class Trainer:
         self.consumed = 0  # batches of the source, where each starts being a matter of its own
         self.sae: SparseAutoencoder | None = None
 
-    def fit(self, source, held_out=None) -> SparseAutoencoder:
+    def fit(self, source, held_out=None, target=None) -> SparseAutoencoder:
         """Train to the last step; where `out` holds a checkpoint of this configuration, from there.
 
         Args:
             source: a tensor (samples, d), an iterable of tensors, an .npy file, a folder of shards,
                 or a source (softsae/activations).
-            held_out: tensors or a re-iterable of batches (B, d) to evaluate on, as eval_every says.
+            held_out: tensors or a re-iterable of batches (B, d) to evaluate on, as eval_every says;
+                with a target, a re-iterable of pairs (x, target).
+            target: what to make of each sample instead of itself: a tensor (samples, d_out), an .npy
+                file or a folder of shards with the same rows in the same order. That is a transcoder.
+                A source that yields pairs, such as an iterable of (x, target), needs none here.
 
         Returns the autoencoder, in eval mode.
 
         Raises:
             ValueError: contradicting configuration, a checkpoint of another one (names the field),
-                a source that ends early.
+                a source that ends early, a target with another number of rows.
             NonFiniteActivations: NaN or infinity in the activations, with nonfinite="refuse".
             KeyboardInterrupt: after Ctrl-C, once the step is done and a checkpoint is written.
         """
-        source = as_source(source)
+        source = as_source(source, target)
         self.step = self.consumed = 0
-        self.config = resolve(self.config, source.d)
+        self.config = resolve(self.config, source.d, getattr(source, "d_out", None))
         self.held_out = [held_out] if isinstance(held_out, Tensor) else held_out
         train = self.config.train
         self.device = pick_device(train.device)
@@ -131,7 +135,7 @@ class Trainer:
                 break
         if not first:
             raise ValueError("the source yields no batch")
-        self.sae.initialize(torch.cat([batch for batch, _ in first]))
+        self.sae.initialize(*self.sae.split(torch.cat([batch for batch, _ in first])))
         self.consumed = consumed
 
         def replay():
@@ -197,15 +201,16 @@ class Trainer:
         if self.step < train.steps:
             raise ValueError(f"the source ended after step {self.step} of {train.steps}")
 
-    def train_step(self, x: Tensor, logged: bool) -> dict:
-        """One step on x (B, d); what it measured, as scalars on the device, when logged."""
+    def train_step(self, batch: Tensor, logged: bool) -> dict:
+        """One step on a batch of the source; what it measured, as scalars on the device, when logged."""
         sae, train = self.sae, self.config.train
+        x, target = sae.split(batch)
         phase = self.schedule.phase(self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=train.dtype == "bfloat16"):
-            out = sae(x, phase)
+            out = sae(x, phase, target)
             terms = dict(out.losses)
             if train.auxk_weight and len(dead := self.dead.refresh(self.step)):
-                terms["auxk"] = sae.auxk_loss(x, out.x_hat, dead)
+                terms["auxk"] = sae.auxk_loss(x, out.x_hat, dead, target)
         of_x = square_norm(self.config.autoencoder)
         weights = {"auxk": train.auxk_weight * of_x, **sae.selector.loss_weights(train, of_x, self.step)}
         loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
@@ -224,11 +229,12 @@ class Trainer:
         if train.count_logged_twice:
             self.dead.update(latents, len(x))
         k_hat = out.k_hat.detach()
+        wanted = x if target is None else target
         return {
             "step": self.step + 1,
             "loss": loss,
             **{f"loss_{name}": term for name, term in terms.items()},
-            "explained_variance": metrics.explained_variance(x, out.x_hat.detach()),
+            "explained_variance": metrics.explained_variance(wanted, out.x_hat.detach()),
             "l0": (latents != 0).sum() / len(x),
             "k_hat_mean": k_hat.mean(),
             "k_hat_sd": k_hat.std(correction=0),
@@ -289,7 +295,8 @@ class Trainer:
             return False
         file = self.checkpoint_file
         tensors, header = checkpoint.read(file, FORMAT)
-        if found := difference(comparable(header["config"]), comparable(dataclasses.asdict(self.config))):
+        then = checkpoint.parse(file, lambda: filled(header["config"]))
+        if found := difference(comparable(then), comparable(dataclasses.asdict(self.config))):
             raise ValueError(f"{file} is from another configuration; they differ in {found}")
         checkpoint.fill(file, self.sae, part(tensors, "sae."))
         checkpoint.fill(file, self.dead, part(tensors, "dead."))
@@ -354,6 +361,11 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def filled(config: dict) -> dict:
+    """A configuration from a file with the fields that there were not when it was written."""
+    return {**config, "autoencoder": dataclasses.asdict(config_from(config["autoencoder"]))}
 
 
 def comparable(config: dict) -> dict:

@@ -22,7 +22,7 @@ def write_run_summary(run: Path) -> Path:
     lines = [
         f"# {run.name}",
         "",
-        f"{model['architecture']}, d = {model['d']}, n = {model['n']}, k = {model['k']:g};"
+        f"{model['architecture']}, d = {model['d']}{to_target(model)}, n = {model['n']}, k = {model['k']:g};"
         f" {train['steps']} steps of {train['batch_size']} at learning rate {train['lr']:.3g},"
         f" mode {train['mode']}, seed {train['seed']}.",
         "",
@@ -40,7 +40,8 @@ def write_run_summary(run: Path) -> Path:
     if file.is_file():
         found = json.loads(file.read_text())
         metrics = {run.name: found["metrics"]}
-        lines += [f"On {found['part']} activations ({found['activations']}):", ""]
+        to = f" to {found['target']}" if found.get("target") else ""
+        lines += [f"On {found['part']} activations ({found['activations']}{to}):", ""]
         lines += [markdown.evaluation_table(metrics), ""]
         histogram = {run.name: found["metrics"]["l0"]["histogram"]}
         drawn.append(plots.l0_histogram(run / "plots" / "l0.png", histogram))
@@ -50,3 +51,8 @@ def write_run_summary(run: Path) -> Path:
     lines += [markdown.images(run, drawn), ""]
     write_text(run / "summary.md", "\n".join(lines))
     return run / "summary.md"
+
+
+def to_target(model: dict) -> str:
+    """What is reconstructed, where that is not the input."""
+    return f" to d_out = {model['d_out']} (a transcoder)" if model.get("d_out") else ""

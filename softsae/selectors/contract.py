@@ -43,13 +43,16 @@ class Selector(nn.Module):
         raise NotImplementedError
 
     def loss_terms(
-        self, sae: SparseAutoencoder, x: Tensor, selection: Selection, phase: Phase
+        self, sae: SparseAutoencoder, target: Tensor, selection: Selection, phase: Phase
     ) -> dict[str, Tensor]:
-        """The rule's own loss terms by name, before weighting; x (B, d) is normalised."""
+        """The rule's own loss terms by name, before weighting.
+
+        target (B, d_out) is what is reconstructed, normalised: x itself, but in a transcoder.
+        """
         return {}
 
     def loss_weights(self, train: TrainConfig, square_norm: float, step: int) -> dict[str, float]:
-        """The weights of these terms, 1 where a name is missing; square_norm is mean |x|^2."""
+        """The weights of these terms, 1 where a name is missing; square_norm is mean |target|^2."""
         return {}
 
     @torch.no_grad()

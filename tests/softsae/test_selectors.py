@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
-from softsae import EstimatorConfig, SparseAutoencoder
+from softsae import AutoencoderConfig, EstimatorConfig, SparseAutoencoder, TrainConfig, Trainer, evaluate
+from softsae.activations.synthetic import SyntheticSource
 from softsae.architectures import BatchTopKConfig, JumpReLUConfig
+from softsae.config import square_norm
 from softsae.schedules import Phase
 from tests.softsae.configs import model
 
@@ -89,7 +91,7 @@ def test_gates_below_two_to_the_minus_24_do_not_count_as_active():
 def test_softsae_hard_latents_are_the_round_k_hat_largest(rounding):
     sae = autoencoder(rounding=rounding, k_max=20.0)
     with torch.no_grad():
-        sae.selector.estimator.w2.mul_(4)
+        sae.selector.estimator.w2.uniform_(-0.7, 0.7, generator=torch.Generator().manual_seed(0))
     x = samples()
     out = sae(x)
     counts = rounded(out.k_hat) if rounding == "nearest" else [int(k) for k in out.k_hat.tolist()]
@@ -197,7 +199,7 @@ def test_batchtopk_keeps_the_largest_of_the_batch_and_follows_the_smallest():
 
 
 def test_jumprelu_is_the_formula_and_its_thresholds_get_the_kernel_gradient():
-    section = JumpReLUConfig(threshold=0.3, bandwidth=0.2)
+    section = JumpReLUConfig(threshold=0.3 / D**0.5, bandwidth=0.2 / D**0.5)  # |x|^2 is D in the mean
     sae = autoencoder(architecture="jumprelu", k=4.0, jumprelu=section).double()
     theta = sae.selector.threshold
     x = samples().double()
@@ -217,6 +219,34 @@ def test_jumprelu_is_the_formula_and_its_thresholds_get_the_kernel_gradient():
     torch.testing.assert_close(found, expected.detach(), check_dtype=False)
 
 
+@pytest.mark.parametrize("normalization", ["unit_mean_square", "unit_mean_norm"])
+def test_jumprelu_starts_at_the_same_selection_in_any_units(normalization):
+    source = SyntheticSource(16, 32, 1, 6)
+    config = AutoencoderConfig(d=16, n=48, k=3.5, architecture="jumprelu", normalization=normalization)
+    sae = SparseAutoencoder(config)
+    x = source.sample(500, seed=0)[0] * 7
+    sae.initialize(x)
+    latents = sae.encode(x)
+    shares = sae.pre_activations(x) / sae.normalize(x).pow(2).sum(1).mean().sqrt()
+    sure = (shares - 0.03).abs() > 1e-3
+    assert torch.equal((latents != 0)[sure], (shares > 0.03)[sure])
+
+
+def test_jumprelu_reaches_its_l0_in_a_short_training():
+    """The published constants, in the units they are for, are at twice k then."""
+    source = SyntheticSource(16, 32, 1, 6)
+    held = [source.sample(2000, seed=5)[0]]
+    train = TrainConfig(steps=300, batch_size=64, lr=5e-3, device="cpu")
+    published = JumpReLUConfig(0.001, 0.001, sparsity_weight=1.0, sparsity_warmup_steps=2000)
+    found = {}
+    for name, section in (("ours", JumpReLUConfig()), ("published", published)):
+        config = AutoencoderConfig(n=48, k=3.5, architecture="jumprelu", jumprelu=section)
+        sae = Trainer(config, train, progress=False).fit(source)
+        found[name] = evaluate(sae, held)["l0"]["mean"]
+    assert found["ours"] == pytest.approx(3.5, abs=0.35)
+    assert found["published"] > 4.5
+
+
 def test_relu_penalises_latents_by_the_length_of_their_decoder_rows():
     sae = autoencoder(architecture="relu")
     with torch.no_grad():
@@ -226,6 +256,24 @@ def test_relu_penalises_latents_by_the_length_of_their_decoder_rows():
     out = sae(x, HARD)
     torch.testing.assert_close(out.latents, a)
     torch.testing.assert_close(out.losses["l1"], (a * sae.W_dec.norm(dim=1)).sum(1).mean())
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated"])
+def test_the_l1_penalty_weighs_the_same_in_any_units(architecture):
+    """Of the whole loss over the mean |x|^2, at the same weights in two normalisations."""
+    x, shares = samples(50) + 1, []
+    for normalization in ("unit_mean_norm", "unit_mean_square"):
+        sae = SparseAutoencoder(
+            AutoencoderConfig(d=D, n=N, k=5.0, architecture=architecture, normalization=normalization)
+        )
+        sae.initialize(x)
+        norm = square_norm(sae.config)
+        assert sae.normalize(x).pow(2).sum(1).mean().item() == pytest.approx(norm, rel=1e-5)
+        weights = sae.selector.loss_weights(TrainConfig(), norm, 10**6)
+        terms = sae(x, HARD._replace(step=0)).losses
+        shares.append(sum(weights.get(name, 1.0) * term.item() for name, term in terms.items()) / norm)
+    assert weights["l1"] == pytest.approx(0.1 * D**0.5)
+    assert shares[0] == pytest.approx(shares[1], rel=1e-4)
 
 
 def test_gated_learns_its_gates_by_a_reconstruction_that_spares_the_decoder():
