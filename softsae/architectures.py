@@ -41,6 +41,7 @@ class Section:
     """The options of one architecture."""
 
     alpha = None  # the final scale of a soft selection; None where there is none
+    top_k = True  # whether the largest of several activations are kept; False: each by itself, as in relu
 
     def fit(self, k: float, n: int):
         """ValueError where the options contradict k or the number of latents n."""
@@ -128,9 +129,46 @@ class FeatureChoiceConfig(BatchTopKConfig):
 
 
 @dataclass
+class MSAEConfig(Section):
+    """MSAE: every k of a list reconstructs by itself, and the loss is their mean; inference uses `k`."""
+
+    ks: list[int] | None = None
+    """the budgets, ascending, `k` one of them; None is k, 2 k, 4 k ... and n, as published"""
+    weighting: Literal["uniform", "reverse"] = "uniform"
+    """weights of their losses: 'uniform', or 'reverse': m, m - 1 ... 1 for m budgets, the smallest first"""
+
+    def __post_init__(self):
+        if self.ks is not None:
+            if not isinstance(self.ks, (list, tuple)) or not self.ks:
+                raise ValueError(f"ks={self.ks!r} must be a list of budgets")
+            for k in self.ks:
+                integer("ks", k, 1)
+            if any(a >= b for a, b in zip(self.ks, self.ks[1:], strict=False)):
+                raise ValueError(f"ks={self.ks!r} must be ascending")
+            self.ks = list(self.ks)
+        choice("weighting", self.weighting, ("uniform", "reverse"))
+
+    def fit(self, k: float, n: int):
+        number("k", k, 0.5, n)
+        if self.ks is None:
+            return
+        integer("ks", self.ks[-1], 1, n)
+        if math.floor(k + 0.5) not in self.ks:
+            raise ValueError(f"ks={self.ks!r} must hold k={k}, the budget at inference")
+
+    def resolved(self, k: float, n: int, as_published: bool) -> MSAEConfig:
+        doubled, budget = [], math.floor(k + 0.5)
+        while budget < n:
+            doubled.append(budget)
+            budget *= 2
+        return fill(self, ks=[*doubled, n])
+
+
+@dataclass
 class JumpReLUConfig(Section):
     """JumpReLU: activations above a learned threshold each; the mean L0 is drawn to k by a loss."""
 
+    top_k = False
     threshold: float = 1e-3
     """what every threshold starts from, in the units of the normalised activations"""
     bandwidth: float = 1e-3
@@ -151,6 +189,7 @@ class JumpReLUConfig(Section):
 class ReLUConfig(Section):
     """ReLU with an L1 penalty; the mean L0 is what the penalty makes of it, k is not used."""
 
+    top_k = False
     l1_weight: float = 0.1
     """weight of sum_i f_i |d_i|, relative to mean |x|^2 as the reconstruction loss is"""
     l1_warmup_steps: int = 2000
@@ -175,6 +214,7 @@ ARCHITECTURES: dict[str, tuple[type[Section], str]] = {
     "topk": (TopKConfig, "softsae.selectors.topk:TopK"),
     "batchtopk": (BatchTopKConfig, "softsae.selectors.batchtopk:BatchTopK"),
     "featurechoice": (FeatureChoiceConfig, "softsae.selectors.batchtopk:FeatureChoice"),
+    "msae": (MSAEConfig, "softsae.selectors.msae:MSAE"),
     "jumprelu": (JumpReLUConfig, "softsae.selectors.jumprelu:JumpReLU"),
     "relu": (ReLUConfig, "softsae.selectors.relu:ReLU"),
     "gated": (GatedConfig, "softsae.selectors.gated:Gated"),

@@ -142,6 +142,10 @@ class SparseAutoencoder(nn.Module):
             nested = losses.nested_reconstruction(rows, selection.latents, self.W_dec, self.b_dec, ends)
             terms = {"reconstruction": nested}
         terms |= self.selector.loss_terms(self, rows, selection, phase)
+        if phase.regularizer is not None:
+            if selection.activations is None:
+                raise ValueError(f"regularizer: {type(self.selector).__name__} hands over no activations")
+            terms |= losses.regularizers(selection.activations, selection.latents, phase.regularizer)
         lead = x.shape[:-1]
         return Output(
             self.denormalize(reconstruction).reshape(x.shape).to(x.dtype),

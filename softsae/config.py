@@ -18,6 +18,7 @@ from softsae.architectures import (
     FeatureChoiceConfig,
     GatedConfig,
     JumpReLUConfig,
+    MSAEConfig,
     ReLUConfig,
     Section,
     SoftSAEConfig,
@@ -37,7 +38,8 @@ class AutoencoderConfig:
     n: int = 4096
     """number of latents"""
     architecture: str = "softsae"
-    """the selection rule: softsae, topk, batchtopk, featurechoice, jumprelu, relu or gated"""
+    """the selection rule: softsae, topk, batchtopk, featurechoice, msae, jumprelu, relu or
+    gated"""
     k: float = 32.0
     """active latents per sample: exactly for topk, in the mean for others"""
     normalization: Literal["none", "unit_mean_square", "unit_mean_norm", "standardize"] | None = None
@@ -53,6 +55,8 @@ class AutoencoderConfig:
     """options of batchtopk"""
     featurechoice: FeatureChoiceConfig = field(default_factory=FeatureChoiceConfig)
     """options of featurechoice"""
+    msae: MSAEConfig = field(default_factory=MSAEConfig)
+    """options of msae"""
     jumprelu: JumpReLUConfig = field(default_factory=JumpReLUConfig)
     """options of jumprelu"""
     relu: ReLUConfig = field(default_factory=ReLUConfig)
@@ -68,6 +72,10 @@ class AutoencoderConfig:
         number("k", self.k, 0, self.n, above=True)
         choice("normalization", self.normalization, (*NORMALIZATIONS, None))
         if self.matryoshka is not None:
+            if self.architecture == "msae":
+                raise ValueError(
+                    f"matryoshka={self.matryoshka!r}: msae nests budgets already, give one of them"
+                )
             self.prefixes()
         for name in self.sections():
             if name != self.architecture and getattr(self, name) != ARCHITECTURES[name][0]():
@@ -97,6 +105,38 @@ class AutoencoderConfig:
         """The options of the architecture."""
         name = self.architecture
         return getattr(self, name) if name in self.sections() else ARCHITECTURES[name][0]()
+
+
+@dataclass
+class RegularizerConfig:
+    """Penalties on the activations a = relu(pre) before a top-k selection (arXiv 2606.27321).
+
+    With S_b the latents selected for sample b and A those selected for any sample of the batch,
+
+        R1 = mean_b sum_{i in A - S_b} a_bi        R2 = mean_b |a_b[A]|_1 / |a_b[A]|_2
+
+    Where the paper leaves open how terms are added up and weighted, this is our reading.
+    """
+
+    r1_weight: float = 0.0
+    """weight of R1, relative to mean |x|^2 as the reconstruction loss is"""
+    r2_weight: float = 0.0
+    """weight of R2, likewise"""
+    r1_reduction: Literal["sum", "mean"] = "sum"
+    """R1 of a sample is the 'sum' over the units of A - S_b, or the 'mean' over those of the whole batch"""
+    all_units: bool = False
+    """put all latents in the place of A"""
+
+    def __post_init__(self):
+        number("regularizer.r1_weight", self.r1_weight, 0, math.inf)
+        number("regularizer.r2_weight", self.r2_weight, 0, math.inf)
+        choice("regularizer.r1_reduction", self.r1_reduction, ("sum", "mean"))
+        choice("regularizer.all_units", self.all_units, (True, False))
+
+    def weights(self, square_norm: float) -> dict[str, float]:
+        """Of the loss terms that are wanted, by name."""
+        given = {"r1": self.r1_weight * square_norm, "r2": self.r2_weight * square_norm}
+        return {name: weight for name, weight in given.items() if weight}
 
 
 @dataclass
@@ -146,6 +186,8 @@ class TrainConfig:
     """beta of the softplus in the budget loss"""
     auxk_weight: float = 1 / 32
     """weight of AuxK relative to mean |x|^2, as the reconstruction loss is; 0 leaves it out"""
+    regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
+    """penalties on activations before a top-k selection; by default none"""
     dead_after: int | None = None
     """samples without activation after which a latent is dead; None is 5% of all, at most 10 million"""
     count_logged_twice: bool | None = None
@@ -239,6 +281,11 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
     autoencoder, train = config.autoencoder, config.train
     if autoencoder.d not in (None, d):
         raise ValueError(f"d={autoencoder.d} in the configuration, but the activations have d={d}")
+    if not autoencoder.section.top_k and train.regularizer.weights(1.0):
+        raise ValueError(
+            f"regularizer: r1_weight={train.regularizer.r1_weight}, r2_weight={train.regularizer.r2_weight} need"
+            f" a top-k selection, the architecture is {autoencoder.architecture!r}"
+        )
     as_published = train.mode == "published"
     autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d), train.mode)
     wide = autoencoder.softsae.estimator.kind == "wide"

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 
 class Selection(NamedTuple):
-    """latents (B, n): activations times their gates. k_hat (B,): the float32 budget of each row."""
+    """latents (B, n): activations times their gates. k_hat (B,): the float32 budget of each row.
+
+    activations (B, n): what a top-k rule selected from, >= 0, with its gradient; None of other rules.
+    """
 
     latents: Tensor
     k_hat: Tensor
+    activations: Tensor | None = None
 
 
 class Selector(nn.Module):
