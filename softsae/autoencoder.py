@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from softsae import checkpoint, losses, selectors
 from softsae.architectures import ARCHITECTURES, EstimatorConfig
+from softsae.checks import number
 from softsae.config import AutoencoderConfig, resolve_autoencoder
 from softsae.schedules import Phase
 
@@ -121,19 +122,48 @@ class SparseAutoencoder(nn.Module):
     def inference_phase(self, hard: bool) -> Phase:
         return Phase(alpha=self.config.section.alpha, k_target=self.config.k, hard=hard)
 
-    def forward(self, x: Tensor, phase: Phase | None = None) -> Output:
+    def budgets(self, k: float | Tensor, lead: torch.Size) -> Tensor:
+        """A checked k, a number or a tensor that broadcasts to `lead`, for every row: (B,), float32."""
+        if not isinstance(k, Tensor):
+            number("k", k, 0, self.config.n)
+            return torch.full((lead.numel(),), float(k), device=self.b_dec.device)
+        if k.dtype == torch.bool or k.is_complex():
+            raise TypeError(f"k must be a number or a tensor of numbers, not of dtype {k.dtype}")
+        sizes = zip(reversed(k.shape), reversed(lead), strict=False)
+        if k.dim() > len(lead) or any(size not in (1, wanted) for size, wanted in sizes):
+            raise ValueError(f"k of shape {tuple(k.shape)} must broadcast to {tuple(lead)}, x without d")
+        if k.device != self.b_dec.device:
+            raise ValueError(f"k is on {k.device}, the autoencoder on {self.b_dec.device}")
+        return k.detach().float().clamp(0, self.config.n).expand(lead).reshape(-1)
+
+    def select(self, x: Tensor, rows: Tensor, phase: Phase, k: float | Tensor | None) -> selectors.Selection:
+        """The rule's selection for the normalised rows (B, d) of x (..., d), or the k largest."""
+        pre = self.encoder(rows)
+        if k is None:
+            return self.selector(self, rows, pre, phase)
+        return self.selector.largest(self, pre, self.budgets(k, x.shape[:-1]))
+
+    def forward(self, x: Tensor, phase: Phase | None = None, *, k: float | Tensor | None = None) -> Output:
         """Reconstruct x (..., d).
 
         Args:
             x: activations of any float dtype; the arithmetic is float32 (autocast apart).
             phase: the moment of training; None is inference: hard selection, the final alpha.
+            k: keep the k largest activations in place of what the rule selects: a number or a tensor
+                that broadcasts to (...), rounded half up, beyond 0 ... n clamped where it is a tensor.
+                Of relu, gated and jumprelu, which decide on each latent by itself, at most those that
+                they keep; of all others of relu(pre), whatever the threshold or the estimator says.
+                The only loss is the reconstruction.
 
         Raises:
-            TypeError, ValueError: x is no float tensor, has another width or is on another device.
+            TypeError, ValueError: x is no float tensor, has another width or is on another device; k is
+                out of range as a number, has another shape, or is given in training.
         """
+        if k is not None and phase is not None:
+            raise ValueError(f"k={k!r} has a meaning at inference only, phase must be None")
         rows = self.rows(x)
         phase = phase or self.inference_phase(hard=True)
-        selection = self.selector(self, rows, self.encoder(rows), phase)
+        selection = self.select(x, rows, phase, k)
         reconstruction = self.decoder(selection.latents)
         if self.config.matryoshka is None or phase.step is None:
             terms = {"reconstruction": losses.reconstruction(rows, reconstruction)}
@@ -141,7 +171,8 @@ class SparseAutoencoder(nn.Module):
             ends = self.config.prefixes()
             nested = losses.nested_reconstruction(rows, selection.latents, self.W_dec, self.b_dec, ends)
             terms = {"reconstruction": nested}
-        terms |= self.selector.loss_terms(self, rows, selection, phase)
+        if k is None:
+            terms |= self.selector.loss_terms(self, rows, selection, phase)
         if phase.regularizer is not None:
             if selection.activations is None:
                 raise ValueError(f"regularizer: {type(self.selector).__name__} hands over no activations")
@@ -164,10 +195,11 @@ class SparseAutoencoder(nn.Module):
         """W_enc (x' - b_dec) + b_enc, before ReLU and selection: (..., d) -> (..., n)."""
         return self.encoder(self.rows(x)).reshape(*x.shape[:-1], self.config.n)
 
-    def encode(self, x: Tensor, hard: bool = True) -> Tensor:
-        """Latents (..., n) of x (..., d); hard=False gates softly, at the final alpha."""
-        rows = self.rows(x)
-        selection = self.selector(self, rows, self.encoder(rows), self.inference_phase(hard))
+    def encode(self, x: Tensor, hard: bool = True, *, k: float | Tensor | None = None) -> Tensor:
+        """Latents (..., n) of x (..., d); hard=False gates softly, at the final alpha; k as in `forward`."""
+        if k is not None and not hard:
+            raise ValueError(f"k={k!r} is a hard selection, hard must not be False")
+        selection = self.select(x, self.rows(x), self.inference_phase(hard), k)
         return selection.latents.reshape(*x.shape[:-1], self.config.n)
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -73,9 +73,7 @@ class AutoencoderConfig:
         choice("normalization", self.normalization, (*NORMALIZATIONS, None))
         if self.matryoshka is not None:
             if self.architecture == "msae":
-                raise ValueError(
-                    f"matryoshka={self.matryoshka!r}: msae nests budgets already, give one of them"
-                )
+                raise ValueError(f"matryoshka={self.matryoshka!r}: msae nests budgets: give one of them")
             self.prefixes()
         for name in self.sections():
             if name != self.architecture and getattr(self, name) != ARCHITECTURES[name][0]():
@@ -283,8 +281,8 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
         raise ValueError(f"d={autoencoder.d} in the configuration, but the activations have d={d}")
     if not autoencoder.section.top_k and train.regularizer.weights(1.0):
         raise ValueError(
-            f"regularizer: r1_weight={train.regularizer.r1_weight}, r2_weight={train.regularizer.r2_weight} need"
-            f" a top-k selection, the architecture is {autoencoder.architecture!r}"
+            f"regularizer: r1_weight={train.regularizer.r1_weight}, r2_weight={train.regularizer.r2_weight}"
+            f" need a top-k selection, the architecture is {autoencoder.architecture!r}"
         )
     as_published = train.mode == "published"
     autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d), train.mode)

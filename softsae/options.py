@@ -112,6 +112,9 @@ class EvalOptions(ModelOptions, TextOptions):
     """where evaluation.json and summary.md go; by default the run folder"""
     activations: str | None = None
     """held-out activations; by default what the run was evaluated on"""
+    k: float | None = None
+    """keep the k largest activations of each sample in place of what the rule selects; the results go to
+    evaluation-k.json and the screen"""
     cross_entropy_tokens: int = 4096
     """held-out tokens for the cross-entropy in the language model; 0 leaves it out"""
     quick: bool = False

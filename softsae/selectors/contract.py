@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from softsae.config import AutoencoderConfig, TrainConfig
 from softsae.schedules import Phase
+from softtopk import hard_topk
 
 if TYPE_CHECKING:
     from softsae.autoencoder import SparseAutoencoder
@@ -45,6 +46,18 @@ class Selector(nn.Module):
             phase: alpha, target and whether the selection is hard.
         """
         raise NotImplementedError
+
+    def activations(self, sae: SparseAutoencoder, pre: Tensor) -> Tensor:
+        """What a k given at inference chooses from, (B, n): relu(pre) (B, n), which may be overwritten.
+
+        Of a rule that decides on every latent by itself: its latents.
+        """
+        return torch.relu_(pre)
+
+    def largest(self, sae: SparseAutoencoder, pre: Tensor, k: Tensor) -> Selection:
+        """The round-half-up(k) largest `activations` of every row, k (B,), in place of the rule."""
+        a = self.activations(sae, pre)
+        return Selection(a * hard_topk(a.detach(), k), torch.floor(k + 0.5), a)
 
     def loss_terms(
         self, sae: SparseAutoencoder, x: Tensor, selection: Selection, phase: Phase

@@ -176,8 +176,8 @@ def test_training_with_r1_leaves_less_off_the_support(tmp_path):
     x = source.sample(2000, seed=7)[0]
     found = {}
     for weight in (0.0, 0.3):
-        train = TrainConfig(steps=150, batch_size=64, lr=5e-3, log_every=50, device="cpu",
-                            regularizer=RegularizerConfig(r1_weight=weight, r2_weight=weight / 10))  # fmt: skip
+        both = RegularizerConfig(r1_weight=weight, r2_weight=weight / 10)
+        train = TrainConfig(steps=100, batch_size=64, lr=5e-3, log_every=50, device="cpu", regularizer=both)
         out = tmp_path / str(weight)
         model = AutoencoderConfig(n=48, k=4, architecture="topk")
         sae = Trainer(model, train, out=out, progress=False).fit(source)

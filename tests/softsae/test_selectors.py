@@ -312,7 +312,7 @@ def test_msae_ranks_equal_activations_by_their_index():
         ({"msae": MSAEConfig([4, 8])}, r"ks=\[4, 8\] must hold k=5.0"),
         ({"msae": MSAEConfig([5, 41])}, "ks=41 must be an integer >= 1 and <= 40"),
         ({"k": 0.4}, "k=0.4 must be a number >= 0.5"),
-        ({"matryoshka": [0.5, 0.5]}, "msae nests budgets already"),
+        ({"matryoshka": [0.5, 0.5]}, "msae nests budgets: give one"),
     ],
 )
 def test_msae_refuses(fields, message):
