@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         JumpReLUConfig,
         MSAEConfig,
         ReLUConfig,
+        Section,
         SoftSAEConfig,
     )
     from softsae.autoencoder import Output, SparseAutoencoder, load
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     )
     from softsae.language_model import attach, load_language_model
     from softsae.metrics import evaluate
+    from softsae.selectors import Selection, Selector, register
     from softsae.trainer import Trainer
 
 # Where each public name lives. Loaded when first used: the command line's --help needs no torch.
@@ -42,6 +44,9 @@ HOMES = {
     "ReLUConfig": "architectures",
     "RegularizerConfig": "config",
     "RunConfig": "config",
+    "Section": "architectures",
+    "Selection": "selectors",
+    "Selector": "selectors",
     "SoftSAEConfig": "architectures",
     "SparseAutoencoder": "autoencoder",
     "TrainConfig": "config",
@@ -52,6 +57,7 @@ HOMES = {
     "load": "autoencoder",
     "load_language_model": "language_model",
     "published": "config",
+    "register": "selectors",
 }
 
 __all__ = [
@@ -66,6 +72,9 @@ __all__ = [
     "ReLUConfig",
     "RegularizerConfig",
     "RunConfig",
+    "Section",
+    "Selection",
+    "Selector",
     "SoftSAEConfig",
     "SparseAutoencoder",
     "TrainConfig",
@@ -76,6 +85,7 @@ __all__ = [
     "load",
     "load_language_model",
     "published",
+    "register",
 ]
 
 

@@ -1,6 +1,7 @@
 """What each architecture has to be told: a section of the configuration for every selection rule.
 
 A field that is None takes the value of the run's mode (`resolved`). Nothing here imports torch.
+`softsae.register` adds architectures of the user's own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from softsae.checks import choice, integer, number, optional
+from softsae.checks import choice, integer, nearest_choice, number, optional
 
 
 @dataclass
@@ -38,7 +39,7 @@ class EstimatorConfig:
 
 @dataclass
 class Section:
-    """The options of one architecture."""
+    """The options of one architecture: a dataclass, whose fields JSON can hold."""
 
     alpha = None  # the final scale of a soft selection; None where there is none
     top_k = True  # whether the largest of several activations are kept; False: each by itself, as in relu
@@ -208,8 +209,8 @@ class GatedConfig(ReLUConfig):
     """
 
 
-# Every architecture with its section and the class of its rule, which is imported when it is needed.
-ARCHITECTURES: dict[str, tuple[type[Section], str]] = {
+# Every architecture with its section and its rule: a class, or where it is, to be imported when needed.
+ARCHITECTURES: dict[str, tuple[type[Section], str | type]] = {
     "softsae": (SoftSAEConfig, "softsae.selectors.softsae:SoftSAE"),
     "topk": (TopKConfig, "softsae.selectors.topk:TopK"),
     "batchtopk": (BatchTopKConfig, "softsae.selectors.batchtopk:BatchTopK"),
@@ -219,6 +220,29 @@ ARCHITECTURES: dict[str, tuple[type[Section], str]] = {
     "relu": (ReLUConfig, "softsae.selectors.relu:ReLU"),
     "gated": (GatedConfig, "softsae.selectors.gated:Gated"),
 }
+
+
+def registered(name: str) -> bool:
+    """Whether it is an architecture that `softsae.register` has added."""
+    return name in ARCHITECTURES and not isinstance(ARCHITECTURES[name][1], str)
+
+
+def section_of(name: str, options: Section | dict | None) -> Section:
+    """The section of a registered architecture from its options as they were given.
+
+    Raises ValueError for a field that it does not have, TypeError for a section of another kind.
+    """
+    kind = ARCHITECTURES[name][0]
+    if isinstance(options, kind):
+        return options
+    if options is not None and not isinstance(options, dict):
+        raise TypeError(
+            f"options of {name!r} must be of the class {kind.__name__}, not {type(options).__name__}"
+        )
+    known = [f.name for f in dataclasses.fields(kind)]
+    for field_name in options or {}:
+        nearest_choice("options", field_name, known)
+    return kind(**(options or {}))
 
 
 def fill(config, **values):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softsae import checkpoint, losses, selectors
-from softsae.architectures import ARCHITECTURES, EstimatorConfig
+from softsae.architectures import ARCHITECTURES, EstimatorConfig, registered
 from softsae.checks import number
 from softsae.config import AutoencoderConfig, resolve_autoencoder
 from softsae.schedules import Phase
@@ -230,7 +230,10 @@ class SparseAutoencoder(nn.Module):
         path = Path(path)
         config = dataclasses.asdict(self.config)
         file = path if path.suffix == ".safetensors" else path / "sae.safetensors"
-        checkpoint.write(file, dict(self.state_dict()), {"format": FORMAT, "config": config})
+        header = {"format": FORMAT, "config": config}
+        if registered(self.config.architecture):
+            header["registered_by"] = type(self.selector).__module__
+        checkpoint.write(file, dict(self.state_dict()), header)
         if file != path:
             checkpoint.write_json(path / "config.json", config)
         return file
@@ -241,11 +244,19 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, not one of ours, or lacks parameters; the message names it.
+        ValueError: the file is truncated, not one of ours, lacks parameters, or its architecture is
+            registered by a module that is not imported; the message names it.
     """
     path = Path(path)
     file = path / "sae.safetensors" if path.is_dir() else path
     tensors, header = checkpoint.read(file, FORMAT)
+    name = header.get("config", {}).get("architecture")
+    if "registered_by" in header and name not in ARCHITECTURES:
+        raise ValueError(
+            f"{file} has the architecture {name!r}, which nothing has registered: import the module that"
+            f" calls softsae.register first ({header['registered_by']!r} when it was saved; --plugin on the"
+            " command line)"
+        )
     sae = checkpoint.parse(file, lambda: SparseAutoencoder(config_from(header["config"])))
     checkpoint.fill(file, sae, tensors)
     return sae.to(device).eval()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -59,7 +59,11 @@ def run(command: str, argv: list[str]) -> int:
         argv = [f"--{POSITIONAL[command]}", *argv]
     parser = make_parser(command)
     try:
-        options = vars(parser.instantiate(parser.parse_args(resumed(command, argv) + argv)))
+        parsed = parser.parse_args(resumed(command, argv) + argv)
+        plugins = parsed.get("plugin") or []
+        for plugin in [plugins] if isinstance(plugins, str) else plugins:
+            import_plugin(plugin)  # before a configuration names what it registers
+        options = vars(parser.instantiate(parsed))
     except argparse.ArgumentError as error:
         raise ValueError(f"{one_line(str(error))} (softsae {command} --help lists the options)") from None
     names = {field.name for field in dataclasses.fields(options_class(command))}
@@ -103,6 +107,34 @@ def resumed(command: str, argv: list[str]) -> list[str]:
     from softsae.runs import saved_options
 
     return ["--config", str(saved_options(Path(known.out), command))]
+
+
+def import_plugin(plugin: str):
+    """Import a module by its name or, once in a process, a .py file under the name of its stem.
+
+    Raises ImportError, and ValueError for a file whose stem is the name of another module.
+    """
+    if not plugin.endswith(".py"):
+        try:
+            importlib.import_module(plugin)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"--plugin {plugin!r}: {error}; a file is given with its .py") from error
+        return
+    path = Path(plugin).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"--plugin {plugin!r} does not exist")
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None:
+        if getattr(loaded, "__file__", None) == str(path):
+            return
+        raise ValueError(f"--plugin {plugin!r}: a module {path.stem!r} is there already")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
 
 
 def options_class(command: str) -> type:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from softsae.architectures import (
     ARCHITECTURES,
@@ -23,6 +23,8 @@ from softsae.architectures import (
     Section,
     SoftSAEConfig,
     fill,
+    registered,
+    section_of,
 )
 from softsae.checks import choice, integer, nearest_choice, number, optional
 
@@ -63,6 +65,8 @@ class AutoencoderConfig:
     """options of relu"""
     gated: GatedConfig = field(default_factory=GatedConfig)
     """options of gated"""
+    options: dict[str, Any] | Section | None = None
+    """options of an architecture that softsae.register has added"""
 
     def __post_init__(self):
         if self.d is not None:
@@ -78,6 +82,13 @@ class AutoencoderConfig:
         for name in self.sections():
             if name != self.architecture and getattr(self, name) != ARCHITECTURES[name][0]():
                 raise ValueError(f"{name}: options are given, but the architecture is {self.architecture!r}")
+        if registered(self.architecture):
+            self.options = section_of(self.architecture, self.options)
+        elif self.options is not None:
+            raise ValueError(
+                f"options: they are for registered architectures, {self.architecture!r} is built in and has"
+                " a section of its name"
+            )
         self.section.fit(self.k, self.n)
 
     def prefixes(self) -> list[int]:
@@ -102,6 +113,8 @@ class AutoencoderConfig:
     def section(self) -> Section:
         """The options of the architecture."""
         name = self.architecture
+        if registered(name):
+            return self.options
         return getattr(self, name) if name in self.sections() else ARCHITECTURES[name][0]()
 
 
@@ -265,8 +278,8 @@ def resolve_autoencoder(config: AutoencoderConfig, mode: str = "corrected") -> A
     """A copy in which every field that was None, except d, has the value of the mode."""
     as_published = mode == "published"
     config = fill(config, normalization="unit_mean_norm" if as_published else "unit_mean_square")
-    name = config.architecture
-    if name not in config.sections():
+    name = "options" if registered(config.architecture) else config.architecture
+    if name != "options" and name not in config.sections():
         return config
     return dataclasses.replace(config, **{name: config.section.resolved(config.k, config.n, as_published)})
 

@@ -58,6 +58,15 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
+class PluginOptions:
+    """Architectures of the user's own."""
+
+    plugin: list[str] | str = field(default_factory=list)
+    """a module to import first, by name or as a .py file, such as one that calls softsae.register; or
+    several: '[a, b.py]'"""
+
+
+@dataclass(kw_only=True)
 class TextOptions:
     """Which text."""
 
@@ -81,7 +90,7 @@ class CollectOptions(ModelOptions, TextOptions):
 
 
 @dataclass(kw_only=True)
-class TrainOptions:
+class TrainOptions(PluginOptions):
     """Options of softsae train."""
 
     out: str
@@ -103,7 +112,7 @@ class TrainOptions:
 
 
 @dataclass(kw_only=True)
-class EvalOptions(ModelOptions, TextOptions):
+class EvalOptions(ModelOptions, TextOptions, PluginOptions):
     """Options of softsae eval."""
 
     run: str
@@ -122,7 +131,7 @@ class EvalOptions(ModelOptions, TextOptions):
 
 
 @dataclass(kw_only=True)
-class InfoOptions:
+class InfoOptions(PluginOptions):
     """Options of softsae info."""
 
     path: str | None = None
