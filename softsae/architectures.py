@@ -87,6 +87,8 @@ class SoftSAEConfig(Section):
         optional(number, "k_max", self.k_max, 0, n, above=True)
         if self.k_min > k:
             raise ValueError(f"k_min={self.k_min} exceeds k={k}")
+        if self.k_max is None and k >= n:
+            raise ValueError(f"k={k} must be below n={n}: the mean of k_hat stays below k_max")
         if self.k_max is not None and self.k_max <= k:
             raise ValueError(f"k_max={self.k_max} must exceed the target k={k}")
 

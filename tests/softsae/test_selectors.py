@@ -289,14 +289,22 @@ def test_msae_decodes_few_latents_by_their_rows_and_many_by_a_product():
     section = MSAEConfig([2, 3, 4, 60, 128])  # 2, 1 and 1 of 128 are few
     sae = autoencoder(architecture="msae", n=128, k=3.0, msae=section).double()
     x = samples().double()
-    a = torch.relu(sae.pre_activations(x)).detach()
-    ranking = sae.selector.rank(a)
+    pre = sae.pre_activations(x).detach().requires_grad_()
+    a = torch.relu(pre)
+    ranking = sae.selector.rank(a.detach())
     assert ranking.shape == (B, 60)
     start = 0
     for end in (2, 3, 4, 60, 128):
-        between = keep_largest(a, [end] * B) - keep_largest(a, [start] * B)
-        found = sae.selector.between(sae.W_dec, a, ranking, start, end)
-        torch.testing.assert_close(found, between @ sae.W_dec)
+        between = (keep_largest(a.detach(), [end] * B) != 0) & (keep_largest(a.detach(), [start] * B) == 0)
+        pairs = [
+            (found.detach(), *torch.autograd.grad(found.square().sum(), (pre, sae.W_dec), retain_graph=True))
+            for found in (
+                sae.selector.between(sae.W_dec, a, ranking, start, end),
+                (a * between) @ sae.W_dec,
+            )
+        ]
+        for found, expected in zip(*pairs, strict=True):
+            torch.testing.assert_close(found, expected)
         start = end
 
 
