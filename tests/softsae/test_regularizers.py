@@ -193,3 +193,13 @@ def test_training_with_r1_leaves_less_off_the_support(tmp_path):
         found[weight] = ((a.sum() - kept.sum()) / a.sum()).item(), evaluate(sae, [x])["explained_variance"]
     assert found[0.3][0] < 0.5 * found[0.0][0]
     assert found[0.3][1] > 0.5
+
+
+def test_no_dense_copy_is_kept_for_the_gradient():
+    a = torch.rand(B, N, requires_grad=True) * 1  # no leaf
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        terms = losses.regularizers(a, a.detach() * (a > 0.8), BOTH)
+    dense = [t for t in kept if t.numel() >= B * N and t.is_floating_point()]
+    assert dense and {t.data_ptr() for t in dense} == {a.data_ptr()}
+    assert set(terms) == {"r1", "r2"}
