@@ -136,7 +136,7 @@ class MSAEConfig(Section):
     """MSAE: every k of a list reconstructs by itself, and the loss is their mean; inference uses `k`."""
 
     ks: list[int] | None = None
-    """the budgets, ascending, `k` one of them; None is k, 2 k, 4 k ... and n, as published"""
+    """the budgets, ascending, `k` one of them; None is k, 2 k, 4 k ... and n (published: with k = 64)"""
     weighting: Literal["uniform", "reverse"] = "uniform"
     """weights of their losses: 'uniform', or 'reverse': m, m - 1 ... 1 for m budgets, the smallest first"""
 

@@ -122,8 +122,8 @@ class EvalOptions(ModelOptions, TextOptions, PluginOptions):
     activations: str | None = None
     """held-out activations; by default what the run was evaluated on"""
     k: float | None = None
-    """keep the k largest activations of each sample in place of what the rule selects; the results go to
-    evaluation-k.json and the screen"""
+    """keep the k largest activations of each sample in place of what the rule selects; of k = 8 the
+    results go to the screen and evaluation-k8.json"""
     cross_entropy_tokens: int = 4096
     """held-out tokens for the cross-entropy in the language model; 0 leaves it out"""
     quick: bool = False

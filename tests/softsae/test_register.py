@@ -152,6 +152,14 @@ def test_the_command_line_trains_resumes_and_describes_it(plugin, activations, t
     assert "a module 'json' is there already" in capsys.readouterr().err
 
 
+def test_a_plugin_is_a_module_or_a_file(plugin, monkeypatch):
+    monkeypatch.syspath_prepend(str(plugin.parent))
+    import_plugin("group_topk")
+    assert "grouptopk" in ARCHITECTURES
+    import_plugin("group_topk")
+    import_plugin(str(plugin))
+
+
 def test_a_plugin_that_fails_is_not_left_behind(tmp_path):
     (tmp_path / "half_written.py").write_text("import softsae\nraise ValueError('not yet')")
     for _ in range(2):
