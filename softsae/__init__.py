@@ -12,12 +12,15 @@ if TYPE_CHECKING:
         FeatureChoiceConfig,
         GatedConfig,
         JumpReLUConfig,
+        MSAEConfig,
         ReLUConfig,
+        Section,
         SoftSAEConfig,
     )
     from softsae.autoencoder import Output, SparseAutoencoder, load
     from softsae.config import (
         AutoencoderConfig,
+        RegularizerConfig,
         RunConfig,
         TrainConfig,
         corrected,
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from softsae.language_model import attach, load_language_model
     from softsae.metrics import evaluate
     from softsae.recipes import recipe
+    from softsae.selectors import Selection, Selector, register
     from softsae.trainer import Trainer
 
 # Where each public name lives. Loaded when first used: the command line's --help needs no torch.
@@ -36,9 +40,14 @@ HOMES = {
     "FeatureChoiceConfig": "architectures",
     "GatedConfig": "architectures",
     "JumpReLUConfig": "architectures",
+    "MSAEConfig": "architectures",
     "Output": "autoencoder",
     "ReLUConfig": "architectures",
+    "RegularizerConfig": "config",
     "RunConfig": "config",
+    "Section": "architectures",
+    "Selection": "selectors",
+    "Selector": "selectors",
     "SoftSAEConfig": "architectures",
     "SparseAutoencoder": "autoencoder",
     "TrainConfig": "config",
@@ -50,6 +59,7 @@ HOMES = {
     "load_language_model": "language_model",
     "published": "config",
     "recipe": "recipes",
+    "register": "selectors",
 }
 
 __all__ = [
@@ -59,9 +69,14 @@ __all__ = [
     "FeatureChoiceConfig",
     "GatedConfig",
     "JumpReLUConfig",
+    "MSAEConfig",
     "Output",
     "ReLUConfig",
+    "RegularizerConfig",
     "RunConfig",
+    "Section",
+    "Selection",
+    "Selector",
     "SoftSAEConfig",
     "SparseAutoencoder",
     "TrainConfig",
@@ -73,6 +88,7 @@ __all__ = [
     "load_language_model",
     "published",
     "recipe",
+    "register",
 ]
 
 

@@ -1,6 +1,7 @@
 """What each architecture has to be told: a section of the configuration for every selection rule.
 
 A field that is None takes the value of the run's mode (`resolved`). Nothing here imports torch.
+`softsae.register` adds architectures of the user's own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from softsae.checks import choice, integer, number, optional
+from softsae.checks import choice, integer, nearest_choice, number, optional
 
 
 @dataclass
@@ -50,9 +51,10 @@ class EstimatorConfig:
 
 @dataclass
 class Section:
-    """The options of one architecture."""
+    """The options of one architecture: a dataclass, whose fields JSON can hold."""
 
     alpha = None  # the final scale of a soft selection; None where there is none
+    top_k = True  # whether the largest of several activations are kept; False: each by itself, as in relu
 
     def fit(self, k: float, n: int):
         """ValueError where the options contradict k or the number of latents n."""
@@ -101,6 +103,8 @@ class SoftSAEConfig(Section):
         optional(number, "k_max", self.k_max, 0, n, above=True)
         if self.k_min > k:
             raise ValueError(f"k_min={self.k_min} exceeds k={k}")
+        if self.k_max is None and k >= n:
+            raise ValueError(f"k={k} must be below n={n}: the mean of k_hat stays below k_max")
         if self.k_max is not None and self.k_max <= k:
             raise ValueError(f"k_max={self.k_max} must exceed the target k={k}")
 
@@ -144,9 +148,46 @@ class FeatureChoiceConfig(BatchTopKConfig):
 
 
 @dataclass
+class MSAEConfig(Section):
+    """MSAE: every k of a list reconstructs by itself, and the loss is their mean; inference uses `k`."""
+
+    ks: list[int] | None = None
+    """the budgets, ascending, `k` one of them; None is k, 2 k, 4 k ... and n (published: with k = 64)"""
+    weighting: Literal["uniform", "reverse"] = "uniform"
+    """weights of their losses: 'uniform', or 'reverse': m, m - 1 ... 1 for m budgets, the smallest first"""
+
+    def __post_init__(self):
+        if self.ks is not None:
+            if not isinstance(self.ks, (list, tuple)) or not self.ks:
+                raise ValueError(f"ks={self.ks!r} must be a list of budgets")
+            for k in self.ks:
+                integer("ks", k, 1)
+            if any(a >= b for a, b in zip(self.ks, self.ks[1:], strict=False)):
+                raise ValueError(f"ks={self.ks!r} must be ascending")
+            self.ks = list(self.ks)
+        choice("weighting", self.weighting, ("uniform", "reverse"))
+
+    def fit(self, k: float, n: int):
+        number("k", k, 0.5, n)
+        if self.ks is None:
+            return
+        integer("ks", self.ks[-1], 1, n)
+        if math.floor(k + 0.5) not in self.ks:
+            raise ValueError(f"ks={self.ks!r} must hold k={k}, the budget at inference")
+
+    def resolved(self, k: float, n: int, as_published: bool) -> MSAEConfig:
+        doubled, budget = [], math.floor(k + 0.5)
+        while budget < n:
+            doubled.append(budget)
+            budget *= 2
+        return fill(self, ks=[*doubled, n])
+
+
+@dataclass
 class JumpReLUConfig(Section):
     """JumpReLU: activations above a learned threshold each; the mean L0 is drawn to k by a loss."""
 
+    top_k = False
     threshold: float = 0.03
     """what every threshold starts from, relative to the norm of what is reconstructed, sqrt(mean |x|^2)
     (published: 0.001)"""
@@ -172,6 +213,7 @@ class JumpReLUConfig(Section):
 class ReLUConfig(Section):
     """ReLU with an L1 penalty; the mean L0 is what the penalty makes of it, k is not used."""
 
+    top_k = False
     l1_weight: float = 0.1
     """weight of sum_i f_i |d_i| beside |x - x_hat|^2, as for activations with a mean |x|^2 of 1"""
     l1_warmup_steps: int | None = None
@@ -193,16 +235,40 @@ class GatedConfig(ReLUConfig):
     """
 
 
-# Every architecture with its section and the class of its rule, which is imported when it is needed.
-ARCHITECTURES: dict[str, tuple[type[Section], str]] = {
+# Every architecture with its section and its rule: a class, or where it is, to be imported when needed.
+ARCHITECTURES: dict[str, tuple[type[Section], str | type]] = {
     "softsae": (SoftSAEConfig, "softsae.selectors.softsae:SoftSAE"),
     "topk": (TopKConfig, "softsae.selectors.topk:TopK"),
     "batchtopk": (BatchTopKConfig, "softsae.selectors.batchtopk:BatchTopK"),
     "featurechoice": (FeatureChoiceConfig, "softsae.selectors.batchtopk:FeatureChoice"),
+    "msae": (MSAEConfig, "softsae.selectors.msae:MSAE"),
     "jumprelu": (JumpReLUConfig, "softsae.selectors.jumprelu:JumpReLU"),
     "relu": (ReLUConfig, "softsae.selectors.relu:ReLU"),
     "gated": (GatedConfig, "softsae.selectors.gated:Gated"),
 }
+
+
+def registered(name: str) -> bool:
+    """Whether it is an architecture that `softsae.register` has added."""
+    return name in ARCHITECTURES and not isinstance(ARCHITECTURES[name][1], str)
+
+
+def section_of(name: str, options: Section | dict | None) -> Section:
+    """The section of a registered architecture from its options as they were given.
+
+    Raises ValueError for a field that it does not have, TypeError for a section of another kind.
+    """
+    kind = ARCHITECTURES[name][0]
+    if isinstance(options, kind):
+        return options
+    if options is not None and not isinstance(options, dict):
+        raise TypeError(
+            f"options of {name!r} must be of the class {kind.__name__}, not {type(options).__name__}"
+        )
+    known = [f.name for f in dataclasses.fields(kind)]
+    for field_name in options or {}:
+        nearest_choice("options", field_name, known)
+    return kind(**(options or {}))
 
 
 def fill(config, **values):

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softsae import checkpoint, losses, selectors
-from softsae.architectures import ARCHITECTURES, EstimatorConfig
+from softsae.architectures import ARCHITECTURES, EstimatorConfig, registered
+from softsae.checks import number
 from softsae.config import AutoencoderConfig, resolve_autoencoder
 from softsae.schedules import Phase
 from softsae.transcoder import fit_decoder
@@ -195,22 +196,58 @@ class SparseAutoencoder(nn.Module):
     def inference_phase(self, hard: bool) -> Phase:
         return Phase(alpha=self.config.section.alpha, k_target=self.config.k, hard=hard)
 
-    def forward(self, x: Tensor, phase: Phase | None = None, target: Tensor | None = None) -> Output:
+    def budgets(self, k: float | Tensor, lead: torch.Size) -> Tensor:
+        """A checked k, a number or a tensor that broadcasts to `lead`, for every row: (B,), float32."""
+        if not isinstance(k, Tensor):
+            number("k", k, 0, self.config.n)
+            return torch.full((lead.numel(),), float(k), device=self.b_dec.device)
+        if k.dtype == torch.bool or k.is_complex():
+            raise TypeError(f"k must be a number or a tensor of numbers, not of dtype {k.dtype}")
+        sizes = zip(reversed(k.shape), reversed(lead), strict=False)
+        if k.dim() > len(lead) or any(size not in (1, wanted) for size, wanted in sizes):
+            raise ValueError(f"k of shape {tuple(k.shape)} must broadcast to {tuple(lead)}, x without d")
+        if k.device != self.b_dec.device:
+            raise ValueError(f"k is on {k.device}, the autoencoder on {self.b_dec.device}")
+        return k.detach().float().clamp(0, self.config.n).expand(lead).reshape(-1)
+
+    def select(self, x: Tensor, rows: Tensor, phase: Phase, k: float | Tensor | None) -> selectors.Selection:
+        """The rule's selection for the normalised rows (B, d) of x (..., d), or the k largest."""
+        pre = self.encoder(rows)
+        if k is None:
+            return self.selector(self, rows, pre, phase)
+        return self.selector.largest(self, pre, self.budgets(k, x.shape[:-1]))
+
+    def forward(
+        self,
+        x: Tensor,
+        phase: Phase | None = None,
+        target: Tensor | None = None,
+        *,
+        k: float | Tensor | None = None,
+    ) -> Output:
         """Reconstruct x (..., d), or a transcoder's target.
 
         Args:
             x: activations of any float dtype; the arithmetic is float32 (autocast apart).
             phase: the moment of training; None is inference: hard selection, the final alpha.
             target: (..., d_out), what a transcoder is to make of x; without it there are no losses.
+            k: keep the k largest activations in place of what the rule selects: a number or a tensor
+                that broadcasts to (...), rounded half up, beyond 0 ... n clamped where it is a tensor.
+                Of relu, gated and jumprelu, which decide on each latent by itself, at most those that
+                they keep; of all others of relu(pre), whatever the threshold or the estimator says.
+                The only loss is the reconstruction.
 
         Raises:
             TypeError, ValueError: x or the target is no float tensor, has another width or is on
-                another device; a target that does not belong to x, or to an autoencoder.
+                another device; a target that does not belong to x, or to an autoencoder; k is out of
+                range as a number, has another shape, or is given in training.
         """
+        if k is not None and phase is not None:
+            raise ValueError(f"k={k!r} has a meaning at inference only, phase must be None")
         rows = self.rows(x)
         wanted = self.target_rows(x, rows, target)
         phase = phase or self.inference_phase(hard=True)
-        selection = self.selector(self, rows, self.encoder(rows), phase)
+        selection = self.select(x, rows, phase, k)
         reconstruction = self.decoder(selection.latents)
         if wanted is None:
             terms = {}
@@ -220,8 +257,12 @@ class SparseAutoencoder(nn.Module):
             ends = self.config.prefixes()
             nested = losses.nested_reconstruction(wanted, selection.latents, self.W_dec, self.b_dec, ends)
             terms = {"reconstruction": nested}
-        if wanted is not None:
+        if wanted is not None and k is None:
             terms |= self.selector.loss_terms(self, wanted, selection, phase)
+        if phase.regularizer is not None:
+            if selection.activations is None:
+                raise ValueError(f"regularizer: {type(self.selector).__name__} hands over no activations")
+            terms |= losses.regularizers(selection.activations, selection.latents, phase.regularizer)
         lead = x.shape[:-1]
         return Output(
             self.denormalize(reconstruction).reshape(*lead, self.d_out).to(x.dtype),
@@ -242,10 +283,11 @@ class SparseAutoencoder(nn.Module):
         """W_enc (x' - center) + b_enc, before ReLU and selection: (..., d) -> (..., n)."""
         return self.encoder(self.rows(x)).reshape(*x.shape[:-1], self.config.n)
 
-    def encode(self, x: Tensor, hard: bool = True) -> Tensor:
-        """Latents (..., n) of x (..., d); hard=False gates softly, at the final alpha."""
-        rows = self.rows(x)
-        selection = self.selector(self, rows, self.encoder(rows), self.inference_phase(hard))
+    def encode(self, x: Tensor, hard: bool = True, *, k: float | Tensor | None = None) -> Tensor:
+        """Latents (..., n) of x (..., d); hard=False gates softly, at the final alpha; k as in `forward`."""
+        if k is not None and not hard:
+            raise ValueError(f"k={k!r} is a hard selection, hard must not be False")
+        selection = self.select(x, self.rows(x), self.inference_phase(hard), k)
         return selection.latents.reshape(*x.shape[:-1], self.config.n)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -276,7 +318,10 @@ class SparseAutoencoder(nn.Module):
         path = Path(path)
         config = dataclasses.asdict(self.config)
         file = path if path.suffix == ".safetensors" else path / "sae.safetensors"
-        checkpoint.write(file, dict(self.state_dict()), {"format": FORMAT, "config": config})
+        header = {"format": FORMAT, "config": config}
+        if registered(self.config.architecture):
+            header["registered_by"] = type(self.selector).__module__
+        checkpoint.write(file, dict(self.state_dict()), header)
         if file != path:
             checkpoint.write_json(path / "config.json", config)
         return file
@@ -287,11 +332,19 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, not one of ours, or lacks parameters; the message names it.
+        ValueError: the file is truncated, not one of ours, lacks parameters, or its architecture is
+            registered by a module that is not imported; the message names it.
     """
     path = Path(path)
     file = path / "sae.safetensors" if path.is_dir() else path
     tensors, header = checkpoint.read(file, FORMAT)
+    name = header.get("config", {}).get("architecture")
+    if "registered_by" in header and name not in ARCHITECTURES:
+        raise ValueError(
+            f"{file} has the architecture {name!r}, which nothing has registered: import the module that"
+            f" calls softsae.register first ({header['registered_by']!r} when it was saved; --plugin on the"
+            " command line)"
+        )
     sae = checkpoint.parse(file, lambda: SparseAutoencoder(config_from(header["config"])))
     checkpoint.fill(file, sae, tensors)
     return sae.to(device).eval()

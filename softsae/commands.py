@@ -169,16 +169,19 @@ def evaluate(options: EvalOptions) -> None:
         print(f"no cross-entropy: {'it is a transcoder' if sae.is_transcoder else reason}")
     part = "given" if options.activations else "held-out"
     result = {"activations": str(path), "target": target, "part": part}
-    result["metrics"] = evaluate_activations(sae, source.in_order(BATCH))
+    if options.k is not None:
+        result["k"] = options.k
+    result["metrics"] = evaluate_activations(sae, source.in_order(BATCH), k=options.k)
     if tokens:
         lm = model_of(source, options)
         sequences = source.sequences.draw(tokens, options.seed)
         control = untrained(sae, next(source.batches(BATCH, options.seed)))
         result["cross_entropy"] = measure_cross_entropy(
-            lm, source, sequences, {run.name: sae, "untrained": control}
+            lm, source, sequences, {run.name: sae, "untrained": control}, options.k
         ).as_dict()
-    runs.write_json(out / EVALUATION, result)
-    is_run = (out / "metrics.jsonl").is_file()
+    file = EVALUATION if options.k is None else f"evaluation-k{options.k:g}.json"
+    runs.write_json(out / file, result)
+    is_run = options.k is None and (out / "metrics.jsonl").is_file()
     print(f"see {write_run_summary(out)}" if is_run else json.dumps(result, indent=1))
 
 
@@ -220,12 +223,13 @@ def model_of(source: ShardSource, options) -> LanguageModel:
 
 
 def measure_cross_entropy(
-    lm: LanguageModel, source: ShardSource, sequences: Sequences, autoencoders: dict
+    lm: LanguageModel, source: ShardSource, sequences: Sequences, autoencoders: dict, k: float | None = None
 ) -> CrossEntropy:
     """`evaluate_cross_entropy` with the layer and the rule of a folder of activations, and a bar."""
     with tqdm(total=len(sequences), unit="sequence", desc="cross-entropy") as bar:
+        excluded = Exclusion.of(source.manifest)
         return evaluate_cross_entropy(
-            lm, sequences, source.manifest["layer"], autoencoders, Exclusion.of(source.manifest), bar.update
+            lm, sequences, source.manifest["layer"], autoencoders, excluded, bar.update, k
         )
 
 

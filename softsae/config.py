@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from softsae.architectures import (
     ARCHITECTURES,
@@ -18,10 +18,13 @@ from softsae.architectures import (
     FeatureChoiceConfig,
     GatedConfig,
     JumpReLUConfig,
+    MSAEConfig,
     ReLUConfig,
     Section,
     SoftSAEConfig,
     fill,
+    registered,
+    section_of,
 )
 from softsae.checks import choice, integer, nearest_choice, number, optional
 
@@ -40,7 +43,8 @@ class AutoencoderConfig:
     n: int = 4096
     """number of latents"""
     architecture: str = "softsae"
-    """the selection rule: softsae, topk, batchtopk, featurechoice, jumprelu, relu or gated"""
+    """the selection rule: softsae, topk, batchtopk, featurechoice, msae, jumprelu, relu or
+    gated"""
     k: float = 32.0
     """active latents per sample: exactly for topk, in the mean for others"""
     normalization: Literal["none", "unit_mean_square", "unit_mean_norm", "standardize"] | None = None
@@ -56,12 +60,16 @@ class AutoencoderConfig:
     """options of batchtopk"""
     featurechoice: FeatureChoiceConfig = field(default_factory=FeatureChoiceConfig)
     """options of featurechoice"""
+    msae: MSAEConfig = field(default_factory=MSAEConfig)
+    """options of msae"""
     jumprelu: JumpReLUConfig = field(default_factory=JumpReLUConfig)
     """options of jumprelu"""
     relu: ReLUConfig = field(default_factory=ReLUConfig)
     """options of relu"""
     gated: GatedConfig = field(default_factory=GatedConfig)
     """options of gated"""
+    options: dict[str, Any] | Section | None = None
+    """options of an architecture that softsae.register has added"""
 
     def __post_init__(self):
         if self.d is not None:
@@ -72,10 +80,19 @@ class AutoencoderConfig:
         number("k", self.k, 0, self.n, above=True)
         choice("normalization", self.normalization, (*NORMALIZATIONS, None))
         if self.matryoshka is not None:
+            if self.architecture == "msae":
+                raise ValueError(f"matryoshka={self.matryoshka!r}: msae nests budgets: give one of them")
             self.prefixes()
         for name in self.sections():
             if name != self.architecture and getattr(self, name) != ARCHITECTURES[name][0]():
                 raise ValueError(f"{name}: options are given, but the architecture is {self.architecture!r}")
+        if registered(self.architecture):
+            self.options = section_of(self.architecture, self.options)
+        elif self.options is not None:
+            raise ValueError(
+                f"options: they are for registered architectures, {self.architecture!r} is built in and has"
+                " a section of its name"
+            )
         self.section.fit(self.k, self.n)
 
     def prefixes(self) -> list[int]:
@@ -97,10 +114,54 @@ class AutoencoderConfig:
         return [f.name for f in dataclasses.fields(self) if f.name in ARCHITECTURES]
 
     @property
+    def section_field(self) -> str | None:
+        """The field that holds the options of the architecture, None where it has none."""
+        if registered(self.architecture):
+            return "options"
+        return self.architecture if self.architecture in self.sections() else None
+
+    @property
     def section(self) -> Section:
         """The options of the architecture."""
-        name = self.architecture
-        return getattr(self, name) if name in self.sections() else ARCHITECTURES[name][0]()
+        name = self.section_field
+        return ARCHITECTURES[self.architecture][0]() if name is None else getattr(self, name)
+
+    def with_section(self, section: Section) -> AutoencoderConfig:
+        """A copy with other options of the architecture."""
+        name = self.section_field
+        return self if name is None else dataclasses.replace(self, **{name: section})
+
+
+@dataclass
+class RegularizerConfig:
+    """Penalties on the activations a = relu(pre) before a top-k selection (arXiv 2606.27321).
+
+    With S_b the latents selected for sample b and A those selected for any sample of the batch,
+
+        R1 = mean_b sum_{i in A - S_b} a_bi        R2 = mean_b |a_b[A]|_1 / |a_b[A]|_2
+
+    Where the paper leaves open how terms are added up and weighted, this is our reading.
+    """
+
+    r1_weight: float = 0.0
+    """weight of R1, relative to mean |x|^2 as the reconstruction loss is"""
+    r2_weight: float = 0.0
+    """weight of R2, likewise"""
+    r1_reduction: Literal["sum", "mean"] = "sum"
+    """R1 of a sample is the 'sum' over the units of A - S_b, or the 'mean' over those of the whole batch"""
+    all_units: bool = False
+    """put all latents in the place of A"""
+
+    def __post_init__(self):
+        number("regularizer.r1_weight", self.r1_weight, 0, math.inf)
+        number("regularizer.r2_weight", self.r2_weight, 0, math.inf)
+        choice("regularizer.r1_reduction", self.r1_reduction, ("sum", "mean"))
+        choice("regularizer.all_units", self.all_units, (True, False))
+
+    def weights(self, square_norm: float) -> dict[str, float]:
+        """Of the loss terms that are wanted, by name."""
+        given = {"r1": self.r1_weight * square_norm, "r2": self.r2_weight * square_norm}
+        return {name: weight for name, weight in given.items() if weight}
 
 
 @dataclass
@@ -151,6 +212,8 @@ class TrainConfig:
     """beta of the softplus in the budget loss"""
     auxk_weight: float = 1 / 32
     """weight of AuxK relative to mean |x|^2, as the reconstruction loss is; 0 leaves it out"""
+    regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
+    """penalties on activations before a top-k selection; by default none"""
     dead_after: int | None = None
     """samples without activation after which a latent is dead; None is 5% of all, at most 10 million"""
     count_logged_twice: bool | None = None
@@ -230,10 +293,7 @@ def resolve_autoencoder(config: AutoencoderConfig, mode: str = "corrected") -> A
     """A copy in which every field that was None, except d and d_out, has the value of the mode."""
     as_published = mode == "published"
     config = fill(config, normalization="unit_mean_norm" if as_published else "unit_mean_square")
-    name = config.architecture
-    if name not in config.sections():
-        return config
-    return dataclasses.replace(config, **{name: config.section.resolved(config.k, config.n, as_published)})
+    return config.with_section(config.section.resolved(config.k, config.n, as_published))
 
 
 def resolve(config: RunConfig, d: int, d_out: int | None = None) -> RunConfig:
@@ -247,12 +307,15 @@ def resolve(config: RunConfig, d: int, d_out: int | None = None) -> RunConfig:
     if autoencoder.d_out not in (None, d_out):
         found = "there is no target" if d_out is None else f"the target has d={d_out}"
         raise ValueError(f"d_out={autoencoder.d_out} in the configuration, but {found}")
+    if not autoencoder.section.top_k and train.regularizer.weights(1.0):
+        raise ValueError(
+            f"regularizer: r1_weight={train.regularizer.r1_weight}, r2_weight={train.regularizer.r2_weight}"
+            f" need a top-k selection, the architecture is {autoencoder.architecture!r}"
+        )
     as_published = train.mode == "published"
     autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d, d_out=d_out), train.mode)
     faster = autoencoder.softsae.estimator.kind in ("wide", "shared") and not as_published
-    name = autoencoder.architecture
-    if name in autoencoder.sections():
-        autoencoder = dataclasses.replace(autoencoder, **{name: autoencoder.section.scheduled(train.steps)})
+    autoencoder = autoencoder.with_section(autoencoder.section.scheduled(train.steps))
     final_alpha = autoencoder.section.alpha
     samples = train.steps * train.batch_size
     train = fill(

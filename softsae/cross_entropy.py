@@ -66,6 +66,7 @@ def evaluate_cross_entropy(
     autoencoders: Mapping[str, object],
     excluded: Callable[[Tensor, Tensor], Tensor],
     progress: Callable[[int], object] | None = None,
+    k: float | None = None,
 ) -> CrossEntropy:
     """Cross-entropy clean, zero-ablated and with each autoencoder in place of block `layer`'s output.
 
@@ -77,12 +78,13 @@ def evaluate_cross_entropy(
         excluded: (token_ids (B, T), residual stream (B, T, d)) -> bool mask (B, T) of the positions
             that training excluded.
         progress: called with the number of sequences done after each batch.
+        k: keep the k largest activations of each position, by `encode(x, k=k)`.
 
     Raises:
         ValueError: layer out of range, no sequence with two tokens.
     """
     runs = {"clean": None, "zero": torch.zeros_like} | {
-        name: _reconstruction(sae) for name, sae in autoencoders.items()
+        name: _reconstruction(sae, k) for name, sae in autoencoders.items()
     }
     if len(runs) != 2 + len(autoencoders):
         raise ValueError(f"autoencoders={sorted(autoencoders)}: 'clean' and 'zero' are taken")
@@ -126,8 +128,8 @@ def evaluate_cross_entropy(
     )
 
 
-def _reconstruction(sae) -> Callable[[Tensor], Tensor]:
-    return lambda x: reconstruct(sae, x)
+def _reconstruction(sae, k: float | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: reconstruct(sae, x, k=k)
 
 
 def _loss(lm: LanguageModel, layer: int, output, ids: Tensor, valid: Tensor) -> float:

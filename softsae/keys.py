@@ -24,12 +24,16 @@ def keys_of(options: type, prefix: str = "") -> dict[str, bool]:
 
 
 def section_types(options: type) -> dict[str, type | None]:
-    """Every field of a dataclass, and the dataclass that it holds or may hold, if any."""
+    """Every field of a dataclass, and the dataclass that it holds or may hold, if any.
+
+    None for a field that may hold a dict as well: its keys are not known here.
+    """
     kinds, found = get_type_hints(options), {}
     for field in dataclasses.fields(options):
         kind = kinds[field.name]
         either = get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind]
-        found[field.name] = next(filter(dataclasses.is_dataclass, either), None)
+        free = any((get_origin(one) or one) is dict for one in either)
+        found[field.name] = None if free else next(filter(dataclasses.is_dataclass, either), None)
     return found
 
 

@@ -294,13 +294,16 @@ def attach(
         hook.remove()
 
 
-def reconstruct(sae, x: Tensor, edit=None, keep=None, keep_error: bool = False) -> Tensor:
-    """The reconstruction of x (..., d) in x's dtype, with the positions of `keep` left as they are."""
+def reconstruct(sae, x: Tensor, edit=None, keep=None, keep_error: bool = False, k=None) -> Tensor:
+    """The reconstruction of x (..., d) in x's dtype, with the positions of `keep` left as they are.
+
+    With k, that of the k largest activations of each position.
+    """
     wide = x.float()
     if sae is None:
         new = edit(wide)
     else:
-        latents = sae.encode(wide, hard=True)
+        latents = sae.encode(wide, hard=True) if k is None else sae.encode(wide, k=k)
         new = sae.decode(latents if edit is None else edit(latents))
         if keep_error:
             new = new + (wide - sae.decode(latents))

@@ -58,6 +58,15 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
+class PluginOptions:
+    """Architectures of the user's own."""
+
+    plugin: list[str] | str = field(default_factory=list)
+    """a module to import first, by name or as a .py file, such as one that calls softsae.register; or
+    several: '[a, b.py]'"""
+
+
+@dataclass(kw_only=True)
 class TextOptions:
     """Which text."""
 
@@ -81,7 +90,7 @@ class CollectOptions(ModelOptions, TextOptions):
 
 
 @dataclass(kw_only=True)
-class TrainOptions:
+class TrainOptions(PluginOptions):
     """Options of softsae train."""
 
     out: str
@@ -110,7 +119,7 @@ class TrainOptions:
 
 
 @dataclass(kw_only=True)
-class EvalOptions(ModelOptions, TextOptions):
+class EvalOptions(ModelOptions, TextOptions, PluginOptions):
     """Options of softsae eval."""
 
     run: str
@@ -121,6 +130,9 @@ class EvalOptions(ModelOptions, TextOptions):
     """held-out activations; by default what the run was evaluated on"""
     target: str | None = None
     """a transcoder's target of these activations; by default that of the run"""
+    k: float | None = None
+    """keep the k largest activations of each sample in place of what the rule selects; of k = 8 the
+    results go to the screen and evaluation-k8.json"""
     cross_entropy_tokens: int = 4096
     """held-out tokens for the cross-entropy in the language model; 0 leaves it out"""
     quick: bool = False
@@ -136,7 +148,7 @@ class RecipesOptions:
 
 
 @dataclass(kw_only=True)
-class InfoOptions:
+class InfoOptions(PluginOptions):
     """Options of softsae info."""
 
     path: str | None = None

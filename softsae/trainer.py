@@ -212,7 +212,8 @@ class Trainer:
             if train.auxk_weight and len(dead := self.dead.refresh(self.step)):
                 terms["auxk"] = sae.auxk_loss(x, out.x_hat, dead, target)
         of_x = square_norm(self.config.autoencoder)
-        weights = {"auxk": train.auxk_weight * of_x, **sae.selector.loss_weights(train, of_x, self.step)}
+        weights = {"auxk": train.auxk_weight * of_x, **train.regularizer.weights(of_x)}
+        weights |= sae.selector.loss_weights(train, of_x, self.step)
         loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

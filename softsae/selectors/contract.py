@@ -9,16 +9,21 @@ from torch import Tensor, nn
 
 from softsae.config import AutoencoderConfig, TrainConfig
 from softsae.schedules import Phase
+from softtopk import hard_topk
 
 if TYPE_CHECKING:
     from softsae.autoencoder import SparseAutoencoder
 
 
 class Selection(NamedTuple):
-    """latents (B, n): activations times their gates. k_hat (B,): the float32 budget of each row."""
+    """latents (B, n): activations times their gates. k_hat (B,): the float32 budget of each row.
+
+    activations (B, n): what a top-k rule selected from, >= 0, with its gradient; None of other rules.
+    """
 
     latents: Tensor
     k_hat: Tensor
+    activations: Tensor | None = None
 
 
 class Selector(nn.Module):
@@ -41,6 +46,18 @@ class Selector(nn.Module):
             phase: alpha, target and whether the selection is hard.
         """
         raise NotImplementedError
+
+    def activations(self, sae: SparseAutoencoder, pre: Tensor) -> Tensor:
+        """What a k given at inference chooses from, (B, n): relu(pre) (B, n), which may be overwritten.
+
+        Of a rule that decides on every latent by itself: its latents.
+        """
+        return torch.relu_(pre)
+
+    def largest(self, sae: SparseAutoencoder, pre: Tensor, k: Tensor) -> Selection:
+        """The round-half-up(k) largest `activations` of every row, k (B,), in place of the rule."""
+        a = self.activations(sae, pre)
+        return Selection(a * hard_topk(a.detach(), k), torch.floor(k + 0.5), a)
 
     def loss_terms(
         self, sae: SparseAutoencoder, target: Tensor, selection: Selection, phase: Phase

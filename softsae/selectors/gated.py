@@ -30,10 +30,13 @@ class Gated(Selector):
         self.gate: Tensor | None = None  # relu(g) of the last forward pass, for its loss terms
 
     def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
-        magnitude = torch.relu(self.r.exp() * (pre - sae.b_enc) + self.b_m)
-        latents = torch.where(pre > 0, magnitude, 0)
+        latents = self.activations(sae, pre)
         self.gate = torch.relu(pre) if phase.step is not None else None
         return Selection(latents, (latents.detach() > 0).sum(1).float())
+
+    def activations(self, sae, pre: Tensor) -> Tensor:
+        magnitude = torch.relu(self.r.exp() * (pre - sae.b_enc) + self.b_m)
+        return torch.where(pre > 0, magnitude, 0)
 
     def loss_terms(self, sae, target: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
         if self.gate is None:

@@ -34,6 +34,9 @@ class JumpReLU(Selector):
         latents, gates = Jump.apply(pre, self.threshold, self.bandwidth)
         return Selection(latents, gates.sum(1, dtype=torch.float32))
 
+    def activations(self, sae, pre: Tensor) -> Tensor:
+        return Jump.apply(pre, self.threshold, self.bandwidth)[0]
+
     def loss_terms(self, sae, target: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
         return {"sparsity": (selection.k_hat.mean() / self.config.k - 1).square()}
 

@@ -37,14 +37,16 @@ class SoftSAE(Selector):
             k_hat = self.estimator(sae, x, a)  # [B]
         if phase.hard and not learns:
             latents = a * self.hard_mask(a, k_hat)
-            return Selection(latents.detach() if phase.learns == "decoder" else latents, k_hat)
+            if phase.learns == "decoder":
+                latents, a = latents.detach(), a.detach()
+            return Selection(latents, k_hat, a)
         p = soft_topk(self.routed(a), k_hat, phase.alpha)
         with torch.no_grad():  # the gradient of p is not touched by what its value is set to
             if phase.hard:
                 p.copy_(self.hard_mask(a, k_hat))
             else:
                 torch.threshold_(p, BELOW_ACTIVE, 0.0)
-        return Selection(a * p, k_hat)
+        return Selection(a * p, k_hat, a)
 
     def routed(self, a: Tensor) -> Tensor:
         """a, with as much of the selection's gradient as selection_gradient lets through."""

@@ -9,7 +9,7 @@ import torch
 
 from softsae import AutoencoderConfig, EstimatorConfig, SparseAutoencoder, TrainConfig, Trainer, evaluate
 from softsae.activations.synthetic import SyntheticSource
-from softsae.architectures import BatchTopKConfig, JumpReLUConfig
+from softsae.architectures import BatchTopKConfig, JumpReLUConfig, MSAEConfig
 from softsae.config import square_norm
 from softsae.schedules import Phase
 from tests.softsae.configs import model
@@ -305,3 +305,77 @@ def test_feature_choice_keeps_the_largest_of_each_latent():
     smallest = torch.where(expected > 0, expected, torch.inf).amin(0)
     torch.testing.assert_close(sae.selector.threshold, smallest, rtol=1e-5, atol=1e-6)
     assert torch.equal(sae.encode(x) != 0, a > sae.selector.threshold)
+
+
+def test_msae_averages_the_reconstructions_of_every_k():
+    for ks, weighting, weights in (
+        ([5, 10, 20, 40], "uniform", [1, 1, 1, 1]),  # what None is for k = 5 of 40
+        ([1, 2, 5, 7], "reverse", [4, 3, 2, 1]),
+        ([5], "uniform", [1]),
+        ([3, 4, 5, 39], "reverse", [4, 3, 2, 1]),
+    ):
+        given = None if ks[-1] == N else ks
+        sae = autoencoder(architecture="msae", msae=MSAEConfig(given, weighting)).double()
+        assert sae.config.msae.ks == ks
+        x = samples().double()
+        out = sae(x, HARD._replace(step=0))
+        parameters = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+        found = torch.autograd.grad(out.losses["reconstruction"], parameters)
+        a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+        masks = [keep_largest(a.detach(), [k] * B) != 0 for k in ks]
+        each = [((a * mask) @ sae.W_dec + sae.b_dec - x).pow(2).sum(1).mean() for mask in masks]
+        mean = sum(w * term for w, term in zip(weights, each, strict=True)) / sum(weights)
+        torch.testing.assert_close(out.losses["reconstruction"], mean)
+        for gradient, expected in zip(found, torch.autograd.grad(mean, parameters), strict=True):
+            torch.testing.assert_close(gradient, expected)
+        at_k = keep_largest(a.detach(), [5] * B)
+        torch.testing.assert_close(out.latents.detach(), at_k)
+        torch.testing.assert_close(sae.encode(x), at_k)
+
+
+def test_msae_decodes_few_latents_by_their_rows_and_many_by_a_product():
+    section = MSAEConfig([2, 3, 4, 60, 128])  # 2, 1 and 1 of 128 are few
+    sae = autoencoder(architecture="msae", n=128, k=3.0, msae=section).double()
+    x = samples().double()
+    pre = sae.pre_activations(x).detach().requires_grad_()
+    a = torch.relu(pre)
+    ranking = sae.selector.rank(a.detach())
+    assert ranking.shape == (B, 60)
+    start = 0
+    for end in (2, 3, 4, 60, 128):
+        between = (keep_largest(a.detach(), [end] * B) != 0) & (keep_largest(a.detach(), [start] * B) == 0)
+        pairs = [
+            (found.detach(), *torch.autograd.grad(found.square().sum(), (pre, sae.W_dec), retain_graph=True))
+            for found in (
+                sae.selector.between(sae.W_dec, a, ranking, start, end),
+                (a * between) @ sae.W_dec,
+            )
+        ]
+        for found, expected in zip(*pairs, strict=True):
+            torch.testing.assert_close(found, expected)
+        start = end
+
+
+def test_msae_ranks_equal_activations_by_their_index():
+    sae = autoencoder(architecture="msae", k=4.0, n=6, msae=MSAEConfig([2, 4]))
+    a = torch.tensor([[1.0, 2.0, 2.0, 0.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0, 3.0]])
+    assert sae.selector.rank(a).tolist() == [[1, 2, 5, 0], [5, 0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"msae": MSAEConfig([4, 8])}, r"ks=\[4, 8\] must hold k=5.0"),
+        ({"msae": MSAEConfig([5, 41])}, "ks=41 must be an integer >= 1 and <= 40"),
+        ({"k": 0.4}, "k=0.4 must be a number >= 0.5"),
+        ({"matryoshka": [0.5, 0.5]}, "msae nests budgets: give one"),
+    ],
+)
+def test_msae_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        autoencoder(architecture="msae", **fields)
+    for ks in ([], [2, 2], [0, 1], [1.5], "auto"):
+        with pytest.raises(ValueError, match="ks="):
+            MSAEConfig(ks)
+    with pytest.raises(ValueError, match="weighting='linear'"):
+        MSAEConfig(weighting="linear")
