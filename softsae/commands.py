@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from softsae import runs
+from softsae import runs, selectors
 from softsae.activations import HELDOUT, MANIFEST, TRAIN, as_source, heldout_beside
 from softsae.activations.collect import Exclusion, measure_exclusion
 from softsae.activations.collect import collect as collect_shards
@@ -90,6 +90,8 @@ def train(options: TrainOptions) -> None:
     if held is not None and held.d != source.d:
         raise ValueError(f"--heldout {str(heldout)!r} has d={held.d}, the training activations {source.d}")
     resolve(config, source.d)
+    if not options.resume:
+        selectors.of(config.autoencoder.architecture).check(config.autoencoder, source)
     pick_device(config.train.device)
     runs.open_run(out, "train", options, options.resume)
     trainer = Trainer(config, out=out)

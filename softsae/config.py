@@ -14,6 +14,7 @@ from typing import Literal
 
 from softsae.architectures import (
     ARCHITECTURES,
+    AdaptiveKConfig,
     BatchTopKConfig,
     FeatureChoiceConfig,
     GatedConfig,
@@ -37,7 +38,8 @@ class AutoencoderConfig:
     n: int = 4096
     """number of latents"""
     architecture: str = "softsae"
-    """the selection rule: softsae, topk, batchtopk, featurechoice, jumprelu, relu or gated"""
+    """the selection rule: softsae, topk, batchtopk, featurechoice, adaptivek, jumprelu, relu
+    or gated"""
     k: float = 32.0
     """active latents per sample: exactly for topk, in the mean for others"""
     normalization: Literal["none", "unit_mean_square", "unit_mean_norm", "standardize"] | None = None
@@ -53,6 +55,8 @@ class AutoencoderConfig:
     """options of batchtopk"""
     featurechoice: FeatureChoiceConfig = field(default_factory=FeatureChoiceConfig)
     """options of featurechoice"""
+    adaptivek: AdaptiveKConfig = field(default_factory=AdaptiveKConfig)
+    """options of adaptivek"""
     jumprelu: JumpReLUConfig = field(default_factory=JumpReLUConfig)
     """options of jumprelu"""
     relu: ReLUConfig = field(default_factory=ReLUConfig)
@@ -241,7 +245,6 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
         raise ValueError(f"d={autoencoder.d} in the configuration, but the activations have d={d}")
     as_published = train.mode == "published"
     autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d), train.mode)
-    wide = autoencoder.softsae.estimator.kind == "wide"
     final_alpha = autoencoder.section.alpha
     samples = train.steps * train.batch_size
     train = fill(
@@ -249,12 +252,12 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
         lr=(2e-4 if as_published else 5e-4) / math.sqrt(autoencoder.n / 2**14),
         warmup_steps=min(1000, train.steps // 20),
         clip="global" if as_published else "separate",
-        estimator_lr_multiplier=5.0 if wide and not as_published else 1.0,
+        estimator_lr_multiplier=1.0 if as_published else autoencoder.section.lr_multiplier,
         k_anneal_steps=train.steps // 100 if as_published else 0,
         alpha_start=1.0 if as_published or final_alpha is None else final_alpha,
         alpha_anneal_steps=train.steps // 100,
         hard_steps=train.steps // (25 if as_published else 10),
-        hard_phase="decoder" if as_published else "all",
+        hard_phase="decoder" if as_published and autoencoder.architecture == "softsae" else "all",
         budget_weight=1.0 if as_published else square_norm(autoencoder) / autoencoder.k,
         dead_after=max(1, min(10_000_000, samples // 20)),
         count_logged_twice=as_published,
