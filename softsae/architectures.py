@@ -219,8 +219,6 @@ class AdaptiveKConfig(Section):
     l1_weight: float | None = None
     """weight of mean |f|_1 / |x|_2 in all phases, relative to mean |x|^2; None is 0 (published: 0.005)"""
 
-    lr_multiplier = 0.1
-
     def __post_init__(self):
         if self.scores not in MEASURED_SCORES and not str(self.scores).endswith(".npy"):
             listed = ", ".join(map(repr, MEASURED_SCORES))

@@ -130,7 +130,8 @@ class TrainConfig:
     estimator_clip_norm: float = 1.0
     """largest norm of the estimator's gradient, where clipped separately"""
     estimator_lr_multiplier: float | None = None
-    """learning rate of the k estimator relative to lr; None is 5 (wide), 1 (bottleneck; published)"""
+    """learning rate of the k estimator relative to lr; None is 5 (wide), 1 (bottleneck, adaptivek's
+    probe; published)"""
     k_anneal_steps: int | None = None
     """steps in which the target of the mean k_hat falls from d to k; None is 0, since a target above
     k_max saturates the sigmoid of every k_hat before it is learned (published: 1% of the steps)"""
