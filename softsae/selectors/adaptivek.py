@@ -3,18 +3,20 @@
     s = clamp(w . (x - m) + b, 0, 10),   k_hat = k_min + sigmoid(6 (s / 10 - 1/2)) (k_max - k_min)
     latents = the round(k_hat) largest of relu(pre)
 
-As in the paper: these formulas (apart from m, the mean of the activations, which b would take up), a probe
-fitted by ridge regression to complexity scores before training, then training with the probe frozen, then a
-joint phase with the loss  L_SAE + gamma (L_probe + delta L_deviation),  gamma = 0.9, delta rising from 0.01
-to 0.5, L_SAE with an L1 term |f|_1 / |x|_2. There the probe learns from its scores alone: round(k_hat) has
-no gradient. `published` (config.resolve) does so.
+The paper's, as public summaries give it: these formulas (apart from m, the mean of the activations, which b
+would take up), a probe fitted by ridge regression to complexity scores before training, then training with
+the probe frozen, then a joint phase with the loss  L_SAE + gamma (L_probe + delta L_deviation),  gamma = 0.9,
+delta between 0.01 and 0.5, L_SAE with an L1 term |f|_1 / |x|_2. The weight 0.005 of that and the joint phase
+in the last tenth of the steps are our reading of the options that its code is called with; the code itself
+comes without a licence and is not followed. In `published` mode the probe learns from these terms alone, as
+we read them: a rounded k has no gradient. L_probe is over the samples of the fit; L_deviation, whose form and
+schedule we do not know, is the mean squared change of a batch's scores and rises linearly from 0.
 
-Ours: by default (`corrected`) the probe learns in the joint phase as SoftSAE's estimator does, from the
-reconstruction through the gradient of soft top-k to k and from the budget loss, which keeps the mean k_hat
-at k; the scores are measured (softsae/complexity.py), where the paper asks a language model about the text;
-the ridge weight is given and not cross-validated; L_probe is over the samples of the fit and L_deviation,
-the mean squared change of a batch's scores, rises linearly from 0, where the paper's summary leaves both
-open; k_min and k_max follow k, and the last steps are the joint phase in the share of its command line.
+Ours: in `corrected` mode, the default, the probe learns in the joint phase as SoftSAE's estimator does, from
+the reconstruction, through the gradient of soft top-k to k, and from the budget loss, which keeps the mean
+k_hat at k. The scores are measured (softsae/complexity.py), where the paper has a language model judge the
+text; the ridge weight is given and not cross-validated; the activations are normalised; k_min and k_max
+follow k.
 """
 
 from __future__ import annotations
