@@ -194,16 +194,18 @@ class AdaptiveKConfig(Section):
     samples: int = 16_384
     """activations that the probe is fitted to, a fifth of them held out for its R^2"""
     neighbours: int = 20
-    """nearest neighbours that the local dimension is estimated from"""
+    """nearest neighbours among these samples that the local dimension is estimated from: with more of
+    them, or fewer samples, it is the dimension at a larger scale"""
     ridge: float = 100.0
-    """weight of |w|^2 beside the summed squared errors of the probe, for normalised activations"""
+    """weight of |w|^2 beside the summed squared errors of the probe, for activations of unit mean square"""
     k_min: float | None = None
     """k_hat of the score minus infinity; None is 2 k - k_max"""
     k_max: float | None = None
     """k_hat of the score infinity; None is 2 k - k_min or, with neither given, 32/17 k: the published
     20 ... 320 scaled to the midpoint k"""
     joint_from: float = 0.9
-    """the share of the steps after which the probe learns as well; 1 keeps it as it was fitted"""
+    """the share of the steps after which the probe learns as well; 1 keeps it as it was fitted. By 0.9 the
+    learning rate is falling (decay_from): an earlier start gives the reconstruction more say"""
     alpha: float = 1e-4
     """scale of the soft selection whose gradient the probe gets in the joint phase, in the units of
     the normalised activations"""

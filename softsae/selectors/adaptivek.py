@@ -68,7 +68,8 @@ class AdaptiveK(Selector):
         samples = sae.normalize(samples).double()
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
         held, rest = order.to(samples.device).tensor_split([max(1, len(samples) // HELD_OUT)])
-        mean, w, b, moments = ridge_regression(samples[rest], scores[rest], self.options.ridge)
+        weight = self.options.ridge * samples.pow(2).mean()  # the same whatever the normalisation
+        mean, w, b, moments = ridge_regression(samples[rest], scores[rest], weight)
         r2 = determination(((samples[held] - mean) @ w + b).clamp(0, TOP), scores[held])
         for name, value in {"mean": mean, "w": w, "b": b, "fitted_w": w, "fitted_b": b, "r2": r2}.items():
             getattr(self, name).data.copy_(value)
@@ -146,7 +147,7 @@ class AdaptiveK(Selector):
         return [self.w, self.b]
 
 
-def ridge_regression(x: Tensor, y: Tensor, weight: float) -> tuple[Tensor, Tensor, Tensor, tuple]:
+def ridge_regression(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple]:
     """The minimum of sum_i (y_i - w . (x_i - mean) - b)^2 + weight |w|^2 for x (N, d), y (N,) in float64.
 
     Returns mean (d,) of x, w (d,), b (), and the moments: covariance (d, d) of x, (d,) of x and y, and mean

@@ -182,6 +182,22 @@ def test_the_probe_is_the_ridge_regression_of_the_samples_that_are_not_held_out(
     assert sae(x[:9]).k_hat.tolist() == pytest.approx(budgets, rel=1e-4)
 
 
+def test_the_probe_does_not_depend_on_the_units(tmp_path):
+    x, scores = planted(500, noise=0.5)
+    options = {"d": D, "n": N, "k": K, "architecture": "adaptivek"}
+    np.save(tmp_path / "s.npy", scores)
+    section = AdaptiveKConfig(scores=str(tmp_path / "s.npy"), mapping="none")
+    found = []
+    for normalization in ("unit_mean_square", "unit_mean_norm", "none"):
+        sae = SparseAutoencoder(AutoencoderConfig(**options, normalization=normalization, adaptivek=section))
+        for scaled in (x, 100 * x):
+            sae.initialize(scaled)
+            sae.selector.prepare(sae, scaled, TensorSource(scaled), 0)
+            found.append(sae(scaled).k_hat.detach())
+    for k_hat in found[1:]:
+        torch.testing.assert_close(k_hat, found[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("noise, r2", [(0.0, 1.0), (1.0, 0.5), (1000.0, 0.0)])
 def test_r2_is_the_share_of_the_scores_that_is_linear(noise, r2, tmp_path):
     x, scores = planted(8000, noise)
@@ -304,6 +320,18 @@ def test_published_the_probe_learns_from_its_scores_alone(tmp_path):
     at = [rule.loss_weights(train, 2.0, step) for step in (50, 89, 94, 99)]
     assert [weights["deviation"] for weights in at] == pytest.approx([0, 0, 0.45, 0.9])
     assert at[0]["probe"] == 1.8 and at[0]["l1"] == 0.01
+
+
+@pytest.mark.parametrize("mode", ["corrected", "published"])
+def test_the_budget_and_the_losses_are_float32_under_autocast(mode):
+    sae, x = autoencoder(mode), samples()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sae(x, JOINT)
+    plain = sae(x, JOINT)
+    assert out.k_hat.dtype == torch.float32 and torch.equal(out.k_hat, plain.k_hat)
+    for name in set(out.losses) - {"reconstruction", "l1"}:
+        torch.testing.assert_close(out.losses[name], plain.losses[name], rtol=1e-6, atol=0)
+    assert ("deviation" in out.losses) == (mode == "published")
 
 
 def test_the_joint_phase_begins_where_it_should():
