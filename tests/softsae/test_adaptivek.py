@@ -1,4 +1,4 @@
-"""AdaptiveK: probe, budget and selection against formulas written independently; scores, phases, resuming."""
+"""AdaptiveK: probe, budget and selection against formulas written independently; phases and resuming."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ import torch
 import softsae
 from softsae import AdaptiveKConfig, AutoencoderConfig, RunConfig, SparseAutoencoder, TrainConfig, Trainer
 from softsae.activations.synthetic import SyntheticSource
-from softsae.activations.tensors import IteratorSource, TensorSource
-from softsae.complexity import check_scores, scored_samples, to_scale
+from softsae.activations.tensors import TensorSource
+from softsae.complexity import to_scale
 from softsae.config import resolve, resolve_autoencoder
-from softsae.local_dimension import intrinsic_dimension, local_dimension
 from softsae.schedules import Phase, Schedule
 
 D, N, B, K = 12, 40, 9, 5.0
 FROZEN = Phase(alpha=1e-2, k_target=K, hard=False, learns="frozen_estimator", step=3)
 JOINT = FROZEN._replace(learns="all", step=95)
-INFERENCE = Phase(alpha=1e-2, k_target=K, hard=True)
 
 
 def config(**options) -> AutoencoderConfig:
@@ -215,15 +213,6 @@ def test_equal_scores_give_every_sample_k(tmp_path):
         assert sae(x).k_hat.tolist() == pytest.approx([K] * 300, rel=1e-5)
 
 
-def test_scores_are_mapped_to_0_to_10():
-    scores = torch.tensor([3.0, -1.0, 1e6, 3.0])
-    assert to_scale(scores, "ranks").tolist() == pytest.approx([5, 0, 10, 5])
-    assert to_scale(scores[:2], "min_max").tolist() == [10, 0]
-    assert to_scale(torch.tensor([0.5, 10.0]), "none").tolist() == [0.5, 10]
-    with pytest.raises(ValueError, match=r"scores lie in 3 ... 1e\+06, not in 0 ... 10"):
-        to_scale(scores[2:], "none")
-
-
 def reference_loss(parts, sae, x, phase):
     """The loss terms of a phase, written out."""
     rule, options = sae.selector, sae.config.adaptivek
@@ -255,8 +244,8 @@ def test_the_probe_is_frozen_then_learns_by_the_selection():
     # d loss / d k of a row, through its soft gates at the same activations; then the chain to w and b.
     a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()
     k = out.k_hat.detach().clone().requires_grad_()
-    gates = softtopk_gates(a, k)
-    value = (a * softsae_mask(out)) @ sae.W_dec + sae.b_dec - x
+    gates = soft_gates(a, k)
+    value = (a * (out.latents != 0)) @ sae.W_dec + sae.b_dec - x
     by_gate = 2 * (value @ sae.W_dec.T) * a / len(x)
     (by_k,) = torch.autograd.grad((gates * by_gate.detach()).sum(), k)
     s = (x - sae.selector.mean) @ sae.selector.w.detach() + 4.5
@@ -276,11 +265,7 @@ def test_the_probe_is_frozen_then_learns_by_the_selection():
     assert sae.selector.b.grad.item() == pytest.approx(by_b, rel=1e-3)
 
 
-def softsae_mask(out) -> torch.Tensor:
-    return (out.latents != 0).float()
-
-
-def softtopk_gates(a: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def soft_gates(a: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Soft top-k at alpha = 1e-2: the threshold by bisection, and one Newton step for its gradient."""
     alpha = 1e-2
     a64 = a.double()
@@ -430,146 +415,3 @@ def test_any_source_can_be_prepared_from(tmp_path):
         found = []
         trainer(callbacks=[lambda run, record, found=found: found.append(record)], steps=4).fit(source)
         assert found[0]["fitted"] >= 200 and -1 < found[0]["probe_r2"] < 1
-
-
-def test_samples_are_drawn_by_the_seed_and_without_broken_rows(tmp_path):
-    x = samples(1000)
-    x[7] = torch.nan
-    np.save(tmp_path / "s.npy", np.arange(1000) / 100)
-    options = config(scores=str(tmp_path / "s.npy"), samples=600, mapping="none").adaptivek
-    found, scores = scored_samples(options, x[:8], TensorSource(x), seed=0)
-    assert torch.equal(found, x[(scores * 100).round().long()])  # every score has its own row
-    assert len(found) in (599, 600) and len(scores.unique()) == len(scores)
-    again, other = (scored_samples(options, x, TensorSource(x), seed)[1] for seed in (0, 1))
-    assert torch.equal(again, scores) and not torch.equal(other[:50], scores[:50])
-    everything = scored_samples(config(scores=str(tmp_path / "s.npy")).adaptivek, x, TensorSource(x), 0)[0]
-    assert len(everything) == 999
-
-
-def test_wrong_scores_are_named(tmp_path):
-    x = TensorSource(samples(50))
-    file = tmp_path / "s.npy"
-
-    def refused(message, content=None, source=x, error=ValueError, scores=str(file)):
-        if isinstance(content, bytes):
-            file.write_bytes(content)
-        elif content is not None:
-            np.save(file, content)
-        with pytest.raises(error, match=message):
-            check_scores(config(scores=scores).adaptivek, source)
-
-    refused(r"scores .*s.npy' do not exist", error=FileNotFoundError)
-    refused(r"shape \(49,\), the activations are 50 rows", np.zeros(49))
-    refused(r"shape \(50, 1\), the activations are 50 rows", np.zeros((50, 1)))
-    refused("hold nan in row 3", np.where(np.arange(50) == 3, np.nan, 1.0))
-    refused("hold inf in row 0", np.where(np.arange(50) == 0, np.inf, 1.0))
-    refused("have dtype <U1; numbers", np.full(50, "a"))
-    refused("have dtype bool", np.zeros(50, bool))
-    refused("cannot be read", b"not numpy at all")
-    np.save(file, np.zeros(50))
-    refused("cannot be read", file.read_bytes()[:300])
-    refused("cannot be read", np.full(50, None))
-    refused("activations of a SyntheticSource have no numbers", source=SOURCE)
-    refused("activations of a IteratorSource", source=IteratorSource([samples()]))
-    refused("measured by softsae collect", scores="token_loss")
-    with pytest.raises(ValueError, match="cannot be fitted to 1 samples"):
-        scored_samples(config().adaptivek, samples(1), SOURCE, 0)
-    with pytest.raises(ValueError, match="20 distinct samples are too few for neighbours=20"):
-        scored_samples(config().adaptivek, samples(20), SOURCE, 0)
-
-
-def manifold(m: int, count: int, seed: int = 0, d: int = 20) -> torch.Tensor:
-    """A curved m-dimensional surface in d dimensions."""
-    draw = torch.Generator().manual_seed(seed)
-    u = torch.rand(count, m, generator=draw)
-    frame = torch.linalg.qr(torch.randn(d, d, generator=draw)).Q
-    return torch.cat([u, 0.2 * torch.sin(3 * u)], dim=1) @ frame[: 2 * m] + 5
-
-
-@pytest.mark.parametrize("m, tolerance", [(1, 0.05), (2, 0.1), (5, 0.5)])
-def test_dimension_of_known_manifolds(m, tolerance):
-    x = manifold(m, 3000)
-    assert intrinsic_dimension(x) == pytest.approx(m, abs=tolerance)
-    # Few neighbours would bias the mean of the local estimates themselves (MacKay & Ghahramani).
-    assert intrinsic_dimension(x, neighbours=3) == pytest.approx(m, abs=2 * tolerance)
-    local = local_dimension(x)
-    assert local.shape == (3000,) and local.dtype == torch.float64
-    assert local.median().item() == pytest.approx(m, rel=0.15)
-
-
-def test_the_estimate_is_the_formula(monkeypatch):
-    x = manifold(3, 60)
-    monkeypatch.setattr("softsae.local_dimension.CHUNK_BYTES", 7 * 6 * 20 * 4)  # seven rows at once
-    distance = np.linalg.norm(x.double().numpy()[:, None] - x.double().numpy()[None], axis=2)
-    inverse, around = np.zeros(60), []
-    for i in range(60):
-        order = sorted((t, j) for j, t in enumerate(distance[i]) if j != i)[:6]
-        around.append([i] + [j for _, j in order])
-        inverse[i] = np.mean([math.log(order[-1][0] / t) for t, _ in order[:-1]])
-    expected = [1 / inverse[ids].mean() for ids in around]
-    np.testing.assert_allclose(local_dimension(x, 6).numpy(), expected, rtol=1e-3)
-    assert intrinsic_dimension(x, 6) == pytest.approx(1 / inverse.mean(), rel=1e-3)
-
-
-def test_local_dimension_tells_the_parts_apart_and_copies_count_once():
-    line, volume = manifold(1, 1000), manifold(6, 1000, seed=1) + 30
-    both = torch.cat([line, volume])
-    local = local_dimension(both)
-    assert local[:1000].max() < 2 and local[1000:].min() > 3
-    doubled = local_dimension(torch.cat([both, both[:500]]))
-    torch.testing.assert_close(doubled[:2000], local)
-    assert torch.equal(doubled[2000:], doubled[:500])
-
-
-def test_collect_stores_the_loss_of_every_row(tiny_model, prose, tmp_path):
-    from softsae.activations.collect import Exclusion, collect
-    from softsae.activations.shards import ShardSource
-    from softsae.language_model import load_language_model, residual_stream
-    from softsae.options import CollectConfig
-    from softsae.sequences import tokenize
-    from softsae.text import corpus
-
-    lm = load_language_model(str(tiny_model))
-    sequences = tokenize(lm.tokenizer, corpus([prose])[0], 40, 1500, seed=1)
-    x = residual_stream(lm, next(sequences.batches(8))[0], 1)
-    rule = Exclusion(float(x.norm(dim=-1).quantile(0.9)), None)
-    settings = CollectConfig(layer=1, context=40, batch_size=7, shard_rows=300, scores=True)
-    source = collect(lm, sequences, tmp_path / "acts", settings, rule)
-    scores = np.load(tmp_path / "acts" / "scores.npy")
-    assert source.manifest["excluded"]["positions"] > 20 and scores.shape == (len(source),)
-    last = []
-    for row in range(0, len(source), 29):
-        ids = torch.from_numpy(sequences[source.sequence[row]].astype(np.int64))
-        place = source.position[row]
-        with torch.no_grad():
-            p = lm.model(ids[None]).logits[0, place].double().softmax(0)
-        last.append(place + 1 == len(ids))
-        expected = -(p * p.log()).sum() if last[-1] else -p[ids[place + 1]].log()
-        assert scores[row] == pytest.approx(expected.item(), rel=1e-4)
-    assert any(last) and not all(last)
-    check_scores(config(scores="token_loss").adaptivek, source)
-    ShardSource(tmp_path / "acts", verify=True)
-    plain = collect(lm, sequences, tmp_path / "plain", CollectConfig(layer=1, context=40), rule)
-    with pytest.raises(FileNotFoundError, match="collect with --collect.scores true"):
-        check_scores(config(scores="token_loss").adaptivek, plain)
-    (tmp_path / "acts" / "scores.npy").unlink()
-    with pytest.raises(FileNotFoundError, match="scores.npy' is missing"):
-        ShardSource(tmp_path / "acts")
-
-
-def test_the_command_line_takes_scores(tiny_model, prose, tmp_path, capsys):
-    from softsae.cli import main
-
-    acts, run = tmp_path / "acts", tmp_path / "run"
-    assert main(["collect", "--model", str(tiny_model), "--text", str(prose), "--out", str(acts), "--tokens",
-                 "800", "--collect.layer", "1", "--collect.scores", "true"]) == 0  # fmt: skip
-    train = ["train", "--activations", str(acts), "--train.steps", "6", "--train.batch_size", "64",
-             "--autoencoder.n", "48", "--autoencoder.k", "4", "--autoencoder.architecture", "adaptivek",
-             "--autoencoder.adaptivek.scores"]  # fmt: skip
-    assert main([*train, "token_loss", "--out", str(run)]) == 0
-    assert "probe_r2" in lines(run)[0]
-    np.save(tmp_path / "s.npy", np.zeros(3))
-    capsys.readouterr()
-    assert main([*train, str(tmp_path / "s.npy"), "--out", str(tmp_path / "no")]) == 2
-    assert "have shape (3,)" in capsys.readouterr().err
-    assert not (tmp_path / "no").exists()
