@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from softsae.architectures import (
+        AdaptiveKConfig,
         BatchTopKConfig,
         EstimatorConfig,
         FeatureChoiceConfig,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. Loaded when first used: the command line's --help needs no torch.
 HOMES = {
+    "AdaptiveKConfig": "architectures",
     "AutoencoderConfig": "config",
     "BatchTopKConfig": "architectures",
     "EstimatorConfig": "architectures",
@@ -63,6 +65,7 @@ HOMES = {
 }
 
 __all__ = [
+    "AdaptiveKConfig",
     "AutoencoderConfig",
     "BatchTopKConfig",
     "EstimatorConfig",

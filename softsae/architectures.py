@@ -13,6 +13,8 @@ from typing import Literal
 
 from softsae.checks import choice, integer, nearest_choice, number, optional
 
+MEASURED_SCORES = ("local_dimension", "token_loss")  # of complexity, for AdaptiveK
+
 
 @dataclass
 class EstimatorConfig:
@@ -55,6 +57,8 @@ class Section:
 
     alpha = None  # the final scale of a soft selection; None where there is none
     top_k = True  # whether the largest of several activations are kept; False: each by itself, as in relu
+    joint_from = 0.0  # the share of the steps in which the estimator is frozen
+    lr_multiplier = 1.0  # of the estimator's learning rate, in corrected mode
 
     def fit(self, k: float, n: int):
         """ValueError where the options contradict k or the number of latents n."""
@@ -97,6 +101,10 @@ class SoftSAEConfig(Section):
                 )
             number("selection_gradient", self.selection_gradient, 0, math.inf)
         choice("rounding", self.rounding, ("nearest", "floor", None))
+
+    @property
+    def lr_multiplier(self) -> float:
+        return 5.0 if self.estimator.kind in ("wide", "shared") else 1.0
 
     def fit(self, k: float, n: int):
         number("k_min", self.k_min, 0, n)
@@ -184,6 +192,89 @@ class MSAEConfig(Section):
 
 
 @dataclass
+class AdaptiveKConfig(Section):
+    """AdaptiveK: k by a linear probe for the complexity of the activation, fitted before training.
+
+    The probe is frozen while the autoencoder trains and learns as well in a last, joint phase.
+    """
+
+    scores: str = "local_dimension"
+    """complexity of the stored activations, which the probe is fitted to: 'local_dimension' (estimated
+    from the activations themselves), 'token_loss' (of the language model: softsae collect with
+    --collect.scores true) or an .npy file with one number for each activation, in their stored order"""
+    mapping: Literal["ranks", "min_max", "none"] = "ranks"
+    """of the scores to 0 ... 10: their 'ranks', so that no outlier squeezes the others together and the
+    mean is 5, where k_hat is k; 'min_max'; or 'none' for scores that are in 0 ... 10 already"""
+    samples: int = 16_384
+    """activations that the probe is fitted to, a fifth of them held out for its R^2"""
+    neighbours: int = 20
+    """nearest neighbours among these samples that the local dimension is estimated from: with more of
+    them, or fewer samples, it is the dimension at a larger scale"""
+    ridge: float = 100.0
+    """weight of |w|^2 beside the summed squared errors of the probe, for activations of unit mean square"""
+    k_min: float | None = None
+    """k_hat of the score minus infinity; None is 2 k - k_max"""
+    k_max: float | None = None
+    """k_hat of the score infinity; None is 2 k - k_min or, with neither given, 32/17 k: the published
+    20 ... 320 scaled to the midpoint k"""
+    joint_from: float = 0.9
+    """the share of the steps after which the probe learns as well; 1 keeps it as it was fitted. By 0.9 the
+    learning rate is falling (decay_from): an earlier start gives the reconstruction more say"""
+    alpha: float = 1e-4
+    """scale of the soft selection whose gradient the probe gets in the joint phase, in the units of
+    the normalised activations"""
+    selection_gradient: bool | None = None
+    """whether, in the joint phase, reconstruction and budget loss reach the probe, by the gradient of
+    soft top-k to k (published: False, since a rounded k has none)"""
+    probe_weight: float | None = None
+    """weight of the probe's mean squared error in the joint phase, relative to mean |x|^2 as the
+    reconstruction loss is; None is 0 (published: 0.9)"""
+    deviation_weight: float | None = None
+    """weight of the mean squared change of the scores since the probe was fitted, relative to mean
+    |x|^2, to which it rises linearly in the joint phase; None is 0 (published: 0.9 * 0.5)"""
+    l1_weight: float | None = None
+    """weight of mean |f|_1 / |x|_2 in all phases, relative to mean |x|^2; None is 0 (published: 0.005)"""
+
+    def __post_init__(self):
+        if self.scores not in MEASURED_SCORES and not str(self.scores).endswith(".npy"):
+            listed = ", ".join(map(repr, MEASURED_SCORES))
+            raise ValueError(f"scores={self.scores!r} must be one of {listed} or an .npy file")
+        choice("mapping", self.mapping, ("ranks", "min_max", "none"))
+        integer("samples", self.samples, 2)
+        integer("neighbours", self.neighbours, 2)
+        number("ridge", self.ridge, 0, math.inf, above=True)
+        for name in ("k_min", "k_max", "probe_weight", "deviation_weight", "l1_weight"):
+            optional(number, name, getattr(self, name), 0, math.inf)
+        number("joint_from", self.joint_from, 0, 1)
+        number("alpha", self.alpha, 0, math.inf, above=True)
+        choice("selection_gradient", self.selection_gradient, (True, False, None))
+
+    def fit(self, k: float, n: int):
+        optional(number, "k_min", self.k_min, 0, n)
+        optional(number, "k_max", self.k_max, 0, n)
+        if self.k_min is not None and self.k_max is not None and self.k_min > self.k_max:
+            raise ValueError(f"k_min={self.k_min} exceeds k_max={self.k_max}")
+        if self.k_min is not None and self.k_min > k:
+            raise ValueError(f"k_min={self.k_min} exceeds k={k}")
+        if self.k_max is not None and self.k_max < k:
+            raise ValueError(f"k_max={self.k_max} is below k={k}")
+
+    def resolved(self, k: float, n: int, as_published: bool) -> AdaptiveKConfig:
+        k_max = self.k_max
+        if k_max is None:
+            k_max = float(min(n, 32 / 17 * k if self.k_min is None else 2 * k - self.k_min))
+        return fill(
+            self,
+            k_max=k_max,
+            k_min=float(max(0, 2 * k - k_max)),
+            selection_gradient=not as_published,
+            probe_weight=0.9 if as_published else 0.0,
+            deviation_weight=0.45 if as_published else 0.0,
+            l1_weight=0.005 if as_published else 0.0,
+        )
+
+
+@dataclass
 class JumpReLUConfig(Section):
     """JumpReLU: activations above a learned threshold each; the mean L0 is drawn to k by a loss."""
 
@@ -242,6 +333,7 @@ ARCHITECTURES: dict[str, tuple[type[Section], str | type]] = {
     "batchtopk": (BatchTopKConfig, "softsae.selectors.batchtopk:BatchTopK"),
     "featurechoice": (FeatureChoiceConfig, "softsae.selectors.batchtopk:FeatureChoice"),
     "msae": (MSAEConfig, "softsae.selectors.msae:MSAE"),
+    "adaptivek": (AdaptiveKConfig, "softsae.selectors.adaptivek:AdaptiveK"),
     "jumprelu": (JumpReLUConfig, "softsae.selectors.jumprelu:JumpReLU"),
     "relu": (ReLUConfig, "softsae.selectors.relu:ReLU"),
     "gated": (GatedConfig, "softsae.selectors.gated:Gated"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from softsae import runs
+from softsae import runs, selectors
 from softsae.activations import HELDOUT, MANIFEST, TRAIN, as_source, heldout_beside
 from softsae.activations.collect import Exclusion, measure_exclusion
 from softsae.activations.collect import collect as collect_shards
@@ -94,6 +94,8 @@ def train(options: TrainOptions) -> None:
         if held is not None and found != trained:
             raise ValueError(f"--heldout {held.name!r} has {name}={found}, the activations {name}={trained}")
     resolve(config, source.d, getattr(source, "d_out", None))
+    if not options.resume:
+        selectors.of(config.autoencoder.architecture).check(config.autoencoder, source)
     pick_device(config.train.device)
     runs.open_run(out, "train", options, options.resume)
     trainer = Trainer(config, out=out)

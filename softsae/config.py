@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from softsae.architectures import (
     ARCHITECTURES,
+    AdaptiveKConfig,
     BatchTopKConfig,
     FeatureChoiceConfig,
     GatedConfig,
@@ -43,8 +44,8 @@ class AutoencoderConfig:
     n: int = 4096
     """number of latents"""
     architecture: str = "softsae"
-    """the selection rule: softsae, topk, batchtopk, featurechoice, msae, jumprelu, relu or
-    gated"""
+    """the selection rule: softsae, topk, batchtopk, featurechoice, msae, adaptivek, jumprelu,
+    relu or gated"""
     k: float = 32.0
     """active latents per sample: exactly for topk, in the mean for others"""
     normalization: Literal["none", "unit_mean_square", "unit_mean_norm", "standardize"] | None = None
@@ -62,6 +63,8 @@ class AutoencoderConfig:
     """options of featurechoice"""
     msae: MSAEConfig = field(default_factory=MSAEConfig)
     """options of msae"""
+    adaptivek: AdaptiveKConfig = field(default_factory=AdaptiveKConfig)
+    """options of adaptivek"""
     jumprelu: JumpReLUConfig = field(default_factory=JumpReLUConfig)
     """options of jumprelu"""
     relu: ReLUConfig = field(default_factory=ReLUConfig)
@@ -191,8 +194,8 @@ class TrainConfig:
     estimator_clip_norm: float = 1.0
     """largest norm of the estimator's gradient, where clipped separately"""
     estimator_lr_multiplier: float | None = None
-    """learning rate of the k estimator relative to lr; None is 5 (wide, shared), 1 (others;
-    published)"""
+    """learning rate of the k estimator relative to lr; None is 5 (wide, shared), 1 (others,
+    adaptivek's probe; published)"""
     k_anneal_steps: int | None = None
     """steps in which the target of the mean k_hat falls from d to k; None is 0, since a target above
     k_max saturates the sigmoid of every k_hat before it is learned (published: 1% of the steps)"""
@@ -314,7 +317,6 @@ def resolve(config: RunConfig, d: int, d_out: int | None = None) -> RunConfig:
         )
     as_published = train.mode == "published"
     autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d, d_out=d_out), train.mode)
-    faster = autoencoder.softsae.estimator.kind in ("wide", "shared") and not as_published
     autoencoder = autoencoder.with_section(autoencoder.section.scheduled(train.steps))
     final_alpha = autoencoder.section.alpha
     samples = train.steps * train.batch_size
@@ -323,12 +325,12 @@ def resolve(config: RunConfig, d: int, d_out: int | None = None) -> RunConfig:
         lr=(2e-4 if as_published else 5e-4) / math.sqrt(autoencoder.n / 2**14),
         warmup_steps=min(1000, train.steps // 20),
         clip="global" if as_published else "separate",
-        estimator_lr_multiplier=5.0 if faster else 1.0,
+        estimator_lr_multiplier=1.0 if as_published else autoencoder.section.lr_multiplier,
         k_anneal_steps=train.steps // 100 if as_published else 0,
         alpha_start=1.0 if as_published or final_alpha is None else final_alpha,
         alpha_anneal_steps=train.steps // 100,
         hard_steps=train.steps // (25 if as_published else 10),
-        hard_phase="decoder" if as_published else "all",
+        hard_phase="decoder" if as_published and autoencoder.architecture == "softsae" else "all",
         budget_weight=1.0 if as_published else square_norm(autoencoder) / autoencoder.k,
         dead_after=max(1, min(10_000_000, samples // 20)),
         count_logged_twice=as_published,

@@ -48,6 +48,10 @@ class LanguageModel:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def vocabulary(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[0]
+
     def hook_point(self, layer: int) -> str:
         """The name of the place that is read: the residual stream behind block `layer`."""
         return f"{self.blocks_path}.{self.check_layer(layer)}.output"

@@ -31,6 +31,8 @@ class CollectConfig:
     """keep the beginning-of-text token that the tokenizer adds"""
     nonfinite: Literal["refuse", "skip"] = "refuse"
     """what happens to activations that are NaN or infinite"""
+    scores: bool = False
+    """store the language model's loss at every activation's token as well, as scores of complexity"""
 
     def __post_init__(self):
         for name, low in (("layer", 0), ("context", 8), ("batch_size", 1), ("shard_rows", 1)):

@@ -34,11 +34,12 @@ class Schedule:
     def phase(self, step: int) -> Phase:
         model, train = self.autoencoder, self.train
         hard = step >= train.steps - train.hard_steps
+        frozen = step < model.section.joint_from * train.steps
         return Phase(
             alpha=self.alpha(step),
             k_target=linear(step, train.k_anneal_steps, model.d, model.k),
             hard=hard,
-            learns=train.hard_phase if hard else "all",
+            learns="frozen_estimator" if frozen else train.hard_phase if hard else "all",
             softplus_beta=train.softplus_beta,
             step=step,
             regularizer=train.regularizer if train.regularizer.weights(1.0) else None,

@@ -99,7 +99,7 @@ class Trainer:
         resumed = self.resume()
         batches = self.batches(source)
         if not resumed:
-            batches = self.initialize(batches)
+            batches = self.initialize(batches, source)
             if self.out is not None:
                 checkpoint.write_json(self.out / "config.json", dataclasses.asdict(self.config))
         try:
@@ -123,8 +123,8 @@ class Trainer:
             groups.append({"params": estimator, "multiplier": train.estimator_lr_multiplier})
         return torch.optim.Adam(groups, lr=train.lr, betas=(train.adam_beta1, train.adam_beta2), fused=True)
 
-    def initialize(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
-        """Normalisation and b_dec from the first batches, which are then trained on as well."""
+    def initialize(self, batches: Iterable[Tensor], source) -> Iterable[Tensor]:
+        """Normalisation, b_dec and the rule from the first batches, which are then trained on as well."""
         train = self.config.train
         count = min(math.ceil(INITIAL_SAMPLES / train.batch_size), train.steps)
         iterator = iter(batches)
@@ -135,7 +135,10 @@ class Trainer:
                 break
         if not first:
             raise ValueError("the source yields no batch")
-        self.sae.initialize(*self.sae.split(torch.cat([batch for batch, _ in first])))
+        x, target = self.sae.split(torch.cat([batch for batch, _ in first]))
+        self.sae.initialize(x, target)
+        if (prepared := self.sae.selector.prepare(self.sae, x, source, train.seed)) is not None:
+            self.record({"event": "prepared", "step": 0, **prepared})
         self.consumed = consumed
 
         def replay():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,10 @@ class TensorSource:
 
     def __len__(self) -> int:
         return self.x.shape[0]
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """Rows by index as (len(rows), d), float32."""
+        return self.x[torch.from_numpy(rows).to(self.x.device)].float()
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
         samples = len(self)

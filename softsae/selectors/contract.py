@@ -36,6 +36,22 @@ class Selector(nn.Module):
         super().__init__()
         self.config = config
 
+    @classmethod
+    def check(cls, config: AutoencoderConfig, source):
+        """ValueError or FileNotFoundError where the rule cannot be prepared from a source."""
+
+    def prepare(self, sae: SparseAutoencoder, x: Tensor, source, seed: int) -> dict | None:
+        """What the rule needs to know of the activations before training; called once, not on resuming.
+
+        Args:
+            sae: the autoencoder, its normalisation set.
+            x: the first samples (N, d), in the units of the activations, on the autoencoder's device.
+            source: what they are from (softsae/activations), to draw more.
+            seed: of the run.
+
+        Returns what is to be recorded with the metrics, None for nothing.
+        """
+
     def forward(self, sae: SparseAutoencoder, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
         """Select.
 

@@ -36,10 +36,9 @@ class SoftSAE(Selector):
         with torch.set_grad_enabled(learns):
             k_hat = self.estimator(sae, x, a)  # [B]
         if phase.hard and not learns:
-            latents = a * self.hard_mask(a, k_hat)
             if phase.learns == "decoder":
-                latents, a = latents.detach(), a.detach()
-            return Selection(latents, k_hat, a)
+                a = a.detach()
+            return Selection(a * self.hard_mask(a, k_hat), k_hat, a)
         p = soft_topk(self.routed(a), k_hat, phase.alpha)
         with torch.no_grad():  # the gradient of p is not touched by what its value is set to
             if phase.hard:

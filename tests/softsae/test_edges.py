@@ -7,6 +7,7 @@ import torch
 
 import softsae
 from softsae import AutoencoderConfig, RegularizerConfig, RunConfig, SparseAutoencoder, TrainConfig, Trainer
+from softsae.activations import as_source
 from softsae.architectures import ARCHITECTURES
 from softsae.config import resolve
 from softsae.schedules import Schedule
@@ -16,13 +17,15 @@ EVERY = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 def autoencoder(architecture: str, k: float = 4.0, n: int = N) -> SparseAutoencoder:
-    """One that has seen a batch: thresholds that follow training are known."""
+    """One that has seen a batch: thresholds that follow training are known, probes fitted."""
     config = AutoencoderConfig(d=D, n=n, k=k, architecture=architecture)
     sae = SparseAutoencoder(config, seed=1).train()
     with torch.no_grad():
         sae.b_enc.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(2))
         sae.b_dec.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(3))
-        sae(samples(64, seed=5), phases(sae)[0])
+        seen = samples(64, seed=5)
+        sae.selector.prepare(sae, seen, as_source(seen), seed=1)
+        sae(seen, phases(sae)[0])
     return sae
 
 
