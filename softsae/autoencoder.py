@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softsae import checkpoint, losses, selectors
-from softsae.architectures import ARCHITECTURES, EstimatorConfig, registered
+from softsae.architectures import ARCHITECTURES, registered
 from softsae.checks import number
 from softsae.config import AutoencoderConfig, resolve_autoencoder
+from softsae.keys import build
+from softsae.normalization import geometric_median, set_normalization
 from softsae.schedules import Phase
 from softsae.transcoder import fit_decoder
 
@@ -345,44 +347,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
             f" calls softsae.register first ({header['registered_by']!r} when it was saved; --plugin on the"
             " command line)"
         )
-    sae = checkpoint.parse(file, lambda: SparseAutoencoder(config_from(header["config"])))
+    sae = checkpoint.parse(
+        file, lambda: SparseAutoencoder(build(AutoencoderConfig, header["config"], "config"))
+    )
     checkpoint.fill(file, sae, tensors)
     return sae.to(device).eval()
-
-
-def config_from(values: dict) -> AutoencoderConfig:
-    """The configuration from dataclasses.asdict's form."""
-    sections = {name: values[name] for name in ARCHITECTURES if name in values}
-    if "softsae" in sections:
-        estimator = EstimatorConfig(**sections["softsae"]["estimator"])
-        sections["softsae"] = {**sections["softsae"], "estimator": estimator}
-    made = {name: ARCHITECTURES[name][0](**section) for name, section in sections.items()}
-    return AutoencoderConfig(**{**values, **made})
-
-
-def set_normalization(mode: str, x: Tensor, shift: Tensor, scale: Tensor):
-    """Fill shift and scale (d,) from samples x (N, d)."""
-    if mode == "standardize":
-        shift.copy_(x.mean(0))
-        scale.copy_(x.std(0, correction=0))
-    elif mode == "unit_mean_square":
-        scale.fill_(x.pow(2).mean().sqrt())
-    elif mode == "unit_mean_norm":
-        scale.fill_(x.pow(2).sum(1).mean().sqrt())
-    scale.masked_fill_(scale == 0, 1.0)
-
-
-def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """The point (d,) with the smallest summed distance to x (N, d), by Weiszfeld's iteration.
-
-    It ends when a step is below `tolerance` times the median distance.
-    """
-    median = x.mean(0)
-    for _ in range(iterations):
-        distance = (x - median).norm(dim=1)
-        weight = 1 / distance.clamp(min=1e-12 + 1e-9 * distance.max())
-        moved = (weight @ x) / weight.sum()
-        if (moved - median).norm() <= tolerance * distance.median():
-            return moved
-        median = moved
-    return median

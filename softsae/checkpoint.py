@@ -1,4 +1,9 @@
-"""Files: safetensors with a JSON header, written under a temporary name and renamed when complete."""
+"""Files: safetensors with a JSON header, written under a temporary name and renamed when complete.
+
+The header names the format with a number. A field that is added to a configuration keeps the number: files
+without it have its default. A change of what tensors or fields mean raises it, and files of another number
+are refused.
+"""
 
 from __future__ import annotations
 
@@ -62,10 +67,10 @@ def read(path: Path, expected_format: str) -> tuple[dict[str, Tensor], dict]:
     return tensors, header
 
 
-def parse(path: Path, build: Callable[[], Any]):
-    """build(), with an error that names the file where its header does not fit."""
+def parse(path: Path, make: Callable[[], Any]):
+    """make(), with an error that names the file where its header does not fit."""
     try:
-        return build()
+        return make()
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} holds a configuration that is not ours: {error}") from error
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import importlib
 import os
 import sys
 from pathlib import Path
+
+from softsae.plugins import import_plugin
 
 # Command -> (module of its function, what it does). Modules are imported when a command runs.
 COMMANDS = {
@@ -165,32 +167,6 @@ def check_spelling(command: str, argv: list[str], files: list[Path]) -> None:
         plain = {"config", "print_config", "help", *known}
         if word.startswith("--") and key and key not in plain and not inside:
             raise ValueError(f"{unknown(key, known, '--')} (softsae {command} --help lists the options)")
-def import_plugin(plugin: str):
-    """Import a module by its name or, once in a process, a .py file under the name of its stem.
-
-    Raises ImportError, and ValueError for a file whose stem is the name of another module.
-    """
-    if not plugin.endswith(".py"):
-        try:
-            importlib.import_module(plugin)
-        except ModuleNotFoundError as error:
-            raise ImportError(f"--plugin {plugin!r}: {error}; a file is given with its .py") from error
-        return
-    path = Path(plugin).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"--plugin {plugin!r} does not exist")
-    loaded = sys.modules.get(path.stem)
-    if loaded is not None:
-        if getattr(loaded, "__file__", None) == str(path):
-            return
-        raise ValueError(f"--plugin {plugin!r}: a module {path.stem!r} is there already")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[path.stem]
-        raise
 
 
 def options_class(command: str) -> type:

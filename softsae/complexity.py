@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softsae.activations.pairs import PairSource
 from softsae.activations.shards import SCORES, ShardSource
 from softsae.activations.tensors import generator_for
 from softsae.architectures import AdaptiveKConfig
@@ -20,7 +21,12 @@ TOP = 10.0  # the highest score
 def check_scores(options: AdaptiveKConfig, source):
     """Raises as `scored_samples`, for what can be told without looking at the activations."""
     if options.scores != "local_dimension":
-        stored_scores(options, source)
+        stored_scores(options, inputs_of(source))
+
+
+def inputs_of(source):
+    """The activations that are encoded: of a transcoder's source those without the target."""
+    return source.source if isinstance(source, PairSource) else source
 
 
 @torch.no_grad()
@@ -35,6 +41,7 @@ def scored_samples(options: AdaptiveKConfig, x: Tensor, source, seed: int) -> tu
         ValueError: scores of another number, shape or range, that are not finite or cannot be read; of
             a source without numbered rows; fewer than two samples, or too few for the local dimension.
     """
+    source = inputs_of(source)
     scores = None if options.scores == "local_dimension" else stored_scores(options, source)
     if hasattr(source, "read"):
         order = torch.randperm(len(source), generator=generator_for(seed, -2))

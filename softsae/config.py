@@ -87,7 +87,10 @@ class AutoencoderConfig:
                 raise ValueError(f"matryoshka={self.matryoshka!r}: msae nests budgets: give one of them")
             self.prefixes()
         for name in self.sections():
-            if name != self.architecture and getattr(self, name) != ARCHITECTURES[name][0]():
+            kind, value = ARCHITECTURES[name][0], getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}={value!r} must be of the class {kind.__name__}")
+            if name != self.architecture and value != kind():
                 raise ValueError(f"{name}: options are given, but the architecture is {self.architecture!r}")
         if registered(self.architecture):
             self.options = section_of(self.architecture, self.options)
@@ -147,9 +150,9 @@ class RegularizerConfig:
     """
 
     r1_weight: float = 0.0
-    """weight of R1, relative to mean |x|^2 as the reconstruction loss is"""
+    """weight of R1 beside |x - x_hat|^2, as for activations with a mean |x|^2 of 1"""
     r2_weight: float = 0.0
-    """weight of R2, likewise"""
+    """weight of R2, relative to mean |x|^2 as the reconstruction loss is"""
     r1_reduction: Literal["sum", "mean"] = "sum"
     """R1 of a sample is the 'sum' over the units of A - S_b, or the 'mean' over those of the whole batch"""
     all_units: bool = False
@@ -162,8 +165,8 @@ class RegularizerConfig:
         choice("regularizer.all_units", self.all_units, (True, False))
 
     def weights(self, square_norm: float) -> dict[str, float]:
-        """Of the loss terms that are wanted, by name."""
-        given = {"r1": self.r1_weight * square_norm, "r2": self.r2_weight * square_norm}
+        """Of the loss terms that are wanted, by name: R1 grows with the units, R2 does not."""
+        given = {"r1": self.r1_weight * math.sqrt(square_norm), "r2": self.r2_weight * square_norm}
         return {name: weight for name, weight in given.items() if weight}
 
 

@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from softsae import checkpoint, metrics
 from softsae.activations import as_source
-from softsae.autoencoder import SparseAutoencoder, config_from
+from softsae.autoencoder import SparseAutoencoder
 from softsae.config import AutoencoderConfig, RunConfig, TrainConfig, difference, resolve, square_norm
+from softsae.keys import build
 from softsae.losses import DeadLatents
 from softsae.schedules import Schedule
 
-FORMAT = "softsae checkpoint 2"
+FORMAT = "softsae checkpoint 3"
 INITIAL_SAMPLES = 8192  # that normalisation and geometric median are taken from, in whole batches
 FREE_FIELDS = ("device", "checkpoint_every", "log_every", "eval_every")  # may change when resuming
 
@@ -299,8 +300,8 @@ class Trainer:
             return False
         file = self.checkpoint_file
         tensors, header = checkpoint.read(file, FORMAT)
-        then = checkpoint.parse(file, lambda: filled(header["config"]))
-        if found := difference(comparable(then), comparable(dataclasses.asdict(self.config))):
+        then = checkpoint.parse(file, lambda: build(RunConfig, header["config"], "config"))
+        if found := difference(comparable(then), comparable(self.config)):
             raise ValueError(f"{file} is from another configuration; they differ in {found}")
         checkpoint.fill(file, self.sae, part(tensors, "sae."))
         checkpoint.fill(file, self.dead, part(tensors, "dead."))
@@ -367,14 +368,10 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def filled(config: dict) -> dict:
-    """A configuration from a file with the fields that there were not when it was written."""
-    return {**config, "autoencoder": dataclasses.asdict(config_from(config["autoencoder"]))}
-
-
-def comparable(config: dict) -> dict:
-    train = {name: value for name, value in config["train"].items() if name not in FREE_FIELDS}
-    return {**config, "train": train}
+def comparable(config: RunConfig) -> dict:
+    values = dataclasses.asdict(config)
+    train = {name: value for name, value in values["train"].items() if name not in FREE_FIELDS}
+    return {**values, "train": train}
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -47,19 +47,16 @@ class PairSource(RowSource):
 
 
 class TensorRows(RowSource):
-    """A tensor (rows, d) by index."""
+    """The rows of a tensor, under a name."""
 
-    def __init__(self, x: Tensor, name: str):
-        self.x, self.name = x, name
-        self.rows, self.d = x.shape
-
-    def read(self, rows: np.ndarray) -> Tensor:
-        return self.x[torch.from_numpy(rows)].float()
+    def __init__(self, source: TensorSource, name: str):
+        self.name, self.rows, self.d = name, len(source), source.d
+        self.read = source.read
 
 
 def by_index(source, name: str) -> RowSource:
     if isinstance(source, TensorSource):
-        return TensorRows(source.x, name)
+        return TensorRows(source, name)
     if isinstance(source, RowSource):
         return source
     kind = type(source).__name__

@@ -16,7 +16,8 @@ import torch
 import softsae
 from softsae import AutoencoderConfig, RegularizerConfig, TrainConfig, Trainer
 from softsae.architectures import ARCHITECTURES
-from softsae.cli import import_plugin, main
+from softsae.cli import main
+from softsae.plugins import import_plugin
 from softsae.selectors.topk import TopK
 
 ROOT = Path(softsae.__file__).parents[1]

@@ -165,8 +165,9 @@ def test_the_published_hard_phase_leaves_the_encoder_alone():
     assert sae.W_enc.grad is None and sae.W_dec.grad is not None and out.losses["r1"] > 0
 
 
-def test_weights_are_relative_to_the_square_norm_and_unwanted_terms_are_left_out():
-    assert RegularizerConfig(r1_weight=0.5).weights(10.0) == {"r1": 5.0}
+def test_weights_follow_the_units_of_their_terms_and_unwanted_terms_are_left_out():
+    assert RegularizerConfig(r1_weight=0.5).weights(100.0) == {"r1": 5.0}
+    assert RegularizerConfig(r2_weight=0.5).weights(100.0) == {"r2": 50.0}
     config = resolve(RunConfig(AutoencoderConfig(architecture="topk"), TrainConfig()), D)
     assert Schedule(config).phase(0).regularizer is None
 
@@ -175,8 +176,8 @@ def test_training_with_r1_leaves_less_off_the_support(tmp_path):
     source = SyntheticSource(16, 32, 1, 6)
     x = source.sample(2000, seed=7)[0]
     found = {}
-    for weight in (0.0, 0.3):
-        both = RegularizerConfig(r1_weight=weight, r2_weight=weight / 10)
+    for weight in (0.0, 1.2):
+        both = RegularizerConfig(r1_weight=weight, r2_weight=weight / 40)
         train = TrainConfig(steps=100, batch_size=64, lr=5e-3, log_every=50, device="cpu", regularizer=both)
         out = tmp_path / str(weight)
         model = AutoencoderConfig(n=48, k=4, architecture="topk")
@@ -185,14 +186,14 @@ def test_training_with_r1_leaves_less_off_the_support(tmp_path):
         assert ("loss_r1" in logged[-1] and "loss_r2" in logged[-1]) == (weight > 0)
         if weight:
             last = logged[-1]
-            total = last["loss_reconstruction"] + 16 * (0.3 * last["loss_r1"] + 0.03 * last["loss_r2"])
+            total = last["loss_reconstruction"] + 4 * 1.2 * last["loss_r1"] + 16 * 0.03 * last["loss_r2"]
             total += last.get("loss_auxk", 0) * 16 / 32
             assert last["loss"] == pytest.approx(total, rel=1e-5)
         with torch.no_grad():
             a, kept = torch.relu(sae.pre_activations(x)), sae.encode(x)
         found[weight] = ((a.sum() - kept.sum()) / a.sum()).item(), evaluate(sae, [x])["explained_variance"]
-    assert found[0.3][0] < 0.5 * found[0.0][0]
-    assert found[0.3][1] > 0.5
+    assert found[1.2][0] < 0.5 * found[0.0][0]
+    assert found[1.2][1] > 0.5
 
 
 def test_no_dense_copy_is_kept_for_the_gradient():

@@ -16,14 +16,16 @@ from softsae import AutoencoderConfig, RunConfig, SparseAutoencoder, TrainConfig
 from softsae.activations import as_source
 from softsae.activations.shards import ShardWriter
 from softsae.activations.synthetic import SyntheticSource
+from softsae.architectures import ARCHITECTURES
 from softsae.autoencoder import FORMAT
 from softsae.cli import main
+from softsae.complexity import check_scores, scored_samples
 from softsae.config import resolve
 from softsae.sequences import Sequences
+from softsae.trainer import FORMAT as CHECKPOINT
 from tests.softsae.configs import model
 
 D, D_OUT, N = 16, 7, 48
-ARCHITECTURES = ("softsae", "topk", "batchtopk", "jumprelu", "relu", "gated")
 
 
 def mlp(x, seed=0) -> torch.Tensor:
@@ -62,6 +64,57 @@ def test_learns_a_nonlinear_function_better_than_its_mean(architecture):
     assert x_hat.shape == (1000, D_OUT) and sae.W_dec.shape == (N, D_OUT) and sae.b_in.shape == (D,)
     side_by_side = softsae.evaluate(sae, [torch.cat([X[HELD], Y[HELD]], 1)])
     assert side_by_side == found
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if ARCHITECTURES[name][0].top_k])
+def test_regularizers_are_of_its_activations_at_the_scale_of_the_target(architecture, tmp_path):
+    both = softsae.RegularizerConfig(r1_weight=0.5, r2_weight=0.01)
+    train = {"regularizer": both, "steps": 40, "auxk_weight": 0.0, "budget_weight": 0.0}
+    run = fit(tmp_path, architecture=architecture, train=train)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    terms = last["loss_reconstruction"] + 0.5 * D_OUT**0.5 * last["loss_r1"] + 0.01 * D_OUT * last["loss_r2"]
+    assert last["loss"] == pytest.approx(terms, rel=1e-5)
+    assert last["loss_r1"] > 0 and run.sae(X[HELD]).x_hat.shape == (1000, D_OUT)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "reverse"])
+def test_every_k_of_msae_reconstructs_the_target(weighting):
+    options = softsae.MSAEConfig(ks=[2, 5, N], weighting=weighting)
+    config = AutoencoderConfig(d=D, d_out=D_OUT, n=N, k=5.0, architecture="msae", msae=options)
+    sae = SparseAutoencoder(config, seed=1)
+    sae.initialize(X, Y)
+    x, y = X[:30], Y[:30]
+    out = sae(x, sae.inference_phase(hard=True)._replace(step=0), y)
+    errors = [sae(x, target=y, k=k).losses["reconstruction"] for k in options.ks]
+    weights = [3, 2, 1] if weighting == "reverse" else [1, 1, 1]
+    expected = sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
+    torch.testing.assert_close(out.losses["reconstruction"], expected)
+
+
+def test_the_probe_of_adaptivek_sees_the_input_alone(tmp_path):
+    """Its samples, their scores and what it has learned are those of the autoencoder on the same input."""
+    np.save(tmp_path / "scores.npy", np.linspace(0, 1, 5000))
+    probes = []
+    for target in (None, Y[TRAIN]):
+        options = softsae.AdaptiveKConfig(scores=str(tmp_path / "scores.npy"), joint_from=1.0)
+        run = fit(target=target, architecture="adaptivek", adaptivek=options, train={"steps": 5})
+        probes.append((run.sae.selector.w / run.sae.scale, run.sae.selector.b))
+    torch.testing.assert_close(probes[0], probes[1])
+    run = fit(architecture="adaptivek", train={"steps": 20, "mode": "published"})
+    assert run.sae(X[HELD]).k_hat.std() > 0
+
+
+def test_the_probe_takes_what_the_language_model_lost_beside_the_input(tmp_path):
+    folder = write_shards(tmp_path / "x", X[:300])
+    np.save(folder / "scores.npy", np.arange(300.0))
+    source = as_source(folder, write_shards(tmp_path / "y", Y[:300]))
+    options = softsae.AdaptiveKConfig(scores="token_loss", samples=50)
+    check_scores(options, source)
+    x, scores = scored_samples(options, X[:1], source, seed=0)
+    assert x.shape == (50, D) and scores.diff().min() > 0
+    (folder / "scores.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="collect with --collect.scores true"):
+        check_scores(options, source)
 
 
 def test_the_start_is_a_regression():
@@ -190,20 +243,22 @@ def test_saved_loaded_and_resumed(tmp_path):
         fit(tmp_path / "whole", target=None)
 
 
-def test_files_without_d_out_are_autoencoders(tmp_path):
-    """As files of this format were before there were transcoders, in fields and options."""
+def test_fields_that_a_file_lacks_have_their_defaults(tmp_path):
+    """As in files from before there were transcoders and regularizers."""
     sae = SparseAutoencoder(model(d=4, n=8, k=2.0), seed=1)
     file = sae.save(tmp_path / "sae")
     tensors, header = checkpoint.read(file, FORMAT)
     del header["config"]["d_out"]
+    for name in ("options", "msae", "adaptivek"):
+        del header["config"][name]
     for name in ("input", "moves_encoder"):
         del header["config"]["softsae"]["estimator"][name]
     checkpoint.write(file, tensors, header)
     assert softsae.load(file).config == sae.config
     run = Trainer(model(n=N, k=6.0), recipe(), out=tmp_path / "run", progress=False)
     run.fit(X[TRAIN])
-    tensors, header = checkpoint.read(run.checkpoint_file, "softsae checkpoint 2")
-    del header["config"]["autoencoder"]["d_out"]
+    tensors, header = checkpoint.read(run.checkpoint_file, CHECKPOINT)
+    del header["config"]["autoencoder"]["d_out"], header["config"]["train"]["regularizer"]
     checkpoint.write(run.checkpoint_file, tensors, header)
     steps = []
     again = Trainer(model(n=N, k=6.0), recipe(), out=tmp_path / "run", progress=False,
