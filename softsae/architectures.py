@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from softsae.checks import choice, integer, nearest_choice, number, optional
+from softsae.checks import choice, integer, number, optional
+from softsae.keys import build
 
 MEASURED_SCORES = ("local_dimension", "token_loss")  # of complexity, for AdaptiveK
 
@@ -348,7 +349,7 @@ def registered(name: str) -> bool:
 def section_of(name: str, options: Section | dict | None) -> Section:
     """The section of a registered architecture from its options as they were given.
 
-    Raises ValueError for a field that it does not have, TypeError for a section of another kind.
+    Raises ValueError for a field that it does not have or a wrong value, TypeError for another section.
     """
     kind = ARCHITECTURES[name][0]
     if isinstance(options, kind):
@@ -357,10 +358,7 @@ def section_of(name: str, options: Section | dict | None) -> Section:
         raise TypeError(
             f"options of {name!r} must be of the class {kind.__name__}, not {type(options).__name__}"
         )
-    known = [f.name for f in dataclasses.fields(kind)]
-    for field_name in options or {}:
-        nearest_choice("options", field_name, known)
-    return kind(**(options or {}))
+    return build(kind, options or {}, f"options of {name!r}")
 
 
 def fill(config, **values):

@@ -84,7 +84,8 @@ def evaluate(
     """Metrics of an autoencoder on batches of activations (B, d), at most `limit` of them.
 
     A transcoder is measured against the targets: its batches are pairs (x, target), or tensors
-    (B, d + d_out) with both side by side. With k, of the k largest activations of each sample (`SparseAutoencoder.forward`).
+    (B, d + d_out) with both side by side. With k, of the k largest activations of each sample
+    (`SparseAutoencoder.forward`).
 
     Returns a dict: samples; explained_variance; mean_squared_error, the mean of |x - x_hat|^2;
     cosine, the mean cosine of x and x_hat; relative_reconstruction_bias, E|x_hat|^2 / E<x, x_hat>,

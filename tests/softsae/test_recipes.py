@@ -41,9 +41,7 @@ def activations(tmp_path):
 
 def test_there_is_one_for_every_architecture_of_this_package():
     assert {"softsae-gemma2-2b", "softsae-clip-vit-b16", "smollm2-135m", "matryoshka-batchtopk"} <= set(NAMES)
-    assert {softsae.recipe(name).autoencoder.architecture for name in NAMES} >= {
-        "softsae", "topk", "batchtopk", "featurechoice", "jumprelu", "relu", "gated"
-    }  # fmt: skip
+    assert {softsae.recipe(name).autoencoder.architecture for name in NAMES} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,10 +70,7 @@ def test_resolves_and_trains_when_scaled_down(name):
     section = config.autoencoder.section
     if hasattr(section, "k_max"):
         section = dataclasses.replace(section, k_max=None)
-    architecture = config.autoencoder.architecture
-    small = dataclasses.replace(config.autoencoder, n=64, k=6.0, **(
-        {architecture: section} if architecture in config.autoencoder.sections() else {}
-    ))  # fmt: skip
+    small = dataclasses.replace(config.autoencoder.with_section(section), n=64, k=6.0)
     train = dataclasses.replace(shortened(config.train, 3), batch_size=32, device="cpu")
     sae = Trainer(RunConfig(small, train), progress=False).fit(torch.randn(200, 8))
     assert sae(torch.randn(5, 8)).x_hat.isfinite().all()
@@ -158,6 +153,15 @@ def test_quick_shortens_the_phases_of_a_recipe(activations, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
+        (
+            "autoencoder: {msae: {weigthing: reverse}}",
+            "autoencoder.msae.weigthing is not an option; did you mean autoencoder.msae.weighting?",
+        ),
+        ("autoencoder: {adaptivek: {rigde: 1}}", "did you mean autoencoder.adaptivek.ridge?"),
+        ("train: {regularizer: {r1_wieght: 1}}", "did you mean train.regularizer.r1_weight?"),
+        ("autoencoder: {option: {groups: 4}}", "did you mean autoencoder.options?"),
+        ("autoencoder: {options: {groups: 4}}", "they are for registered architectures, 'softsae' is built"),
+        ("plugins: x.py", "plugins is not an option; did you mean plugin?"),
         (
             "autoencoder: {bandwith: 0.1}",
             "autoencoder.bandwith is not an option; did you mean autoencoder.jumprelu.bandwidth?",

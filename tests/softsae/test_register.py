@@ -205,7 +205,7 @@ def test_options_are_checked_and_resolved():
     assert mine.section == mine.options == Options()
     assert softsae.SparseAutoencoder(mine).config.options == Options(size=8)
     assert AutoencoderConfig(architecture="mine", options={"size": 3}).options == Options(3)
-    with pytest.raises(ValueError, match="options='sise' must be one of 'size'; did you mean 'size'"):
+    with pytest.raises(ValueError, match="options of 'mine': sise is not an option; did you mean size?"):
         AutoencoderConfig(architecture="mine", options={"sise": 3})
     with pytest.raises(TypeError, match="options of 'mine' must be of the class Options, not SoftSAEConfig"):
         AutoencoderConfig(architecture="mine", options=softsae.SoftSAEConfig())
