@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from softsae.language_model import attach, load_language_model
     from softsae.metrics import evaluate
+    from softsae.sweep import Sweep
     from softsae.trainer import Trainer
 
 # Where each public name lives. Loaded when first used: the command line's --help needs no torch.
@@ -40,6 +41,7 @@ HOMES = {
     "RunConfig": "config",
     "SoftSAEConfig": "architectures",
     "SparseAutoencoder": "autoencoder",
+    "Sweep": "sweep",
     "TrainConfig": "config",
     "Trainer": "trainer",
     "attach": "language_model",
@@ -62,6 +64,7 @@ __all__ = [
     "RunConfig",
     "SoftSAEConfig",
     "SparseAutoencoder",
+    "Sweep",
     "TrainConfig",
     "Trainer",
     "attach",

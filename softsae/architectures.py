@@ -41,6 +41,7 @@ class Section:
     """The options of one architecture."""
 
     alpha = None  # the final scale of a soft selection; None where there is none
+    dial = "k"  # what sets L0: k, or a field of the section
 
     def fit(self, k: float, n: int):
         """ValueError where the options contradict k or the number of latents n."""
@@ -151,6 +152,7 @@ class JumpReLUConfig(Section):
 class ReLUConfig(Section):
     """ReLU with an L1 penalty; the mean L0 is what the penalty makes of it, k is not used."""
 
+    dial = "l1_weight"
     l1_weight: float = 0.1
     """weight of sum_i f_i |d_i|, relative to mean |x|^2 as the reconstruction loss is"""
     l1_warmup_steps: int = 2000

@@ -57,8 +57,8 @@ def train_together(
         with Interruption() as interruption:
             loop(running, batches, interruption, progress, failed)
     except KeyboardInterrupt:
-        left = [trainer.leave_checkpoint() for trainer in running or trainers]
-        raise KeyboardInterrupt(left[0]) from None
+        left = [trainer.leave_checkpoint() for trainer in running]
+        raise KeyboardInterrupt(*left[:1]) from None
     for trainer in (*done, *running):
         trainer.finish()
 

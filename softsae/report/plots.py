@@ -97,6 +97,52 @@ def headline(
     return save(figure, file)
 
 
+def frontier(file: Path, rows: Sequence[dict]) -> Path:
+    """Explained variance and, where measured, cross-entropy recovered against the mean L0.
+
+    rows: variant, l0_mean, explained_variance, recovered (or None) and best of every autoencoder. One
+    line for each variant through the best of its learning rates, the others as faint points.
+    """
+    fields = [("explained_variance", "explained variance"), ("recovered", "cross-entropy recovered")]
+    fields = [f for f in fields if any(row.get(f[0]) is not None for row in rows)]
+    figure, axes = new_figure(1, len(fields), size=(5.2 * len(fields) + 2.2, 4.6))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    for axis, (name, label) in zip(np.atleast_1d(axes), fields, strict=True):
+        for variant, style in zip(variants, line_styles(variants), strict=True):
+            points = [r for r in rows if r["variant"] == variant and is_drawn(r, name)]
+            best = sorted((r["l0_mean"], r[name]) for r in points if r["best"])
+            rest = [(r["l0_mean"], r[name]) for r in points if not r["best"]]
+            axis.plot(*zip(*best, strict=True) if best else ([], []), **style, markersize=5, label=variant)
+            if rest:
+                axis.scatter(*zip(*rest, strict=True), color=style["color"], alpha=0.3, s=14, linewidths=0)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set(xlabel="active latents (mean L0)", ylabel=label)
+    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    return save(figure, file)
+
+
+def is_drawn(row: dict, name: str) -> bool:
+    """Whether a row has a finite value and a place on the logarithmic axis."""
+    value = row.get(name)
+    return value is not None and np.isfinite(value) and row["l0_mean"] > 0
+
+
+def line_styles(variants: Sequence[str]) -> list[dict]:
+    """A colour and a marker for each; the untrained control is grey and dashed."""
+    from matplotlib import colormaps
+
+    colors, markers = colormaps["tab10"].colors, "osD^vPX<>*"
+    styles = [
+        {"color": colors[i % 7], "marker": markers[i % len(markers)]} for i in range(len(variants))
+    ]  # the first 7 of tab10: grey is for the control
+    for i, variant in enumerate(variants):
+        if variant == "untrained":
+            styles[i] = {"color": GREY, "marker": ".", "linestyle": "--"}
+    return styles
+
+
 def draw_k_hat(axis, k_hat: np.ndarray, target: float) -> None:
     axis.hist(k_hat, bins=60, color=BLUE)
     axis.axvline(k_hat.mean(), color=ORANGE, label=f"mean {k_hat.mean():.1f}, sd {k_hat.std():.1f}")
