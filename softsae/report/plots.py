@@ -101,7 +101,8 @@ def frontier(file: Path, rows: Sequence[dict]) -> Path:
     """Explained variance and, where measured, cross-entropy recovered against the mean L0.
 
     rows: variant, l0_mean, explained_variance, recovered (or None) and best of every autoencoder. One
-    line for each variant through the best of its learning rates, the others as faint points.
+    line for each variant through the best of its learning rates, the others as faint points. What is far
+    below most of them is out of the picture.
     """
     fields = [("explained_variance", "explained variance"), ("recovered", "cross-entropy recovered")]
     fields = [f for f in fields if any(row.get(f[0]) is not None for row in rows)]
@@ -118,9 +119,26 @@ def frontier(file: Path, rows: Sequence[dict]) -> Path:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set(xlabel="active latents (mean L0)", ylabel=label)
+        show_most(axis, [(r["l0_mean"], r[name]) for r in rows if is_drawn(r, name) and is_trained(r)])
     handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
     return save(figure, file)
+
+
+def show_most(axis, points: Sequence[tuple[float, float]]) -> None:
+    """Limits around the points (x, y) whose y is at most twice as far below the median as the largest y is
+    above it: one that was never trained or has collapsed would squeeze all others together."""
+    if len({y for _, y in points}) < 3:
+        return
+    ys = [y for _, y in points]
+    lowest = np.median(ys) - 2 * (max(ys) - np.median(ys))
+    xs, ys = zip(*((x, y) for x, y in points if y >= lowest), strict=True)
+    margin = 0.05 * (max(ys) - min(ys))
+    axis.set(xlim=(min(xs) / 1.2, max(xs) * 1.2), ylim=(min(ys) - margin, max(ys) + margin))
+
+
+def is_trained(row: dict) -> bool:
+    return row["variant"] != "untrained"
 
 
 def is_drawn(row: dict, name: str) -> bool:
@@ -133,14 +151,10 @@ def line_styles(variants: Sequence[str]) -> list[dict]:
     """A colour and a marker for each; the untrained control is grey and dashed."""
     from matplotlib import colormaps
 
-    colors, markers = colormaps["tab10"].colors, "osD^vPX<>*"
-    styles = [
-        {"color": colors[i % 7], "marker": markers[i % len(markers)]} for i in range(len(variants))
-    ]  # the first 7 of tab10: grey is for the control
-    for i, variant in enumerate(variants):
-        if variant == "untrained":
-            styles[i] = {"color": GREY, "marker": ".", "linestyle": "--"}
-    return styles
+    colors, markers = colormaps["tab10"].colors[:7], "osD^vPX<>*"  # the eighth is grey
+    styles = [{"color": colors[i % 7], "marker": markers[i % 10]} for i in range(len(variants))]
+    control = {"color": GREY, "marker": ".", "linestyle": "--"}
+    return [control if v == "untrained" else style for v, style in zip(variants, styles, strict=True)]
 
 
 def draw_k_hat(axis, k_hat: np.ndarray, target: float) -> None:

@@ -72,7 +72,8 @@ def notes(about: dict, rows: Sequence[dict]) -> str:
     said = [
         "Seconds are those of an autoencoder's own steps (on a GPU between events on its queue), without"
         " reading, logging and evaluating; dead latents are those that none of these activations makes"
-        " active; `untrained` is a TopK as training would start.",
+        " active; `untrained` is a TopK as training would start. What is far below most others is out of the"
+        " picture.",
     ]
     if ce := about["cross_entropy"]:
         said.append(
