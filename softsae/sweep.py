@@ -140,7 +140,9 @@ class Sweep:
 
         try:
             train_together(list(trainers.values()), source, held_out, self.progress, failed)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interruption:
+            if not str(interruption):  # before the first step
+                raise
             raise KeyboardInterrupt(self.interrupted(trainers)) from None
         for name, trainer in trainers.items():
             member = self.members[name]
