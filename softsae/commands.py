@@ -217,6 +217,8 @@ def info(options: InfoOptions) -> None:
     elif path.suffix == ".npy":
         source = as_source(path)
         print(f"{path}: {source.rows} activations of d={source.d}, {source.array.dtype}")
+    elif (path / "sweep.json").is_file():
+        print((path / "summary.md").read_text())
     elif (path / runs.OPTIONS).is_file() or (path / "config.json").is_file() and not path.is_file():
         print(describe_run(path))
     elif path.is_file():

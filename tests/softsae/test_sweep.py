@@ -349,6 +349,7 @@ def test_the_command_with_a_language_model(collected, tmp_path):  # noqa: F811
         (line,) = (line for line in summary.splitlines() if line.replace("*", "").startswith(f"| {name} |"))
         assert f"{row['explained_variance']:.4f}" in line and f"{row['recovered']:.4f}" in line
     assert Image.open(out / "frontier.png").size[0] > 1000
+    assert run("info", out).strip() == summary.strip()
     before = (out / "sweep.json").read_text()
     run("sweep", "--out", out, "--resume")
     assert (out / "sweep.json").read_text() == before
