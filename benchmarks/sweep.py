@@ -26,7 +26,7 @@ from softsae.cli import main as softsae
 from softsae.demo import ON_CPU, ON_GPU, Sizes
 
 KS = [16, 32, 64]
-L1_WEIGHTS = [0.005, 0.01, 0.02]  # in place of k: L0 is what they make of it
+L1_WEIGHTS = [0.002, 0.004, 0.008]  # in place of k: L0 is what they make of it
 MATRYOSHKA = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32]
 
 

@@ -75,7 +75,7 @@ def initialized(running: Sequence[Trainer], source) -> Iterable[tuple[Tensor, in
         raise ValueError("the source yields no batch")
     x = torch.cat([batch for batch, _ in first])
     for trainer in new:
-        trainer.initialize(x, source)
+        trainer.initialize(x)
     return chain(first, batches)  # they are trained on as well
 
 

@@ -93,7 +93,7 @@ class Trainer:
         self.optimizer = self.make_optimizer()
         self.resumed = self.resume()
 
-    def initialize(self, x: Tensor, source):
+    def initialize(self, x: Tensor):
         """Normalisation and b_dec from the first batches, x (N, d)."""
         self.sae.initialize(x)
         if self.out is not None:

@@ -151,7 +151,7 @@ def test_train_takes_an_npy_file(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "unknown command 'nothing'; choose one of demo, collect, train, eval, info"),
+        (["nothing"], "unknown command 'nothing'; choose one of demo, collect, train, sweep, eval, info"),
         (["train", "--out", "{tmp}/r"], "activations"),
         (["train", "--out", "{tmp}/r", "--activations", "{tmp}/no"], "activations '{tmp}/no' do not exist"),
         (["train", "--out", "{tmp}/r", "--activations", "{acts}", "--train.steps", "0"], "steps=0"),
