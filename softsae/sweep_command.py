@@ -39,6 +39,7 @@ def sweep(options: SweepOptions) -> None:
             raise ValueError(f"name={name!r} is taken by what the autoencoders are compared with")
         resolve(member.config, source.d)
     device = pick_device(train.device)
+    untrained_configs = controls(options, planned, source.d)
     configs = {name: member.config for name, member in planned.items()}
     trainers = Sweep(configs, out=out / AUTOENCODERS, together=options.together)
     runs.open_run(out, "sweep", options, options.resume)
@@ -48,14 +49,15 @@ def sweep(options: SweepOptions) -> None:
     rows = HeldOut(source, 64 * BATCH) if held is None else HeldOut(held, 2**62)
     control = {
         name: untrained(SparseAutoencoder(config).to(device), next(source.batches(4 * BATCH, train.seed)))
-        for name, config in controls(options, planned, train, source.d).items()
+        for name, config in untrained_configs.items()
     }
     table = [
         {**row, "variant": planned[row["name"]].variant, "group": planned[row["name"]].group}
         for row in trainers.evaluate(rows)
     ]
     table += [control_row(name, sae, evaluate(sae, rows)) for name, sae in control.items()]
-    found = cross_entropy(options, held, device, trained | control)
+    options = dataclasses.replace(options, device=str(device), seed=train.seed)
+    found = cross_entropy(options, held, trained | control)
     about = {
         "activations": str(heldout or options.activations),
         "part": "training" if held is None else "held-out",
@@ -74,18 +76,21 @@ def shared_training(options: SweepOptions) -> TrainConfig:
     return dataclasses.replace(options.train, **given)
 
 
-def controls(
-    options: SweepOptions, planned: dict[str, Member], train: TrainConfig, d: int
-) -> dict[str, AutoencoderConfig]:
-    """An untrained TopK for every k of the sweep."""
-    ks = {m.config.autoencoder.k for m in planned.values() if m.config.autoencoder.section.dial == "k"}
+def controls(options: SweepOptions, planned: dict[str, Member], d: int) -> dict[str, AutoencoderConfig]:
+    """An untrained TopK for every k of the sweep, with as many latents as the largest at that k."""
+    models = [member.config.autoencoder for member in planned.values()]
+    sizes: dict[float, int] = {}
+    for model in models:
+        if model.section.dial == "k":
+            sizes[model.k] = max(model.n, sizes.get(model.k, 0))
     shared = options.autoencoder
-    return {
-        f"{CONTROL}-k{k:g}": resolve(
-            RunConfig(AutoencoderConfig(None, shared.n, "topk", k, shared.normalization), train), d
-        ).autoencoder
-        for k in sorted(ks or {shared.k})
+    made = {
+        f"{CONTROL}-k{k:g}": AutoencoderConfig(
+            n=n, k=k, architecture="topk", normalization=shared.normalization
+        )
+        for k, n in sorted((sizes or {shared.k: shared.n}).items())
     }
+    return {name: resolve(RunConfig(config, options.train), d).autoencoder for name, config in made.items()}
 
 
 def control_row(name: str, sae: SparseAutoencoder, evaluation: dict) -> dict:
@@ -111,7 +116,7 @@ def with_best(rows: list[dict]) -> list[dict]:
 
 
 def cross_entropy(
-    options: SweepOptions, held, device, autoencoders: dict[str, SparseAutoencoder]
+    options: SweepOptions, held, autoencoders: dict[str, SparseAutoencoder]
 ) -> CrossEntropy | None:
     """With every autoencoder, where the held-out activations know their language model."""
     tokens = options.cross_entropy_tokens
@@ -121,8 +126,8 @@ def cross_entropy(
     if not isinstance(held, ShardSource):
         print("no cross-entropy: no held-out activations that say which language model they are from")
         return None
-    lm = model_of(held, dataclasses.replace(options, device=str(device)))
-    sequences = held.sequences.draw(tokens, options.seed or options.train.seed)
+    lm = model_of(held, options)
+    sequences = held.sequences.draw(tokens, options.seed)
     return measure_cross_entropy(lm, held, sequences, autoencoders)
 
 

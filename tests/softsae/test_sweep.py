@@ -20,6 +20,7 @@ from softsae.architectures import ARCHITECTURES
 from softsae.cli import main
 from softsae.options import SharedConfig, SweepOptions
 from softsae.report import plots
+from softsae.sweep_command import controls
 from softsae.timer import StepTimer
 from softsae.trainer import NonFiniteActivations
 from softsae.variants import members
@@ -413,6 +414,16 @@ def test_the_command_on_an_npy_file_without_heldout_part(tmp_path):
     assert [row["name"] for row in rows][:2] == ["softsae-k3", "softsae-k5"] and len(rows) == 6
     assert all(row["recovered"] is None for row in rows)
     assert rows[0]["config"]["autoencoder"]["softsae"]["k_min"] == 2
+
+
+def test_controls_have_the_size_of_what_they_are_beside():
+    wide = {"architecture": "batchtopk", "name": "wide", "n": 256, "k": 80}
+    asked = options(architectures="topk", k=[8.0], autoencoders=[wide], autoencoder=SharedConfig(n=64))
+    found = controls(asked, members(asked, TrainConfig()), D)
+    assert {name: (c.n, c.k, c.d, c.architecture) for name, c in found.items()} == {
+        "untrained-k8": (64, 8.0, D, "topk"),
+        "untrained-k80": (256, 80, D, "topk"),
+    }
 
 
 @pytest.mark.parametrize(
