@@ -31,7 +31,11 @@ MATRYOSHKA = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32]
 
 
 def special(steps: int) -> dict[str, dict]:
-    """Options of architectures whose defaults are for longer training: warm-ups of a quarter of the steps."""
+    """Options of architectures whose defaults are for longer training: warm-ups of a quarter of the steps.
+
+    JumpReLU's thresholds move too little otherwise: after 1000 steps with n = 1024 and k = 32 its L0 was 50
+    with the default threshold and bandwidth, 33 with these.
+    """
     return {
         "batchtopk": {"threshold_from": steps // 2},
         "featurechoice": {"threshold_from": steps // 2},
