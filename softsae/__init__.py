@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from softsae.metrics import evaluate
     from softsae.recipes import recipe
     from softsae.selectors import Selection, Selector, register
+    from softsae.sweep import Sweep
     from softsae.trainer import Trainer
 
 # Where each public name lives. Loaded when first used: the command line's --help needs no torch.
@@ -52,6 +53,7 @@ HOMES = {
     "Selector": "selectors",
     "SoftSAEConfig": "architectures",
     "SparseAutoencoder": "autoencoder",
+    "Sweep": "sweep",
     "TrainConfig": "config",
     "Trainer": "trainer",
     "attach": "language_model",
@@ -82,6 +84,7 @@ __all__ = [
     "Selector",
     "SoftSAEConfig",
     "SparseAutoencoder",
+    "Sweep",
     "TrainConfig",
     "Trainer",
     "attach",

@@ -57,6 +57,7 @@ class Section:
     """The options of one architecture: a dataclass, whose fields JSON can hold."""
 
     alpha = None  # the final scale of a soft selection; None where there is none
+    dial = "k"  # what sets L0: k, or a field of the section
     top_k = True  # whether the largest of several activations are kept; False: each by itself, as in relu
     joint_from = 0.0  # the share of the steps in which the estimator is frozen
     lr_multiplier = 1.0  # of the estimator's learning rate, in corrected mode
@@ -306,6 +307,7 @@ class ReLUConfig(Section):
     """ReLU with an L1 penalty; the mean L0 is what the penalty makes of it, k is not used."""
 
     top_k = False
+    dial = "l1_weight"
     l1_weight: float = 0.1
     """weight of sum_i f_i |d_i| beside |x - x_hat|^2, as for activations with a mean |x|^2 of 1"""
     l1_warmup_steps: int | None = None
@@ -344,6 +346,11 @@ ARCHITECTURES: dict[str, tuple[type[Section], str | type]] = {
 def registered(name: str) -> bool:
     """Whether it is an architecture that `softsae.register` has added."""
     return name in ARCHITECTURES and not isinstance(ARCHITECTURES[name][1], str)
+
+
+def section_field(name: str) -> str:
+    """The field of AutoencoderConfig with the options of an architecture, if it has any."""
+    return "options" if registered(name) else name
 
 
 def section_of(name: str, options: Section | dict | None) -> Section:

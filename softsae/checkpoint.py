@@ -44,6 +44,14 @@ def write_json(path: Path, value: Any):
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; raises ValueError, which names the file, for one that is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def read(path: Path, expected_format: str) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the header of a file written by `write` with header["format"] as expected.
 

@@ -1,9 +1,9 @@
-"""The command line: softsae demo | collect | train | eval | recipes | info.
+"""The command line: softsae demo | collect | train | sweep | eval | recipes | info.
 
-Every command is a dataclass of options (softsae/options.py) and a function (softsae/commands.py,
-softsae/demo.py). Options come from --config FILE and --section.field VALUE, later ones win. What the
-user can put right is told in one line, `softsae: error: ...`, with exit status 2; SOFTSAE_TRACEBACK=1
-shows where it was raised. Interrupted commands exit with 130.
+Every command is a dataclass of options (softsae/options.py) and a function (softsae/commands.py, demo.py,
+sweep_command.py). Options come from --config FILE and --section.field VALUE, later ones win. What the user
+can put right is told in one line, `softsae: error: ...`, with exit status 2; SOFTSAE_TRACEBACK=1 shows
+where it was raised. Interrupted commands exit with 130.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": ("demo", "train SoftSAE and TopK on a real language model and show what they found"),
     "collect": ("commands", "write a language model's activations to a folder of shards"),
     "train": ("commands", "train a sparse autoencoder on activations"),
+    "sweep": ("sweep_command", "train several autoencoders on one stream of activations and compare them"),
     "eval": ("commands", "evaluate a trained autoencoder on held-out activations and text"),
     "recipes": ("recipes", "list the recipes for softsae train --recipe, or print one"),
     "info": ("commands", "describe a run, a folder of activations, or this installation"),

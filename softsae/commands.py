@@ -14,16 +14,23 @@ import torch
 from tqdm import tqdm
 
 from softsae import runs, selectors
-from softsae.activations import HELDOUT, MANIFEST, TRAIN, as_source, heldout_beside
+from softsae.activations import HELDOUT, MANIFEST, TRAIN, as_source, heldout_beside, widths
 from softsae.activations.collect import Exclusion, measure_exclusion
 from softsae.activations.collect import collect as collect_shards
 from softsae.activations.shards import ShardSource, require_empty
 from softsae.autoencoder import load
-from softsae.config import RunConfig, resolve, shortened
+from softsae.config import RunConfig, TrainConfig, resolve, shortened
 from softsae.cross_entropy import CrossEntropy, evaluate_cross_entropy
 from softsae.language_model import LanguageModel, load_language_model
 from softsae.metrics import evaluate as evaluate_activations
-from softsae.options import CollectConfig, CollectOptions, EvalOptions, InfoOptions, TrainOptions
+from softsae.options import (
+    CollectConfig,
+    CollectOptions,
+    EvalOptions,
+    InfoOptions,
+    SweepOptions,
+    TrainOptions,
+)
 from softsae.report.summary import write_run_summary
 from softsae.report.tokens import untrained
 from softsae.sequences import Sequences, tokenize
@@ -78,24 +85,9 @@ def collect_parts(
 def train(options: TrainOptions) -> None:
     """softsae train: a run folder with the autoencoder, its metrics, plots and summary."""
     out = Path(options.out)
-    config = RunConfig(options.autoencoder, options.train)
-    changes = {"device": options.device, "seed": options.seed}
-    if options.quick:
-        config = dataclasses.replace(config, train=shortened(options.train, 200))
-    given = {name: value for name, value in changes.items() if value is not None}
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **given))
-    source = as_source(options.activations, options.target)
-    heldout, heldout_target = heldout_of(options)
-    held = as_source(heldout, heldout_target) if heldout else None
-    if held is None:
-        heldout, heldout_target = options.activations, options.target
-    for name in ("d", "d_out"):
-        found, trained = (getattr(s, name, None) for s in (held, source))
-        if held is not None and found != trained:
-            raise ValueError(f"--heldout {held.name!r} has {name}={found}, the activations {name}={trained}")
-    resolve(config, source.d, getattr(source, "d_out", None))
-    if not options.resume:
-        selectors.of(config.autoencoder.architecture).check(config.autoencoder, source)
+    config = RunConfig(options.autoencoder, training_of(options))
+    source, held = sources_of(options)
+    check_run(config, source, options.resume)
     pick_device(config.train.device)
     runs.open_run(out, "train", options, options.resume)
     trainer = Trainer(config, out=out)
@@ -103,14 +95,46 @@ def train(options: TrainOptions) -> None:
         sae = trainer.fit(source, held_out=None if held is None else HeldOut(held))
     name, rows = ("held-out", held) if held is not None else ("training", source)
     evaluation = evaluate_activations(sae, batches_of(rows), limit=64)
-    runs.write_json(out / EVALUATION, {"activations": heldout, "target": heldout_target, "part": name,
-                                       "metrics": evaluation})  # fmt: skip
+    runs.write_json(out / EVALUATION, {**paths_of(options, held), "part": name, "metrics": evaluation})
     summary = write_run_summary(out)
     print(f"explained variance {evaluation['explained_variance']:.4f} on {name} activations,"
           f" mean L0 {evaluation['l0']['mean']:.1f}; see {summary}")  # fmt: skip
 
 
-def heldout_of(options: TrainOptions) -> tuple[str | Path | None, str | Path | None]:
+def training_of(options: TrainOptions | SweepOptions) -> TrainConfig:
+    """The options of training with --device, --seed and --quick in them."""
+    train = shortened(options.train, 200) if options.quick else options.train
+    given = {"device": options.device, "seed": options.seed}
+    return dataclasses.replace(train, **{name: value for name, value in given.items() if value is not None})
+
+
+def sources_of(options: TrainOptions | SweepOptions) -> tuple:
+    """What to train on, and what to evaluate on or None; a transcoder's with their targets."""
+    source = as_source(options.activations, options.target)
+    heldout, heldout_target = heldout_of(options)
+    if not heldout:
+        return source, None
+    held = as_source(heldout, heldout_target)
+    for name, found, trained in zip(("d", "d_out"), widths(held), widths(source), strict=True):
+        if found != trained:
+            raise ValueError(f"--heldout {held.name!r} has {name}={found}, the activations {name}={trained}")
+    return source, held
+
+
+def paths_of(options: TrainOptions | SweepOptions, held) -> dict[str, str | Path | None]:
+    """The paths of what is evaluated on: the held-out activations or those of the training."""
+    paths = (options.activations, options.target) if held is None else heldout_of(options)
+    return dict(zip(("activations", "target"), paths, strict=True))
+
+
+def check_run(config: RunConfig, source, resume: bool) -> None:
+    """Raises what would otherwise be raised when the run folder is there already."""
+    resolve(config, *widths(source))
+    if not resume:
+        selectors.of(config.autoencoder.architecture).check(config.autoencoder, source)
+
+
+def heldout_of(options: TrainOptions | SweepOptions) -> tuple[str | Path | None, str | Path | None]:
     """The held-out activations and, for a transcoder, their target, as named or beside the training part."""
     heldout = options.heldout or heldout_beside(options.activations)
     if options.target is None:
@@ -160,8 +184,8 @@ def evaluate(options: EvalOptions) -> None:
     sae = load_run(run, pick_device(options.device))
     path, target = evaluated_on(run, options)
     source = as_source(path, target)
-    for name in ("d", "d_out"):
-        found, wanted = getattr(source, name, None), getattr(sae.config, name)
+    for name, found in zip(("d", "d_out"), widths(source), strict=True):
+        wanted = getattr(sae.config, name)
         if found != wanted:
             raise ValueError(f"activations {path!r} have {name}={found}, the autoencoder {name}={wanted}")
     tokens = min(options.cross_entropy_tokens, 500) if options.quick else options.cross_entropy_tokens
@@ -250,6 +274,8 @@ def info(options: InfoOptions) -> None:
     elif path.suffix == ".npy":
         source = as_source(path)
         print(f"{path}: {source.rows} activations of d={source.d}, {source.array.dtype}")
+    elif (path / "sweep.json").is_file():
+        print((path / "summary.md").read_text())
     elif (path / runs.OPTIONS).is_file() or (path / "config.json").is_file() and not path.is_file():
         print(describe_run(path))
     elif path.is_file():

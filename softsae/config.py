@@ -25,6 +25,7 @@ from softsae.architectures import (
     SoftSAEConfig,
     fill,
     registered,
+    section_field,
     section_of,
 )
 from softsae.checks import choice, integer, nearest_choice, number, optional
@@ -122,9 +123,8 @@ class AutoencoderConfig:
     @property
     def section_field(self) -> str | None:
         """The field that holds the options of the architecture, None where it has none."""
-        if registered(self.architecture):
-            return "options"
-        return self.architecture if self.architecture in self.sections() else None
+        name = section_field(self.architecture)
+        return name if hasattr(self, name) else None
 
     @property
     def section(self) -> Section:

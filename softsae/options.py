@@ -120,6 +120,62 @@ class TrainOptions(PluginOptions):
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+@dataclass
+class SharedConfig(AutoencoderConfig):
+    """What the autoencoders of a sweep have in common; sections of several architectures may be given."""
+
+    def __post_init__(self):
+        """Nothing to check before it is known which autoencoder it becomes."""
+
+
+@dataclass(kw_only=True)
+class SweepOptions(ModelOptions, PluginOptions):
+    """Options of softsae sweep: every architecture at every k and every learning rate."""
+
+    out: str
+    """the folder of the sweep, with a run folder for each autoencoder; it must not exist or be empty,
+    apart from --resume"""
+    activations: str
+    """what softsae collect made, another folder of shards, or an .npy file (rows, d); read once for all"""
+    target: str | None = None
+    """what to make of each activation instead of itself, as of softsae train"""
+    heldout: str | None = None
+    """activations to evaluate on; by default the held-out part that softsae collect made"""
+    heldout_target: str | None = None
+    """the target of these; by default the held-out part beside --target"""
+    architectures: list[str] | str = field(default_factory=list)
+    """selection rules: '[softsae, topk, batchtopk]'; each has its options in --autoencoder.NAME"""
+    k: list[float] | float = field(default_factory=list)
+    """numbers of active latents: '[16, 32, 64]'; by default --autoencoder.k"""
+    l1_weight: list[float] | float = field(default_factory=list)
+    """in place of k, for architectures whose L0 it sets, relu and gated: '[0.03, 0.1, 0.3]'; by default the
+    one in their section"""
+    lr: list[float] | float = field(default_factory=list)
+    """learning rates, the same search for every autoencoder; by default --train.lr. The results mark the best
+    of each by explained variance on the held-out activations"""
+    autoencoders: list[dict] = field(default_factory=list)
+    """variants of architectures, best given in a --config file: each names an architecture, what differs
+    from --autoencoder, 'train' for what differs from --train, and a 'name'. {architecture: batchtopk, name:
+    nested, matryoshka: [0.25, 0.75]} is trained at every k, with 'k: 32' in it at that one"""
+    together: int | None = None
+    """how many are trained at a time, each time reading the activations again; by default all. What they
+    need of the device's memory is the sum"""
+    cross_entropy_tokens: int = 4096
+    """held-out tokens for the cross-entropy in the language model; 0 leaves it out"""
+    device: str | None = None
+    """the same as --train.device"""
+    seed: int | None = None
+    """the same as --train.seed"""
+    resume: bool = False
+    """go on with the interrupted sweep in --out"""
+    quick: bool = False
+    """200 steps and 500 tokens of cross-entropy at most, to try things out"""
+    autoencoder: SharedConfig = field(default_factory=SharedConfig)
+    """shared by all"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """shared by all"""
+
+
 @dataclass(kw_only=True)
 class EvalOptions(ModelOptions, TextOptions, PluginOptions):
     """Options of softsae eval."""

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable
-from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from softsae import checkpoint, metrics
-from softsae.activations import as_source
+from softsae.activations import as_source, widths
 from softsae.autoencoder import SparseAutoencoder
 from softsae.config import AutoencoderConfig, RunConfig, TrainConfig, difference, resolve, square_norm
 from softsae.keys import build
+from softsae.lockstep import NonFiniteActivations as NonFiniteActivations
+from softsae.lockstep import train_together
 from softsae.losses import DeadLatents
 from softsae.schedules import Schedule
+from softsae.timer import StepTimer
 
 FORMAT = "softsae checkpoint 3"
-INITIAL_SAMPLES = 8192  # that normalisation and geometric median are taken from, in whole batches
 FREE_FIELDS = ("device", "checkpoint_every", "log_every", "eval_every")  # may change when resuming
-
-
-class NonFiniteActivations(ValueError):
-    """Activations hold NaN or infinity; the message says where."""
 
 
 class Trainer:
@@ -43,7 +36,8 @@ class Trainer:
         callbacks: called as callback(trainer, record) with every line of metrics.
         progress: show a progress bar.
 
-    Attributes: sae, the autoencoder; step, the number of steps done; config, resolved at `fit`.
+    Attributes: sae, the autoencoder; step, the number of steps done; config, resolved at `fit`; timer,
+    whose `total()` is the seconds that the steps took.
     """
 
     def __init__(
@@ -87,31 +81,38 @@ class Trainer:
             NonFiniteActivations: NaN or infinity in the activations, with nonfinite="refuse".
             KeyboardInterrupt: after Ctrl-C, once the step is done and a checkpoint is written.
         """
-        source = as_source(source, target)
+        train_together([self], as_source(source, target), held_out, self.progress)
+        return self.sae
+
+    def start(self, source, held_out=None):
+        """Everything as it is before the first step on a source, or as the checkpoint in `out` has it."""
         self.step = self.consumed = 0
-        self.config = resolve(self.config, source.d, getattr(source, "d_out", None))
+        self.config = resolve(self.config, *widths(source))
         self.held_out = [held_out] if isinstance(held_out, Tensor) else held_out
         train = self.config.train
         self.device = pick_device(train.device)
+        self.timer = StepTimer(self.device)
         self.schedule = Schedule(self.config)
         self.sae = SparseAutoencoder(self.config.autoencoder, seed=train.seed).to(self.device).train()
         self.dead = DeadLatents(self.config.autoencoder.n, train.dead_after).to(self.device)
         self.optimizer = self.make_optimizer()
-        resumed = self.resume()
-        batches = self.batches(source)
-        if not resumed:
-            batches = self.initialize(batches, source)
-            if self.out is not None:
-                checkpoint.write_json(self.out / "config.json", dataclasses.asdict(self.config))
-        try:
-            with Interruption() as interruption:
-                self.loop(batches, interruption)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(self.leave_checkpoint()) from None
+        self.resumed = self.resume()
+
+    def initialize(self, batch: Tensor, source):
+        """Normalisation, b_dec and the rule from the first batches of the source as one."""
+        x, target = self.sae.split(batch)
+        self.sae.initialize(x, target)
+        prepared = self.sae.selector.prepare(self.sae, x, source, self.config.train.seed)
+        if prepared is not None:
+            self.record({"event": "prepared", "step": 0, **prepared})
+        if self.out is not None:
+            checkpoint.write_json(self.out / "config.json", dataclasses.asdict(self.config))
+
+    def finish(self):
+        """After the last step."""
         self.sae.eval()
         if self.out is not None:
             self.sae.save(self.out / "sae")
-        return self.sae
 
     def make_optimizer(self) -> torch.optim.Adam:
         """Adam over two groups: the autoencoder's parameters and the estimator's."""
@@ -124,86 +125,31 @@ class Trainer:
             groups.append({"params": estimator, "multiplier": train.estimator_lr_multiplier})
         return torch.optim.Adam(groups, lr=train.lr, betas=(train.adam_beta1, train.adam_beta2), fused=True)
 
-    def initialize(self, batches: Iterable[Tensor], source) -> Iterable[Tensor]:
-        """Normalisation, b_dec and the rule from the first batches, which are then trained on as well."""
+    def advance(self, batch: Tensor, consumed: int) -> dict:
+        """One step, and the metrics, evaluation and checkpoint that are due after it; what was logged.
+
+        `consumed` is the number of batches of the source up to the end of this one.
+        """
         train = self.config.train
-        count = min(math.ceil(INITIAL_SAMPLES / train.batch_size), train.steps)
-        iterator = iter(batches)
-        consumed, first = self.consumed, []
-        for batch in iterator:
-            first.append((batch, self.consumed))
-            if len(first) == count:
-                break
-        if not first:
-            raise ValueError("the source yields no batch")
-        x, target = self.sae.split(torch.cat([batch for batch, _ in first]))
-        self.sae.initialize(x, target)
-        if (prepared := self.sae.selector.prepare(self.sae, x, source, train.seed)) is not None:
-            self.record({"event": "prepared", "step": 0, **prepared})
+        logged = (self.step + 1) % train.log_every == 0 or self.step + 1 == train.steps
+        with self.timer:
+            record = self.train_step(batch, logged)
+        self.step += 1
         self.consumed = consumed
-
-        def replay():
-            for batch, after in first:
-                self.consumed = after
-                yield batch
-
-        return chain(replay(), iterator)
-
-    def batches(self, source) -> Iterable[Tensor]:
-        """The source's batches from where the run is, checked, on the device; counts `consumed`."""
-        train = self.config.train
-        for batch in source.batches(train.batch_size, train.seed, self.consumed):
-            batch = self.finite(batch, source)
-            self.consumed += 1
-            if len(batch):
-                yield batch.to(self.device, torch.float32, non_blocking=True)
-
-    def finite(self, batch: Tensor, source) -> Tensor:
-        """The batch without the rows that hold NaN or infinity, if they may be skipped."""
-        good = batch.isfinite().all(1)
-        if good.all():
-            return batch
-        rows = (~good).nonzero().squeeze(1).tolist()
-        listed = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        where = f"activations hold NaN or infinity in batch {self.consumed}, rows {listed}"
-        if hasattr(source, "locate"):  # stored activations know where on the disk that is
-            first = source.locate(len(batch), self.config.train.seed, self.consumed, rows[0])
-            where += f"; the first is {first}"
-        if self.config.train.nonfinite == "refuse":
-            raise NonFiniteActivations(f"{where}; nonfinite='skip' leaves such samples out")
-        self.record({"event": "nonfinite", "step": self.step, "batch": self.consumed, "rows": rows})
-        tqdm.write(f"skipped: {where}")
-        return batch[good]
-
-    def loop(self, batches: Iterable[Tensor], interruption: Interruption):
-        train = self.config.train
-        clock = time.perf_counter(), self.step
-        bar = tqdm(total=train.steps, initial=self.step, disable=None if self.progress else True, unit="step")
-        with bar:
-            for batch in batches if self.step < train.steps else ():
-                logged = (self.step + 1) % train.log_every == 0 or self.step + 1 == train.steps
-                record = self.train_step(batch, logged)
-                self.step += 1
-                bar.update()
-                if logged:
-                    now = time.perf_counter()
-                    rate = (self.step - clock[1]) * train.batch_size / (now - clock[0])
-                    record = {name: scalar(value) for name, value in record.items()}
-                    record["samples_per_second"] = round(rate, 1)
-                    bar.set_postfix(ev=f"{record['explained_variance']:.3f}", l0=f"{record['l0']:.1f}")
-                    self.record(record)
-                    clock = time.perf_counter(), self.step
-                last = self.step == train.steps
-                if self.held_out is not None and (last or due(self.step, train.eval_every)):
-                    held_out = metrics.evaluate(self.sae, self.held_out)
-                    self.record({"event": "eval", "step": self.step, **held_out})
-                if self.out is not None and (last or due(self.step, train.checkpoint_every)):
-                    self.save_checkpoint()
-                if last:
-                    return
-                interruption.raise_if_asked()
-        if self.step < train.steps:
-            raise ValueError(f"the source ended after step {self.step} of {train.steps}")
+        if logged:
+            now = time.perf_counter()
+            rate = (self.step - self.clock[1]) * train.batch_size / (now - self.clock[0])
+            record = {name: scalar(value) for name, value in record.items()}
+            record["samples_per_second"] = round(rate, 1)
+            self.record(record)
+            self.clock = time.perf_counter(), self.step
+        last = self.step == train.steps
+        if self.held_out is not None and (last or due(self.step, train.eval_every)):
+            held_out = metrics.evaluate(self.sae, self.held_out)
+            self.record({"event": "eval", "step": self.step, **held_out})
+        if self.out is not None and (last or due(self.step, train.checkpoint_every)):
+            self.save_checkpoint()
+        return record
 
     def train_step(self, batch: Tensor, logged: bool) -> dict:
         """One step on a batch of the source; what it measured, as scalars on the device, when logged."""
@@ -291,6 +237,7 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "step": self.step,
             "consumed": self.consumed,
+            "seconds": self.timer.total(),
         }
         checkpoint.write(self.checkpoint_file, tensors, header)
 
@@ -314,6 +261,7 @@ class Trainer:
                 self.optimizer.state[parameter] = {"step": step.to(fused_on), **moments}
         checkpoint.restore_rng(tensors)
         self.step, self.consumed = header["step"], header["consumed"]
+        self.timer = StepTimer(self.device, header["seconds"])
         self.forget_metrics_after(self.step)
         return True
 
@@ -331,29 +279,6 @@ class Trainer:
             return f"{where}; nothing was saved, because the trainer has no output folder"
         self.save_checkpoint()
         return f"{where}; {self.checkpoint_file} holds it: run the same again with out={self.out} to go on"
-
-
-class Interruption:
-    """Within it, Ctrl-C waits for the end of the step; a second Ctrl-C does not."""
-
-    def __enter__(self) -> Interruption:
-        self.asked = False
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.previous = signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def __exit__(self, *_):
-        if self.main:
-            signal.signal(signal.SIGINT, self.previous)
-
-    def ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, self.previous)
-
-    def raise_if_asked(self):
-        if self.asked:
-            raise KeyboardInterrupt
 
 
 def pick_device(name: str) -> torch.device:

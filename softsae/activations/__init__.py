@@ -16,6 +16,11 @@ from softsae.activations.shards import MANIFEST, ShardSource
 TRAIN, HELDOUT = "train", "heldout"  # the two folders that `softsae collect` makes
 
 
+def widths(source) -> tuple[int, int | None]:
+    """The width of a source's activations and that of their targets, None where it has none."""
+    return source.d, getattr(source, "d_out", None)
+
+
 def as_source(activations, target=None):
     """A source as it is; anything else that holds activations as one.
 

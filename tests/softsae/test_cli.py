@@ -165,7 +165,10 @@ def test_train_takes_an_npy_file(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "unknown command 'nothing'; choose one of demo, collect, train, eval, recipes, info"),
+        (
+            ["nothing"],
+            "unknown command 'nothing'; choose one of demo, collect, train, sweep, eval, recipes, info",
+        ),
         (["train", "--out", "{tmp}/r"], "activations"),
         (["train", "--out", "{tmp}/r", "--activations", "{tmp}/no"], "activations '{tmp}/no' do not exist"),
         (["train", "--out", "{tmp}/r", "--activations", "{acts}", "--train.steps", "0"], "steps=0"),
