@@ -348,7 +348,7 @@ def registered(name: str) -> bool:
     return name in ARCHITECTURES and not isinstance(ARCHITECTURES[name][1], str)
 
 
-def section_field(name: str) -> str:
+def options_field(name: str) -> str:
     """The field of AutoencoderConfig with the options of an architecture, if it has any."""
     return "options" if registered(name) else name
 

@@ -25,6 +25,7 @@ from softsae.checks import number
 from softsae.config import AutoencoderConfig, resolve_autoencoder
 from softsae.keys import build
 from softsae.normalization import geometric_median, set_normalization
+from softsae.runs import write_json
 from softsae.schedules import Phase
 from softsae.transcoder import fit_decoder
 
@@ -325,7 +326,7 @@ class SparseAutoencoder(nn.Module):
             header["registered_by"] = type(self.selector).__module__
         checkpoint.write(file, dict(self.state_dict()), header)
         if file != path:
-            checkpoint.write_json(path / "config.json", config)
+            write_json(path / "config.json", config)
         return file
 
 

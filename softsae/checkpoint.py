@@ -34,24 +34,6 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote; raises ValueError, which names the file, for one that is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
 def read(path: Path, expected_format: str) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the header of a file written by `write` with header["format"] as expected.
 

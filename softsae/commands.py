@@ -229,7 +229,7 @@ def evaluated_on(run: Path, options: EvalOptions) -> tuple[str, str | None]:
     file = run / EVALUATION
     if not file.is_file():
         raise ValueError(f"--activations is needed: {str(file)!r} does not name any")
-    found = json.loads(file.read_text())
+    found = runs.read_json(file)
     return found["activations"], options.target or found.get("target")
 
 
@@ -326,7 +326,7 @@ def describe_run(run: Path) -> str:
     except FileNotFoundError as error:
         lines.append(str(error))
     if (run / EVALUATION).is_file():
-        found = json.loads((run / EVALUATION).read_text())
+        found = runs.read_json(run / EVALUATION)
         share = found["metrics"]["explained_variance"]
         lines.append(f"explained variance {share:.4f} on {found['activations']}")
     return "\n".join(lines)

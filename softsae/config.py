@@ -24,8 +24,8 @@ from softsae.architectures import (
     Section,
     SoftSAEConfig,
     fill,
+    options_field,
     registered,
-    section_field,
     section_of,
 )
 from softsae.checks import choice, integer, nearest_choice, number, optional
@@ -123,7 +123,7 @@ class AutoencoderConfig:
     @property
     def section_field(self) -> str | None:
         """The field that holds the options of the architecture, None where it has none."""
-        name = section_field(self.architecture)
+        name = options_field(self.architecture)
         return name if hasattr(self, name) else None
 
     @property

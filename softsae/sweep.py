@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from softsae import checkpoint, metrics
+from softsae import metrics, runs
 from softsae.activations import as_source, widths
 from softsae.autoencoder import SparseAutoencoder
 from softsae.checks import integer, optional
@@ -167,7 +167,7 @@ class Sweep:
         trainer.sae = trainer.optimizer = trainer.dead = None
         if self.out is not None and isinstance(error, NonFiniteLoss):
             kept = {"steps": member.steps, "seconds": member.seconds, "error": member.error}
-            checkpoint.write_json(self.out / name / FAILURE, kept)
+            runs.write_json(self.out / name / FAILURE, kept)
         tqdm.write(f"{name} is left out: {member.error}")
 
     def has_failed(self, name: str) -> bool:
@@ -175,7 +175,7 @@ class Sweep:
         file = None if self.out is None else self.out / name / FAILURE
         if file is None or not file.is_file():
             return False
-        kept = checkpoint.read_json(file)
+        kept = runs.read_json(file)
         self.members[name] = dataclasses.replace(self.members[name], **kept)
         return True
 

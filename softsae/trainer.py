@@ -19,6 +19,7 @@ from softsae.keys import build
 from softsae.lockstep import NonFiniteActivations as NonFiniteActivations
 from softsae.lockstep import train_together
 from softsae.losses import DeadLatents
+from softsae.runs import write_json
 from softsae.schedules import Schedule
 from softsae.timer import StepTimer
 
@@ -106,7 +107,7 @@ class Trainer:
         if prepared is not None:
             self.record({"event": "prepared", "step": 0, **prepared})
         if self.out is not None:
-            checkpoint.write_json(self.out / "config.json", dataclasses.asdict(self.config))
+            write_json(self.out / "config.json", self.config)
 
     def finish(self):
         """After the last step."""

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from softsae.architectures import ARCHITECTURES, section_field
+from softsae.architectures import ARCHITECTURES, options_field
 from softsae.checks import nearest_choice
 from softsae.config import AutoencoderConfig, RunConfig, TrainConfig
 from softsae.keys import unknown
@@ -44,7 +44,7 @@ class Variant(NamedTuple):
     @property
     def has_dial(self) -> bool:
         """Whether it says itself what sets its L0."""
-        holder = self.changes if self.dial == "k" else self.changes.get(section_field(self.architecture), {})
+        holder = self.changes if self.dial == "k" else self.changes.get(options_field(self.architecture), {})
         return self.dial in holder
 
     def at(self, value: float | None) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Variant(NamedTuple):
             return self.changes
         if self.dial == "k":
             return {**self.changes, "k": value}
-        name = section_field(self.architecture)
+        name = options_field(self.architecture)
         return {**self.changes, name: {**self.changes.get(name, {}), self.dial: value}}
 
 
@@ -96,7 +96,7 @@ def variants_of(options: SweepOptions) -> list[Variant]:
         if "architecture" not in entry:
             raise ValueError(f"{where}={entry!r} needs an architecture")
         check_names(where, entry, known)
-        for name in ("train", section_field(entry["architecture"])):
+        for name in ("train", options_field(entry["architecture"])):
             if not isinstance(entry.get(name, {}), Mapping):
                 raise ValueError(f"{where}: {name}={entry[name]!r} must be options by name")
         rest = {name: value for name, value in entry.items() if name not in ("name", "train")}
@@ -114,7 +114,7 @@ def check_shared(options: SweepOptions, variants: list[Variant], train: TrainCon
     shared, architectures = options.autoencoder, [variant.architecture for variant in variants]
     if shared.architecture != AutoencoderConfig.architecture:
         raise ValueError(f"autoencoder.architecture={shared.architecture!r}: use --architectures")
-    held = [section_field(architecture) for architecture in architectures]
+    held = [options_field(architecture) for architecture in architectures]
     for name in (*shared.sections(), "options"):
         default = None if name == "options" else ARCHITECTURES[name][0]()
         if name not in held and getattr(shared, name) != default:
@@ -135,7 +135,7 @@ def check_shared(options: SweepOptions, variants: list[Variant], train: TrainCon
 def autoencoder(shared: AutoencoderConfig, variant: Variant, value: float | None) -> AutoencoderConfig:
     """The shared options, those of other architectures left out, with the variant's."""
     names = [f.name for f in dataclasses.fields(AutoencoderConfig)]
-    others = {*shared.sections(), "options"} - {section_field(variant.architecture)}
+    others = {*shared.sections(), "options"} - {options_field(variant.architecture)}
     base = {name: getattr(shared, name) for name in names if name not in others}
     changes = dict(variant.at(value))
     for name, new in changes.items():

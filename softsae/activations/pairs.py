@@ -50,8 +50,10 @@ class TensorRows(RowSource):
     """The rows of a tensor, under a name."""
 
     def __init__(self, source: TensorSource, name: str):
-        self.name, self.rows, self.d = name, len(source), source.d
-        self.read = source.read
+        self.source, self.name, self.rows, self.d = source, name, len(source), source.d
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        return self.source.read(rows)
 
 
 def by_index(source, name: str) -> RowSource:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from softsae.cross_entropy import CrossEntropy
 from softsae.report import markdown, plots
-from softsae.runs import read_metrics, write_text
+from softsae.runs import read_json, read_metrics, write_text
 
 
 def write_run_summary(run: Path) -> Path:
@@ -16,7 +15,7 @@ def write_run_summary(run: Path) -> Path:
     Reads config.json, metrics.jsonl and, where there is one, evaluation.json.
     """
     records = read_metrics(run)
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     model, train = config["autoencoder"], config["train"]
     drawn = [plots.training_curves(run / "plots" / "training.png", {model["architecture"]: records})]
     lines = [
@@ -38,7 +37,7 @@ def write_run_summary(run: Path) -> Path:
         ]
     file = run / "evaluation.json"
     if file.is_file():
-        found = json.loads(file.read_text())
+        found = read_json(file)
         metrics = {run.name: found["metrics"]}
         to = f" to {found['target']}" if found.get("target") else ""
         lines += [f"On {found['part']} activations ({found['activations']}{to}):", ""]

@@ -133,6 +133,8 @@ def test_the_command_line_trains_resumes_and_describes_it(plugin, activations, t
 
     assert run("train", "--out", out, *arguments) == 2
     assert "architecture='grouptopk' must be one of" in capsys.readouterr().err
+    assert run("train", "--out", out, "--plugin", plugin, *arguments, "--autoencoder.options.gruops=2") == 2
+    assert "options of 'grouptopk': gruops is not an option; did you mean groups?" in capsys.readouterr().err
     assert run("train", "--out", out, "--plugin", plugin, *arguments) == 0
     assert run("train", "--out", out, "--resume") == 0  # config.yaml holds --plugin
     capsys.readouterr()
@@ -142,6 +144,11 @@ def test_the_command_line_trains_resumes_and_describes_it(plugin, activations, t
     assert "--plugin on the command line" in capsys.readouterr().err
     assert run("eval", out, "--plugin", f"[{plugin}]", "--cross_entropy_tokens=0") == 0
     assert softsae.load(out / "sae").config.options.groups == 2
+    several = ["--architectures", "[grouptopk, topk]", *arguments[:2], *arguments[4:]]
+    assert run("sweep", "--out", tmp_path / "sweep", "--plugin", plugin, *several) == 0
+    assert (
+        softsae.load(tmp_path / "sweep" / "autoencoders" / "grouptopk-k8" / "sae").config.options.groups == 2
+    )
     for name, message in (
         ("no_such_module", "--plugin 'no_such_module': No module named 'no_such_module'"),
         (tmp_path / "none.py", "none.py' does not exist"),
