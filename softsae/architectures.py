@@ -235,7 +235,8 @@ class AdaptiveKConfig(Section):
     """weight of the mean squared change of the scores since the probe was fitted, relative to mean
     |x|^2, to which it rises linearly in the joint phase; None is 0 (published: 0.9 * 0.5)"""
     l1_weight: float | None = None
-    """weight of mean |f|_1 / |x|_2 in all phases, relative to mean |x|^2; None is 0 (published: 0.005)"""
+    """weight of mean |f|_1 / |x|_2, x being what is reconstructed, in all phases, relative to mean |x|^2;
+    None is 0 (published: 0.005)"""
 
     def __post_init__(self):
         if self.scores not in MEASURED_SCORES and not str(self.scores).endswith(".npy"):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from softsae import checkpoint, losses, selectors
 from softsae.architectures import ARCHITECTURES, registered
 from softsae.checks import number
-from softsae.config import AutoencoderConfig, resolve_autoencoder
+from softsae.config import AutoencoderConfig, own_options, resolve_autoencoder
 from softsae.keys import build
 from softsae.normalization import geometric_median, set_normalization
 from softsae.runs import write_json
@@ -349,7 +349,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
             " command line)"
         )
     sae = checkpoint.parse(
-        file, lambda: SparseAutoencoder(build(AutoencoderConfig, header["config"], "config"))
+        file, lambda: SparseAutoencoder(build(AutoencoderConfig, own_options(header["config"]), "config"))
     )
     checkpoint.fill(file, sae, tensors)
     return sae.to(device).eval()

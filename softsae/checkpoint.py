@@ -1,8 +1,8 @@
 """Files: safetensors with a JSON header, written under a temporary name and renamed when complete.
 
 The header names the format with a number. A field that is added to a configuration keeps the number: files
-without it have its default. A change of what tensors or fields mean raises it, and files of another number
-are refused.
+without it have its default, and the options of architectures other than a file's own are not read. A change
+of what tensors or fields mean raises it, and files of another number are refused.
 """
 
 from __future__ import annotations

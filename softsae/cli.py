@@ -27,11 +27,8 @@ COMMANDS = {
     "recipes": ("recipes", "list the recipes for softsae train --recipe, or print one"),
     "info": ("commands", "describe a run, a folder of activations, or this installation"),
 }
-POSITIONAL = {
-    "eval": "run",
-    "recipes": "name",
-    "info": "path",
-}  # the option that a first word without a name stands for
+# The option that a first word without a name stands for.
+POSITIONAL = {"eval": "run", "recipes": "name", "info": "path"}
 USAGE = "usage: softsae [-h] [--version] COMMAND ..."
 
 

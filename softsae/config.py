@@ -358,6 +358,15 @@ def square_norm(config: AutoencoderConfig, d: int | None = None) -> float:
     return 1.0 if config.normalization == "unit_mean_norm" else float(d or config.d_out or config.d)
 
 
+def own_options(values: dict) -> dict:
+    """An AutoencoderConfig in asdict's form without the sections of other architectures.
+
+    They hold the defaults of the day on which it was written.
+    """
+    others = ARCHITECTURES.keys() - {values["architecture"]}
+    return {name: value for name, value in values.items() if name not in others}
+
+
 def difference(a: dict, b: dict, path: str = "") -> str | None:
     """The first field in which two configurations (dataclasses.asdict) differ, with both values."""
     for name in [*a, *(name for name in b if name not in a)]:

@@ -14,7 +14,15 @@ from torch import Tensor
 from softsae import checkpoint, metrics
 from softsae.activations import as_source, widths
 from softsae.autoencoder import SparseAutoencoder
-from softsae.config import AutoencoderConfig, RunConfig, TrainConfig, difference, resolve, square_norm
+from softsae.config import (
+    AutoencoderConfig,
+    RunConfig,
+    TrainConfig,
+    difference,
+    own_options,
+    resolve,
+    square_norm,
+)
 from softsae.keys import build
 from softsae.lockstep import NonFiniteActivations as NonFiniteActivations
 from softsae.lockstep import train_together
@@ -248,7 +256,7 @@ class Trainer:
             return False
         file = self.checkpoint_file
         tensors, header = checkpoint.read(file, FORMAT)
-        then = checkpoint.parse(file, lambda: build(RunConfig, header["config"], "config"))
+        then = checkpoint.parse(file, lambda: run_config(header["config"]))
         if found := difference(comparable(then), comparable(self.config)):
             raise ValueError(f"{file} is from another configuration; they differ in {found}")
         checkpoint.fill(file, self.sae, part(tensors, "sae."))
@@ -292,6 +300,11 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def run_config(values: dict) -> RunConfig:
+    """The configuration in the header of a checkpoint."""
+    return build(RunConfig, {**values, "autoencoder": own_options(values["autoencoder"])}, "config")
 
 
 def comparable(config: RunConfig) -> dict:

@@ -112,7 +112,7 @@ class AdaptiveK(Selector):
             return terms
         x, self.x = self.x, None
         if self.options.l1_weight:
-            norm = x.norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
+            norm = target.norm(dim=1).clamp(min=torch.finfo(target.dtype).tiny)
             terms["l1"] = (selection.latents.sum(1) / norm).mean()
         if phase.learns != "all":
             return terms

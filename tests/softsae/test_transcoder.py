@@ -251,6 +251,7 @@ def test_fields_that_a_file_lacks_have_their_defaults(tmp_path):
     del header["config"]["d_out"]
     for name in ("options", "msae", "adaptivek"):
         del header["config"][name]
+    header["config"]["jumprelu"]["bandwidth"] = 0.123  # of an architecture that it is not, another default
     for name in ("input", "moves_encoder"):
         del header["config"]["softsae"]["estimator"][name]
     checkpoint.write(file, tensors, header)
