@@ -21,6 +21,7 @@ from benchmarks.environment import RESULTS, ROOT
 from benchmarks.tables import caption, load, markdown
 
 README = ROOT / "README.md"
+RECOVERED = ("recovered", "recovered_all_replaced")
 DOCUMENTS = (README, ROOT / "benchmarks" / "README.md")
 
 
@@ -110,6 +111,34 @@ def estimators() -> str:
     return markdown(header, body) + f"\n\n{caption(data['environment'])}"
 
 
+def sweep() -> str:
+    """Every architecture at three k, at the best of its learning rates, and the frontier; per machine."""
+    parts = []
+    for path in sorted(RESULTS.glob("sweep-*.json")):
+        data = json.loads(path.read_text())
+        body = []
+        for r in data["rows"]:
+            if r.get("error"):
+                body.append([r["name"], r["error"], *[""] * 6])
+            elif r["best"]:
+                body.append(
+                    [
+                        r["group"],
+                        f"{r['lr']:.3g}" if "lr" in r else "",
+                        f"{r['explained_variance']:.4f}",
+                        f"{r['l0_mean']:.1f} ± {r['l0_sd']:.1f}",
+                        str(r["dead_latents"]),
+                        *(f"{r[name]:.4f}" if r[name] is not None else "" for name in RECOVERED),
+                        f"{r['samples_per_second']:,.0f}" if "samples_per_second" in r else "",
+                    ]
+                )
+        header = ["", "learning rate", "explained variance", "L0", "dead", "recovered",
+                  "all positions replaced", "samples per second"]  # fmt: skip
+        picture = f"![explained variance against L0](benchmarks/results/{path.stem}.png)"
+        parts.append("\n\n".join([markdown(header, body), caption(data["environment"]), picture]))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 def peers_accuracy() -> str:
     """Worst errors of every implementation over all cells; those of p and gradients where p is LapSum's."""
     errors = ("p", "sum_relative", "grad_x", "grad_k", "grad_alpha")
@@ -148,6 +177,7 @@ TABLES = {
     "peers-features": peers_features,
     "estimators": estimators,
     "demo": demo,
+    "sweep": sweep,
     "accuracy": accuracy,
     "fuzz": fuzz,
     "transformer": transformer,

@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from softsae.architectures import (
+        AdaptiveKConfig,
         BatchTopKConfig,
         EstimatorConfig,
         FeatureChoiceConfig,
         GatedConfig,
         JumpReLUConfig,
+        MSAEConfig,
         ReLUConfig,
+        Section,
         SoftSAEConfig,
     )
     from softsae.autoencoder import Output, SparseAutoencoder, load
     from softsae.config import (
         AutoencoderConfig,
+        RegularizerConfig,
         RunConfig,
         TrainConfig,
         corrected,
@@ -25,21 +29,31 @@ if TYPE_CHECKING:
     )
     from softsae.language_model import attach, load_language_model
     from softsae.metrics import evaluate
+    from softsae.recipes import recipe
+    from softsae.selectors import Selection, Selector, register
+    from softsae.sweep import Sweep
     from softsae.trainer import Trainer
 
 # Where each public name lives. Loaded when first used: the command line's --help needs no torch.
 HOMES = {
+    "AdaptiveKConfig": "architectures",
     "AutoencoderConfig": "config",
     "BatchTopKConfig": "architectures",
     "EstimatorConfig": "architectures",
     "FeatureChoiceConfig": "architectures",
     "GatedConfig": "architectures",
     "JumpReLUConfig": "architectures",
+    "MSAEConfig": "architectures",
     "Output": "autoencoder",
     "ReLUConfig": "architectures",
+    "RegularizerConfig": "config",
     "RunConfig": "config",
+    "Section": "architectures",
+    "Selection": "selectors",
+    "Selector": "selectors",
     "SoftSAEConfig": "architectures",
     "SparseAutoencoder": "autoencoder",
+    "Sweep": "sweep",
     "TrainConfig": "config",
     "Trainer": "trainer",
     "attach": "language_model",
@@ -48,20 +62,29 @@ HOMES = {
     "load": "autoencoder",
     "load_language_model": "language_model",
     "published": "config",
+    "recipe": "recipes",
+    "register": "selectors",
 }
 
 __all__ = [
+    "AdaptiveKConfig",
     "AutoencoderConfig",
     "BatchTopKConfig",
     "EstimatorConfig",
     "FeatureChoiceConfig",
     "GatedConfig",
     "JumpReLUConfig",
+    "MSAEConfig",
     "Output",
     "ReLUConfig",
+    "RegularizerConfig",
     "RunConfig",
+    "Section",
+    "Selection",
+    "Selector",
     "SoftSAEConfig",
     "SparseAutoencoder",
+    "Sweep",
     "TrainConfig",
     "Trainer",
     "attach",
@@ -70,6 +93,8 @@ __all__ = [
     "load",
     "load_language_model",
     "published",
+    "recipe",
+    "register",
 ]
 
 

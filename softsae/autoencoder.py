@@ -3,6 +3,10 @@
 With x' the normalised input:  pre = W_enc (x' - b_dec) + b_enc,  f = select(relu(pre)),
 x_hat' = f W_dec + b_dec,  x_hat = x' units undone. Normalisation is part of the model: everything
 outside is in the units of the activations, the losses and alpha are in normalised units.
+
+A transcoder (config.d_out is not None) reconstructs another vector y (..., d_out), the target, from x. There
+b_dec is the bias of the decoder alone and the encoder's centre is a parameter of its own, b_in:
+pre = W_enc (x' - b_in) + b_enc,  y_hat' = f W_dec + b_dec; and y' has a shift and a scale of its own.
 """
 
 from __future__ import annotations
@@ -16,9 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softsae import checkpoint, losses, selectors
-from softsae.architectures import ARCHITECTURES, EstimatorConfig
-from softsae.config import AutoencoderConfig, resolve_autoencoder
+from softsae.architectures import ARCHITECTURES, registered
+from softsae.checks import number
+from softsae.config import AutoencoderConfig, own_options, resolve_autoencoder
+from softsae.keys import build
+from softsae.normalization import geometric_median, set_normalization
+from softsae.runs import write_json
 from softsae.schedules import Phase
+from softsae.transcoder import fit_decoder
 
 FORMAT = "softsae autoencoder 2"
 
@@ -27,7 +36,8 @@ FORMAT = "softsae autoencoder 2"
 class Output:
     """What an autoencoder returns for x of shape (..., d).
 
-    x_hat: (..., d), in the units and the dtype of x. latents: (..., n), dense, mostly zeros.
+    x_hat: (..., d), in the units and the dtype of x; of a transcoder (..., d_out), the reconstruction of
+    the target in the target's units. latents: (..., n), dense, mostly zeros.
     k_hat: (...,), float32, the budget of each sample. losses: scalars by name, before weighting.
     """
 
@@ -43,7 +53,9 @@ class SparseAutoencoder(nn.Module):
     Parameters: W_enc (n, d) and W_dec (n, d), one row per latent, rows of W_dec of unit norm;
     b_enc (n,); b_dec (d,); those of `selector`. Buffers: shift (d,) and scale (d,) of the
     normalisation x' = (x - shift) / scale. Until `initialize` (or training, or loading) the weights
-    are random and shift, scale are 0, 1.
+    are random and shift, scale are 0, 1. A transcoder has W_dec (n, d_out) and b_dec (d_out,), besides
+    a parameter b_in (d,) and buffers target_shift and target_scale (d_out,). Attribute d_out: the width
+    of what is reconstructed, d in an autoencoder.
 
     Raises ValueError for a configuration without d.
     """
@@ -54,124 +66,239 @@ class SparseAutoencoder(nn.Module):
             raise ValueError("d=None: an autoencoder needs the width of its activations")
         config = resolve_autoencoder(config)
         self.config = config
+        self.d_out = config.d_out or config.d
         self.W_enc = nn.Parameter(torch.empty(config.n, config.d))
         self.b_enc = nn.Parameter(torch.zeros(config.n))
-        self.W_dec = nn.Parameter(torch.empty(config.n, config.d))
-        self.b_dec = nn.Parameter(torch.zeros(config.d))
+        self.W_dec = nn.Parameter(torch.empty(config.n, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("shift", torch.zeros(config.d))
         self.register_buffer("scale", torch.ones(config.d))
+        if config.d_out is not None:
+            self.b_in = nn.Parameter(torch.zeros(config.d))
+            self.register_buffer("target_shift", torch.zeros(config.d_out))
+            self.register_buffer("target_scale", torch.ones(config.d_out))
         self.selector = selectors.of(config.architecture)(config)
         self.reset_parameters(seed)
 
+    @property
+    def is_transcoder(self) -> bool:
+        return self.config.d_out is not None
+
+    @property
+    def center(self) -> nn.Parameter:
+        """What the encoder subtracts from x': b_dec, in a transcoder b_in."""
+        return self.b_in if self.is_transcoder else self.b_dec
+
     @torch.no_grad()
     def reset_parameters(self, seed: int):
-        """W_dec random unit rows, W_enc the same, biases 0, the selector's own start; from the seed."""
+        """W_dec random unit rows, W_enc the same (in a transcoder others), biases 0, the selector's own
+        start; from the seed."""
         generator = torch.Generator().manual_seed(seed)
         self.W_dec.copy_(F.normalize(torch.randn(self.W_dec.shape, generator=generator), dim=1))
-        self.W_enc.copy_(self.W_dec)
+        if self.is_transcoder:
+            self.W_enc.copy_(F.normalize(torch.randn(self.W_enc.shape, generator=generator), dim=1))
+        else:
+            self.W_enc.copy_(self.W_dec)
         self.b_enc.zero_()
         self.b_dec.zero_()
+        self.center.zero_()
         self.selector.initialize(self.W_enc, generator)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor):
-        """Set the normalisation, and b_dec to the geometric median, from samples x (N, d)."""
+    def initialize(self, x: Tensor, target: Tensor | None = None):
+        """Set the normalisation, and b_dec to the geometric median, from samples x (N, d).
+
+        Of a transcoder b_in is that of x, b_dec that of the samples' target (N, d_out), and the decoder
+        starts from what its latents have to do with the target (softsae/transcoder.py).
+        """
         x = x.to(self.b_dec.device).double()
-        mode = self.config.normalization
-        if mode == "standardize":
-            self.shift.copy_(x.mean(0))
-            self.scale.copy_(x.std(0, correction=0))
-        elif mode == "unit_mean_square":
-            self.scale.fill_(x.pow(2).mean().sqrt())
-        elif mode == "unit_mean_norm":
-            self.scale.fill_(x.pow(2).sum(1).mean().sqrt())
-        self.scale.masked_fill_(self.scale == 0, 1.0)
-        self.b_dec.copy_(geometric_median(self.normalize(x)))
+        set_normalization(self.config.normalization, x, self.shift, self.scale)
+        self.center.copy_(geometric_median(self.normalize(x)))
+        if self.is_transcoder:
+            target = target.to(self.b_dec.device).double()
+            set_normalization(self.config.normalization, target, self.target_shift, self.target_scale)
+            self.b_dec.copy_(geometric_median(self.normalize_target(target)))
+            fit_decoder(self, self.normalize(x).float(), self.normalize_target(target).float())
 
     def normalize(self, x: Tensor) -> Tensor:
         """x' = (x - shift) / scale, in float32 or wider."""
         return (x - self.shift) / self.scale
 
-    def denormalize(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.shift
+    def normalize_target(self, target: Tensor) -> Tensor:
+        """The same of what is reconstructed, in an autoencoder x itself."""
+        if not self.is_transcoder:
+            return self.normalize(target)
+        return (target - self.target_shift) / self.target_scale
+
+    def denormalize(self, x_hat: Tensor) -> Tensor:
+        """What is reconstructed, in its own units."""
+        if not self.is_transcoder:
+            return x_hat * self.scale + self.shift
+        return x_hat * self.target_scale + self.target_shift
 
     def rows(self, x: Tensor) -> Tensor:
         """A checked x (..., d) as normalised rows (B, d)."""
+        return self.normalize(self.checked(x, "x", "d", self.config.d))
+
+    def target_rows(self, x: Tensor, rows: Tensor, target: Tensor | None) -> Tensor | None:
+        """What is to be reconstructed as normalised rows (B, d_out): of an autoencoder the rows of x.
+
+        None for a transcoder without a target; ValueError for a target that does not belong to x.
+        """
+        if not self.is_transcoder:
+            if target is not None:
+                raise ValueError("a target is given, but this is an autoencoder: its d_out is None")
+            return rows
+        if target is None:
+            return None
+        wanted = self.checked(target, "target", "d_out", self.d_out)
+        if target.shape[:-1] != x.shape[:-1]:
+            raise ValueError(f"x has shape {tuple(x.shape)}, its target {tuple(target.shape)}")
+        return self.normalize_target(wanted)
+
+    def checked(self, x: Tensor, name: str, width_name: str, width: int) -> Tensor:
+        """x (..., width) as rows, if that is what it is."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             found = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a tensor of floats, not {found}")
-        if x.dim() == 0 or x.shape[-1] != self.config.d:
-            raise ValueError(f"x of shape {tuple(x.shape)} must end in d={self.config.d}")
+            raise TypeError(f"{name} must be a tensor of floats, not {found}")
+        if x.dim() == 0 or x.shape[-1] != width:
+            raise ValueError(f"{name} of shape {tuple(x.shape)} must end in {width_name}={width}")
         if x.device != self.b_dec.device:
-            raise ValueError(f"x is on {x.device}, the autoencoder on {self.b_dec.device}")
-        return self.normalize(x.reshape(-1, self.config.d))
+            raise ValueError(f"{name} is on {x.device}, the autoencoder on {self.b_dec.device}")
+        return x.reshape(-1, width)
+
+    def split(self, batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """x and its target, None for an autoencoder, of a batch from a source of activations.
+
+        A transcoder's batch is a pair, or a tensor (..., d + d_out) with both side by side.
+        """
+        if not self.is_transcoder:
+            return batch, None
+        if isinstance(batch, Tensor):
+            if batch.shape[-1] != self.config.d + self.d_out:
+                raise ValueError(
+                    f"a batch of shape {tuple(batch.shape)} must end in d + d_out ="
+                    f" {self.config.d} + {self.d_out}, x and its target side by side"
+                )
+            return batch[..., : self.config.d], batch[..., self.config.d :]
+        x, target = batch
+        return x, target
 
     def encoder(self, x: Tensor) -> Tensor:
         """Pre-activations (B, n) of normalised rows (B, d)."""
-        center = self.b_dec.detach()
-        # The second term is 0; it carries b_dec's gradient, (n,) -> (d,), where the one through
-        # x - b_dec would cost another product of (B, n) with (n, d).
-        bias = self.b_enc - self.W_enc @ (self.b_dec - center) if torch.is_grad_enabled() else self.b_enc
+        center = self.center.detach()
+        # The second term is 0; it carries the centre's gradient, (n,) -> (d,), where the one through
+        # x - center would cost another product of (B, n) with (n, d).
+        bias = self.b_enc - self.W_enc @ (self.center - center) if torch.is_grad_enabled() else self.b_enc
         return F.linear(x - center, self.W_enc, bias)
 
     def decoder(self, latents: Tensor) -> Tensor:
-        """Normalised reconstruction (B, d) of latents (B, n)."""
+        """Normalised reconstruction (B, d_out) of latents (B, n)."""
         return torch.addmm(self.b_dec, latents, self.W_dec)
 
     def inference_phase(self, hard: bool) -> Phase:
         return Phase(alpha=self.config.section.alpha, k_target=self.config.k, hard=hard)
 
-    def forward(self, x: Tensor, phase: Phase | None = None) -> Output:
-        """Reconstruct x (..., d).
+    def budgets(self, k: float | Tensor, lead: torch.Size) -> Tensor:
+        """A checked k, a number or a tensor that broadcasts to `lead`, for every row: (B,), float32."""
+        if not isinstance(k, Tensor):
+            number("k", k, 0, self.config.n)
+            return torch.full((lead.numel(),), float(k), device=self.b_dec.device)
+        if k.dtype == torch.bool or k.is_complex():
+            raise TypeError(f"k must be a number or a tensor of numbers, not of dtype {k.dtype}")
+        sizes = zip(reversed(k.shape), reversed(lead), strict=False)
+        if k.dim() > len(lead) or any(size not in (1, wanted) for size, wanted in sizes):
+            raise ValueError(f"k of shape {tuple(k.shape)} must broadcast to {tuple(lead)}, x without d")
+        if k.device != self.b_dec.device:
+            raise ValueError(f"k is on {k.device}, the autoencoder on {self.b_dec.device}")
+        return k.detach().float().clamp(0, self.config.n).expand(lead).reshape(-1)
+
+    def select(self, x: Tensor, rows: Tensor, phase: Phase, k: float | Tensor | None) -> selectors.Selection:
+        """The rule's selection for the normalised rows (B, d) of x (..., d), or the k largest."""
+        pre = self.encoder(rows)
+        if k is None:
+            return self.selector(self, rows, pre, phase)
+        return self.selector.largest(self, pre, self.budgets(k, x.shape[:-1]))
+
+    def forward(
+        self,
+        x: Tensor,
+        phase: Phase | None = None,
+        target: Tensor | None = None,
+        *,
+        k: float | Tensor | None = None,
+    ) -> Output:
+        """Reconstruct x (..., d), or a transcoder's target.
 
         Args:
             x: activations of any float dtype; the arithmetic is float32 (autocast apart).
             phase: the moment of training; None is inference: hard selection, the final alpha.
+            target: (..., d_out), what a transcoder is to make of x; without it there are no losses.
+            k: keep the k largest activations in place of what the rule selects: a number or a tensor
+                that broadcasts to (...), rounded half up, beyond 0 ... n clamped where it is a tensor.
+                Of relu, gated and jumprelu, which decide on each latent by itself, at most those that
+                they keep; of all others of relu(pre), whatever the threshold or the estimator says.
+                The only loss is the reconstruction.
 
         Raises:
-            TypeError, ValueError: x is no float tensor, has another width or is on another device.
+            TypeError, ValueError: x or the target is no float tensor, has another width or is on
+                another device; a target that does not belong to x, or to an autoencoder; k is out of
+                range as a number, has another shape, or is given in training.
         """
+        if k is not None and phase is not None:
+            raise ValueError(f"k={k!r} has a meaning at inference only, phase must be None")
         rows = self.rows(x)
+        wanted = self.target_rows(x, rows, target)
         phase = phase or self.inference_phase(hard=True)
-        selection = self.selector(self, rows, self.encoder(rows), phase)
+        selection = self.select(x, rows, phase, k)
         reconstruction = self.decoder(selection.latents)
-        if self.config.matryoshka is None or phase.step is None:
-            terms = {"reconstruction": losses.reconstruction(rows, reconstruction)}
+        if wanted is None:
+            terms = {}
+        elif self.config.matryoshka is None or phase.step is None:
+            terms = {"reconstruction": losses.reconstruction(wanted, reconstruction)}
         else:
             ends = self.config.prefixes()
-            nested = losses.nested_reconstruction(rows, selection.latents, self.W_dec, self.b_dec, ends)
+            nested = losses.nested_reconstruction(wanted, selection.latents, self.W_dec, self.b_dec, ends)
             terms = {"reconstruction": nested}
-        terms |= self.selector.loss_terms(self, rows, selection, phase)
+        if wanted is not None and k is None:
+            terms |= self.selector.loss_terms(self, wanted, selection, phase)
+        if phase.regularizer is not None:
+            if selection.activations is None:
+                raise ValueError(f"regularizer: {type(self.selector).__name__} hands over no activations")
+            terms |= losses.regularizers(selection.activations, selection.latents, phase.regularizer)
         lead = x.shape[:-1]
         return Output(
-            self.denormalize(reconstruction).reshape(x.shape).to(x.dtype),
+            self.denormalize(reconstruction).reshape(*lead, self.d_out).to(x.dtype),
             selection.latents.reshape(*lead, self.config.n),
             selection.k_hat.reshape(lead),
             terms,
         )
 
-    def auxk_loss(self, x: Tensor, x_hat: Tensor, dead: Tensor) -> Tensor:
-        """AuxK for x, x_hat (B, d) in input units and the indices (n_dead,) of the dead latents."""
+    def auxk_loss(self, x: Tensor, x_hat: Tensor, dead: Tensor, target: Tensor | None = None) -> Tensor:
+        """AuxK for x (B, d), x_hat (B, d_out) and, of a transcoder, the target (B, d_out), all in their own
+        units, and the indices (n_dead,) of the dead latents."""
         rows = self.normalize(x)
-        pre = F.linear(rows - self.b_dec.detach(), self.W_enc[dead], self.b_enc[dead])
-        return losses.auxk(rows - self.normalize(x_hat), pre, self.W_dec[dead])
+        wanted = self.target_rows(x, rows, target)
+        pre = F.linear(rows - self.center.detach(), self.W_enc[dead], self.b_enc[dead])
+        return losses.auxk(wanted - self.normalize_target(x_hat), pre, self.W_dec[dead])
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """W_enc (x' - b_dec) + b_enc, before ReLU and selection: (..., d) -> (..., n)."""
+        """W_enc (x' - center) + b_enc, before ReLU and selection: (..., d) -> (..., n)."""
         return self.encoder(self.rows(x)).reshape(*x.shape[:-1], self.config.n)
 
-    def encode(self, x: Tensor, hard: bool = True) -> Tensor:
-        """Latents (..., n) of x (..., d); hard=False gates softly, at the final alpha."""
-        rows = self.rows(x)
-        selection = self.selector(self, rows, self.encoder(rows), self.inference_phase(hard))
+    def encode(self, x: Tensor, hard: bool = True, *, k: float | Tensor | None = None) -> Tensor:
+        """Latents (..., n) of x (..., d); hard=False gates softly, at the final alpha; k as in `forward`."""
+        if k is not None and not hard:
+            raise ValueError(f"k={k!r} is a hard selection, hard must not be False")
+        selection = self.select(x, self.rows(x), self.inference_phase(hard), k)
         return selection.latents.reshape(*x.shape[:-1], self.config.n)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Reconstruction (..., d), in input units, of latents (..., n)."""
+        """Reconstruction (..., d_out), in the units of what is reconstructed, of latents (..., n)."""
         if latents.shape[-1:] != (self.config.n,):
             raise ValueError(f"latents of shape {tuple(latents.shape)} must end in n={self.config.n}")
         x_hat = self.denormalize(self.decoder(latents.reshape(-1, self.config.n)))
-        return x_hat.reshape(*latents.shape[:-1], self.config.d)
+        return x_hat.reshape(*latents.shape[:-1], self.d_out)
 
     @torch.no_grad()
     def normalize_decoder(self):
@@ -194,9 +321,12 @@ class SparseAutoencoder(nn.Module):
         path = Path(path)
         config = dataclasses.asdict(self.config)
         file = path if path.suffix == ".safetensors" else path / "sae.safetensors"
-        checkpoint.write(file, dict(self.state_dict()), {"format": FORMAT, "config": config})
+        header = {"format": FORMAT, "config": config}
+        if registered(self.config.architecture):
+            header["registered_by"] = type(self.selector).__module__
+        checkpoint.write(file, dict(self.state_dict()), header)
         if file != path:
-            checkpoint.write_json(path / "config.json", config)
+            write_json(path / "config.json", config)
         return file
 
 
@@ -205,37 +335,21 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> SparseAutoenco
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, not one of ours, or lacks parameters; the message names it.
+        ValueError: the file is truncated, not one of ours, lacks parameters, or its architecture is
+            registered by a module that is not imported; the message names it.
     """
     path = Path(path)
     file = path / "sae.safetensors" if path.is_dir() else path
     tensors, header = checkpoint.read(file, FORMAT)
-    sae = checkpoint.parse(file, lambda: SparseAutoencoder(config_from(header["config"])))
+    name = header.get("config", {}).get("architecture")
+    if "registered_by" in header and name not in ARCHITECTURES:
+        raise ValueError(
+            f"{file} has the architecture {name!r}, which nothing has registered: import the module that"
+            f" calls softsae.register first ({header['registered_by']!r} when it was saved; --plugin on the"
+            " command line)"
+        )
+    sae = checkpoint.parse(
+        file, lambda: SparseAutoencoder(build(AutoencoderConfig, own_options(header["config"]), "config"))
+    )
     checkpoint.fill(file, sae, tensors)
     return sae.to(device).eval()
-
-
-def config_from(values: dict) -> AutoencoderConfig:
-    """The configuration from dataclasses.asdict's form."""
-    sections = {name: values[name] for name in ARCHITECTURES if name in values}
-    if "softsae" in sections:
-        estimator = EstimatorConfig(**sections["softsae"]["estimator"])
-        sections["softsae"] = {**sections["softsae"], "estimator": estimator}
-    made = {name: ARCHITECTURES[name][0](**section) for name, section in sections.items()}
-    return AutoencoderConfig(**{**values, **made})
-
-
-def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """The point (d,) with the smallest summed distance to x (N, d), by Weiszfeld's iteration.
-
-    It ends when a step is below `tolerance` times the median distance.
-    """
-    median = x.mean(0)
-    for _ in range(iterations):
-        distance = (x - median).norm(dim=1)
-        weight = 1 / distance.clamp(min=1e-12 + 1e-9 * distance.max())
-        moved = (weight @ x) / weight.sum()
-        if (moved - median).norm() <= tolerance * distance.median():
-            return moved
-        median = moved
-    return median

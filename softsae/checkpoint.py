@@ -1,4 +1,9 @@
-"""Files: safetensors with a JSON header, written under a temporary name and renamed when complete."""
+"""Files: safetensors with a JSON header, written under a temporary name and renamed when complete.
+
+The header names the format with a number. A field that is added to a configuration keeps the number: files
+without it have its default, and the options of architectures other than a file's own are not read. A change
+of what tensors or fields mean raises it, and files of another number are refused.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +34,6 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read(path: Path, expected_format: str) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the header of a file written by `write` with header["format"] as expected.
 
@@ -62,10 +57,10 @@ def read(path: Path, expected_format: str) -> tuple[dict[str, Tensor], dict]:
     return tensors, header
 
 
-def parse(path: Path, build: Callable[[], Any]):
-    """build(), with an error that names the file where its header does not fit."""
+def parse(path: Path, make: Callable[[], Any]):
+    """make(), with an error that names the file where its header does not fit."""
     try:
-        return build()
+        return make()
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} holds a configuration that is not ours: {error}") from error
 

@@ -1,9 +1,9 @@
-"""The command line: softsae demo | collect | train | eval | info.
+"""The command line: softsae demo | collect | train | sweep | eval | recipes | info.
 
-Every command is a dataclass of options (softsae/options.py) and a function (softsae/commands.py,
-softsae/demo.py). Options come from --config FILE and --section.field VALUE, later ones win. What the
-user can put right is told in one line, `softsae: error: ...`, with exit status 2; SOFTSAE_TRACEBACK=1
-shows where it was raised. Interrupted commands exit with 130.
+Every command is a dataclass of options (softsae/options.py) and a function (softsae/commands.py, demo.py,
+sweep_command.py). Options come from --config FILE and --section.field VALUE, later ones win. What the user
+can put right is told in one line, `softsae: error: ...`, with exit status 2; SOFTSAE_TRACEBACK=1 shows
+where it was raised. Interrupted commands exit with 130.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ import os
 import sys
 from pathlib import Path
 
+from softsae.plugins import import_plugin
+
 # Command -> (module of its function, what it does). Modules are imported when a command runs.
 COMMANDS = {
     "demo": ("demo", "train SoftSAE and TopK on a real language model and show what they found"),
     "collect": ("commands", "write a language model's activations to a folder of shards"),
     "train": ("commands", "train a sparse autoencoder on activations"),
+    "sweep": ("sweep_command", "train several autoencoders on one stream of activations and compare them"),
     "eval": ("commands", "evaluate a trained autoencoder on held-out activations and text"),
+    "recipes": ("recipes", "list the recipes for softsae train --recipe, or print one"),
     "info": ("commands", "describe a run, a folder of activations, or this installation"),
 }
-POSITIONAL = {"eval": "run", "info": "path"}  # the option that a first word without a name stands for
+# The option that a first word without a name stands for.
+POSITIONAL = {"eval": "run", "recipes": "name", "info": "path"}
 USAGE = "usage: softsae [-h] [--version] COMMAND ..."
 
 
@@ -57,11 +62,22 @@ def main(argv: list[str] | None = None) -> int:
 def run(command: str, argv: list[str]) -> int:
     if command in POSITIONAL and argv and not argv[0].startswith("-"):
         argv = [f"--{POSITIONAL[command]}", *argv]
+    argv = resumed(command, argv) + argv
+    files = config_files(argv)
+    argv = recipe_of(command, argv, files) + argv
+    check_spelling(command, argv, files)
     parser = make_parser(command)
     try:
-        options = vars(parser.instantiate(parser.parse_args(resumed(command, argv) + argv)))
+        parsed = parser.parse_args(argv)
+        plugins = parsed.get("plugin") or []
+        for plugin in [plugins] if isinstance(plugins, str) else plugins:
+            import_plugin(plugin)  # before a configuration names what it registers
+        options = vars(parser.instantiate(parsed))
     except argparse.ArgumentError as error:
         raise ValueError(f"{one_line(str(error))} (softsae {command} --help lists the options)") from None
+    except ValueError as error:
+        given = config_files(argv)
+        raise ValueError(f"{error} (with {' and '.join(map(str, given))})" if given else str(error)) from None
     names = {field.name for field in dataclasses.fields(options_class(command))}
     options = options_class(command)(**{name: options[name] for name in names})
     module = importlib.import_module(f"softsae.{COMMANDS[command][0]}")
@@ -103,6 +119,52 @@ def resumed(command: str, argv: list[str]) -> list[str]:
     from softsae.runs import saved_options
 
     return ["--config", str(saved_options(Path(known.out), command))]
+
+
+def config_files(argv: list[str]) -> list[Path]:
+    """The files given to --config; the parser says what is wrong with a file that is not there."""
+    wanted = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    wanted.add_argument("--config", action="append", default=[])
+    try:
+        files = wanted.parse_known_args(argv)[0].config
+    except argparse.ArgumentError:
+        return []
+    return [Path(file) for file in files if Path(file).is_file()]
+
+
+def recipe_of(command: str, argv: list[str], files: list[Path]) -> list[str]:
+    """The recipe that the command line or a file names, as the first --config, so that others win."""
+    if command != "train" or "--resume" in argv:
+        return []
+    from softsae import recipes
+    from softsae.keys import read_yaml
+
+    wanted = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    wanted.add_argument("--recipe")
+    try:
+        name = wanted.parse_known_args(argv)[0].recipe
+    except argparse.ArgumentError:
+        return []
+    for file in reversed(files):
+        values = read_yaml(file)
+        name = name or (values.get("recipe") if isinstance(values, dict) else None)
+    return [] if name is None else ["--config", str(recipes.file_of(name))]
+
+
+def check_spelling(command: str, argv: list[str], files: list[Path]) -> None:
+    """Raises ValueError, with the nearest option, for one in a file or on the command line that is none."""
+    from softsae.keys import check_keys, keys_of, read_yaml, unknown
+
+    options = options_class(command)
+    for file in files:
+        check_keys(options, read_yaml(file), str(file))
+    known = keys_of(options)
+    for word in argv:
+        key = word[2:].partition("=")[0].removesuffix("+")  # + appends to a list
+        inside = any(key.startswith(f"{name}.") for name, section in known.items() if not section)
+        plain = {"config", "print_config", "help", *known}
+        if word.startswith("--") and key and key not in plain and not inside:
+            raise ValueError(f"{unknown(key, known, '--')} (softsae {command} --help lists the options)")
 
 
 def options_class(command: str) -> type:

@@ -13,17 +13,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from softsae import runs
-from softsae.activations import HELDOUT, MANIFEST, TRAIN, as_source, heldout_beside
+from softsae import runs, selectors
+from softsae.activations import HELDOUT, MANIFEST, TRAIN, as_source, heldout_beside, widths
 from softsae.activations.collect import Exclusion, measure_exclusion
 from softsae.activations.collect import collect as collect_shards
 from softsae.activations.shards import ShardSource, require_empty
 from softsae.autoencoder import load
-from softsae.config import RunConfig, resolve
+from softsae.config import RunConfig, TrainConfig, resolve, shortened
 from softsae.cross_entropy import CrossEntropy, evaluate_cross_entropy
 from softsae.language_model import LanguageModel, load_language_model
 from softsae.metrics import evaluate as evaluate_activations
-from softsae.options import CollectConfig, CollectOptions, EvalOptions, InfoOptions, TrainOptions
+from softsae.options import (
+    CollectConfig,
+    CollectOptions,
+    EvalOptions,
+    InfoOptions,
+    SweepOptions,
+    TrainOptions,
+)
 from softsae.report.summary import write_run_summary
 from softsae.report.tokens import untrained
 from softsae.sequences import Sequences, tokenize
@@ -78,18 +85,9 @@ def collect_parts(
 def train(options: TrainOptions) -> None:
     """softsae train: a run folder with the autoencoder, its metrics, plots and summary."""
     out = Path(options.out)
-    config = RunConfig(options.autoencoder, options.train)
-    changes = {"device": options.device, "seed": options.seed}
-    if options.quick:
-        changes["steps"] = min(200, options.train.steps)
-    given = {name: value for name, value in changes.items() if value is not None}
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **given))
-    source = as_source(options.activations)
-    heldout = options.heldout or heldout_beside(options.activations)
-    held = as_source(heldout) if heldout else None
-    if held is not None and held.d != source.d:
-        raise ValueError(f"--heldout {str(heldout)!r} has d={held.d}, the training activations {source.d}")
-    resolve(config, source.d)
+    config = RunConfig(options.autoencoder, training_of(options))
+    source, held = sources_of(options)
+    check_run(config, source, options.resume)
     pick_device(config.train.device)
     runs.open_run(out, "train", options, options.resume)
     trainer = Trainer(config, out=out)
@@ -97,11 +95,58 @@ def train(options: TrainOptions) -> None:
         sae = trainer.fit(source, held_out=None if held is None else HeldOut(held))
     name, rows = ("held-out", held) if held is not None else ("training", source)
     evaluation = evaluate_activations(sae, batches_of(rows), limit=64)
-    runs.write_json(out / EVALUATION, {"activations": str(heldout or options.activations), "part": name,
-                                       "metrics": evaluation})  # fmt: skip
+    runs.write_json(out / EVALUATION, {**paths_of(options, held), "part": name, "metrics": evaluation})
     summary = write_run_summary(out)
     print(f"explained variance {evaluation['explained_variance']:.4f} on {name} activations,"
           f" mean L0 {evaluation['l0']['mean']:.1f}; see {summary}")  # fmt: skip
+
+
+def training_of(options: TrainOptions | SweepOptions) -> TrainConfig:
+    """The options of training with --device, --seed and --quick in them."""
+    train = shortened(options.train, 200) if options.quick else options.train
+    given = {"device": options.device, "seed": options.seed}
+    return dataclasses.replace(train, **{name: value for name, value in given.items() if value is not None})
+
+
+def sources_of(options: TrainOptions | SweepOptions) -> tuple:
+    """What to train on, and what to evaluate on or None; a transcoder's with their targets."""
+    source = as_source(options.activations, options.target)
+    heldout, heldout_target = heldout_of(options)
+    if not heldout:
+        return source, None
+    held = as_source(heldout, heldout_target)
+    for name, found, trained in zip(("d", "d_out"), widths(held), widths(source), strict=True):
+        if found != trained:
+            raise ValueError(f"--heldout {held.name!r} has {name}={found}, the activations {name}={trained}")
+    return source, held
+
+
+def paths_of(options: TrainOptions | SweepOptions, held) -> dict[str, str | Path | None]:
+    """The paths of what is evaluated on: the held-out activations or those of the training."""
+    paths = (options.activations, options.target) if held is None else heldout_of(options)
+    return dict(zip(("activations", "target"), paths, strict=True))
+
+
+def check_run(config: RunConfig, source, resume: bool) -> None:
+    """Raises what would otherwise be raised when the run folder is there already."""
+    resolve(config, *widths(source))
+    if not resume:
+        selectors.of(config.autoencoder.architecture).check(config.autoencoder, source)
+
+
+def heldout_of(options: TrainOptions | SweepOptions) -> tuple[str | Path | None, str | Path | None]:
+    """The held-out activations and, for a transcoder, their target, as named or beside the training part."""
+    heldout = options.heldout or heldout_beside(options.activations)
+    if options.target is None:
+        if options.heldout_target is not None:
+            raise ValueError("--heldout_target is given, but no --target")
+        return heldout, None
+    target = options.heldout_target or heldout_beside(options.target)
+    if target is None and options.heldout:
+        raise ValueError(f"--heldout_target is needed: the target of --heldout {options.heldout!r}")
+    if heldout is None and options.heldout_target:
+        raise ValueError(f"--heldout is needed: what --heldout_target {options.heldout_target!r} is made of")
+    return (heldout, target) if heldout and target else (None, None)
 
 
 class HeldOut:
@@ -137,25 +182,32 @@ def evaluate(options: EvalOptions) -> None:
     run = Path(options.run)
     out = Path(options.out) if options.out else (run if run.is_dir() else run.parent)
     sae = load_run(run, pick_device(options.device))
-    path = options.activations or evaluated_on(run)
-    source = as_source(path)
-    if source.d != sae.config.d:
-        raise ValueError(f"activations {path!r} have d={source.d}, the autoencoder d={sae.config.d}")
+    path, target = evaluated_on(run, options)
+    source = as_source(path, target)
+    for name, found in zip(("d", "d_out"), widths(source), strict=True):
+        wanted = getattr(sae.config, name)
+        if found != wanted:
+            raise ValueError(f"activations {path!r} have {name}={found}, the autoencoder {name}={wanted}")
     tokens = min(options.cross_entropy_tokens, 500) if options.quick else options.cross_entropy_tokens
     if tokens and not isinstance(source, ShardSource):
         tokens = 0
-        print(f"no cross-entropy: {path} does not say which language model it is from")
-    result = {"activations": str(path), "part": "given" if options.activations else "held-out"}
-    result["metrics"] = evaluate_activations(sae, source.in_order(BATCH))
+        reason = f"{path} does not say which language model it is from"
+        print(f"no cross-entropy: {'it is a transcoder' if sae.is_transcoder else reason}")
+    part = "given" if options.activations else "held-out"
+    result = {"activations": str(path), "target": target, "part": part}
+    if options.k is not None:
+        result["k"] = options.k
+    result["metrics"] = evaluate_activations(sae, source.in_order(BATCH), k=options.k)
     if tokens:
         lm = model_of(source, options)
         sequences = source.sequences.draw(tokens, options.seed)
         control = untrained(sae, next(source.batches(BATCH, options.seed)))
         result["cross_entropy"] = measure_cross_entropy(
-            lm, source, sequences, {run.name: sae, "untrained": control}
+            lm, source, sequences, {run.name: sae, "untrained": control}, options.k
         ).as_dict()
-    runs.write_json(out / EVALUATION, result)
-    is_run = (out / "metrics.jsonl").is_file()
+    file = EVALUATION if options.k is None else f"evaluation-k{options.k:g}.json"
+    runs.write_json(out / file, result)
+    is_run = options.k is None and (out / "metrics.jsonl").is_file()
     print(f"see {write_run_summary(out)}" if is_run else json.dumps(result, indent=1))
 
 
@@ -170,11 +222,15 @@ def load_run(run: Path, device):
     raise FileNotFoundError(f"no autoencoder in {str(run)!r}")
 
 
-def evaluated_on(run: Path) -> str:
+def evaluated_on(run: Path, options: EvalOptions) -> tuple[str, str | None]:
+    """The activations to evaluate on and a transcoder's target: the options', or those of the run."""
+    if options.activations:
+        return options.activations, options.target
     file = run / EVALUATION
     if not file.is_file():
         raise ValueError(f"--activations is needed: {str(file)!r} does not name any")
-    return json.loads(file.read_text())["activations"]
+    found = runs.read_json(file)
+    return found["activations"], options.target or found.get("target")
 
 
 def model_of(source: ShardSource, options) -> LanguageModel:
@@ -193,12 +249,13 @@ def model_of(source: ShardSource, options) -> LanguageModel:
 
 
 def measure_cross_entropy(
-    lm: LanguageModel, source: ShardSource, sequences: Sequences, autoencoders: dict
+    lm: LanguageModel, source: ShardSource, sequences: Sequences, autoencoders: dict, k: float | None = None
 ) -> CrossEntropy:
     """`evaluate_cross_entropy` with the layer and the rule of a folder of activations, and a bar."""
     with tqdm(total=len(sequences), unit="sequence", desc="cross-entropy") as bar:
+        excluded = Exclusion.of(source.manifest)
         return evaluate_cross_entropy(
-            lm, sequences, source.manifest["layer"], autoencoders, Exclusion.of(source.manifest), bar.update
+            lm, sequences, source.manifest["layer"], autoencoders, excluded, bar.update, k
         )
 
 
@@ -217,6 +274,8 @@ def info(options: InfoOptions) -> None:
     elif path.suffix == ".npy":
         source = as_source(path)
         print(f"{path}: {source.rows} activations of d={source.d}, {source.array.dtype}")
+    elif (path / "sweep.json").is_file():
+        print((path / "summary.md").read_text())
     elif (path / runs.OPTIONS).is_file() or (path / "config.json").is_file() and not path.is_file():
         print(describe_run(path))
     elif path.is_file():
@@ -267,7 +326,7 @@ def describe_run(run: Path) -> str:
     except FileNotFoundError as error:
         lines.append(str(error))
     if (run / EVALUATION).is_file():
-        found = json.loads((run / EVALUATION).read_text())
+        found = runs.read_json(run / EVALUATION)
         share = found["metrics"]["explained_variance"]
         lines.append(f"explained variance {share:.4f} on {found['activations']}")
     return "\n".join(lines)
@@ -277,4 +336,5 @@ def describe_autoencoder(path: Path) -> str:
     sae = load_run(path, "cpu")
     c = sae.config
     size = sum(p.numel() for p in sae.parameters())
-    return f"{c.architecture}: d={c.d}, n={c.n}, k={c.k:g}, {size:,} parameters"
+    to = f" to d_out={c.d_out}" if sae.is_transcoder else ""
+    return f"{c.architecture}: d={c.d}{to}, n={c.n}, k={c.k:g}, {size:,} parameters"

@@ -10,18 +10,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from softsae.architectures import (
     ARCHITECTURES,
+    AdaptiveKConfig,
     BatchTopKConfig,
     FeatureChoiceConfig,
     GatedConfig,
     JumpReLUConfig,
+    MSAEConfig,
     ReLUConfig,
     Section,
     SoftSAEConfig,
     fill,
+    options_field,
+    registered,
+    section_of,
 )
 from softsae.checks import choice, integer, nearest_choice, number, optional
 
@@ -34,10 +39,14 @@ class AutoencoderConfig:
 
     d: int | None = None
     """width of the activations; None takes it from the source"""
+    d_out: int | None = None
+    """width of the target, for a transcoder: it makes another vector of x, such as an MLP's output of its
+    input; None is an autoencoder, or takes it from the source"""
     n: int = 4096
     """number of latents"""
     architecture: str = "softsae"
-    """the selection rule: softsae, topk, batchtopk, featurechoice, jumprelu, relu or gated"""
+    """the selection rule: softsae, topk, batchtopk, featurechoice, msae, adaptivek, jumprelu,
+    relu or gated"""
     k: float = 32.0
     """active latents per sample: exactly for topk, in the mean for others"""
     normalization: Literal["none", "unit_mean_square", "unit_mean_norm", "standardize"] | None = None
@@ -53,25 +62,44 @@ class AutoencoderConfig:
     """options of batchtopk"""
     featurechoice: FeatureChoiceConfig = field(default_factory=FeatureChoiceConfig)
     """options of featurechoice"""
+    msae: MSAEConfig = field(default_factory=MSAEConfig)
+    """options of msae"""
+    adaptivek: AdaptiveKConfig = field(default_factory=AdaptiveKConfig)
+    """options of adaptivek"""
     jumprelu: JumpReLUConfig = field(default_factory=JumpReLUConfig)
     """options of jumprelu"""
     relu: ReLUConfig = field(default_factory=ReLUConfig)
     """options of relu"""
     gated: GatedConfig = field(default_factory=GatedConfig)
     """options of gated"""
+    options: dict[str, Any] | Section | None = None
+    """options of an architecture that softsae.register has added"""
 
     def __post_init__(self):
         if self.d is not None:
             integer("d", self.d, 1)
+        optional(integer, "d_out", self.d_out, 1)
         integer("n", self.n, 1)
         nearest_choice("architecture", self.architecture, ARCHITECTURES)
         number("k", self.k, 0, self.n, above=True)
         choice("normalization", self.normalization, (*NORMALIZATIONS, None))
         if self.matryoshka is not None:
+            if self.architecture == "msae":
+                raise ValueError(f"matryoshka={self.matryoshka!r}: msae nests budgets: give one of them")
             self.prefixes()
         for name in self.sections():
-            if name != self.architecture and getattr(self, name) != ARCHITECTURES[name][0]():
+            kind, value = ARCHITECTURES[name][0], getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}={value!r} must be of the class {kind.__name__}")
+            if name != self.architecture and value != kind():
                 raise ValueError(f"{name}: options are given, but the architecture is {self.architecture!r}")
+        if registered(self.architecture):
+            self.options = section_of(self.architecture, self.options)
+        elif self.options is not None:
+            raise ValueError(
+                f"options: they are for registered architectures, {self.architecture!r} is built in and has"
+                " a section of its name"
+            )
         self.section.fit(self.k, self.n)
 
     def prefixes(self) -> list[int]:
@@ -93,10 +121,53 @@ class AutoencoderConfig:
         return [f.name for f in dataclasses.fields(self) if f.name in ARCHITECTURES]
 
     @property
+    def section_field(self) -> str | None:
+        """The field that holds the options of the architecture, None where it has none."""
+        name = options_field(self.architecture)
+        return name if hasattr(self, name) else None
+
+    @property
     def section(self) -> Section:
         """The options of the architecture."""
-        name = self.architecture
-        return getattr(self, name) if name in self.sections() else ARCHITECTURES[name][0]()
+        name = self.section_field
+        return ARCHITECTURES[self.architecture][0]() if name is None else getattr(self, name)
+
+    def with_section(self, section: Section) -> AutoencoderConfig:
+        """A copy with other options of the architecture."""
+        name = self.section_field
+        return self if name is None else dataclasses.replace(self, **{name: section})
+
+
+@dataclass
+class RegularizerConfig:
+    """Penalties on the activations a = relu(pre) before a top-k selection (arXiv 2606.27321).
+
+    With S_b the latents selected for sample b and A those selected for any sample of the batch,
+
+        R1 = mean_b sum_{i in A - S_b} a_bi        R2 = mean_b |a_b[A]|_1 / |a_b[A]|_2
+
+    Where the paper leaves open how terms are added up and weighted, this is our reading.
+    """
+
+    r1_weight: float = 0.0
+    """weight of R1 beside |x - x_hat|^2, as for activations with a mean |x|^2 of 1"""
+    r2_weight: float = 0.0
+    """weight of R2, relative to mean |x|^2 as the reconstruction loss is"""
+    r1_reduction: Literal["sum", "mean"] = "sum"
+    """R1 of a sample is the 'sum' over the units of A - S_b, or the 'mean' over those of the whole batch"""
+    all_units: bool = False
+    """put all latents in the place of A"""
+
+    def __post_init__(self):
+        number("regularizer.r1_weight", self.r1_weight, 0, math.inf)
+        number("regularizer.r2_weight", self.r2_weight, 0, math.inf)
+        choice("regularizer.r1_reduction", self.r1_reduction, ("sum", "mean"))
+        choice("regularizer.all_units", self.all_units, (True, False))
+
+    def weights(self, square_norm: float) -> dict[str, float]:
+        """Of the loss terms that are wanted, by name: R1 grows with the units, R2 does not."""
+        given = {"r1": self.r1_weight * math.sqrt(square_norm), "r2": self.r2_weight * square_norm}
+        return {name: weight for name, weight in given.items() if weight}
 
 
 @dataclass
@@ -126,7 +197,8 @@ class TrainConfig:
     estimator_clip_norm: float = 1.0
     """largest norm of the estimator's gradient, where clipped separately"""
     estimator_lr_multiplier: float | None = None
-    """learning rate of the k estimator relative to lr; None is 5 (wide), 1 (bottleneck; published)"""
+    """learning rate of the k estimator relative to lr; None is 5 (wide, shared), 1 (others,
+    adaptivek's probe; published)"""
     k_anneal_steps: int | None = None
     """steps in which the target of the mean k_hat falls from d to k; None is 0, since a target above
     k_max saturates the sigmoid of every k_hat before it is learned (published: 1% of the steps)"""
@@ -146,6 +218,8 @@ class TrainConfig:
     """beta of the softplus in the budget loss"""
     auxk_weight: float = 1 / 32
     """weight of AuxK relative to mean |x|^2, as the reconstruction loss is; 0 leaves it out"""
+    regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
+    """penalties on activations before a top-k selection; by default none"""
     dead_after: int | None = None
     """samples without activation after which a latent is dead; None is 5% of all, at most 10 million"""
     count_logged_twice: bool | None = None
@@ -222,26 +296,31 @@ def published(**autoencoder) -> RunConfig:
 
 
 def resolve_autoencoder(config: AutoencoderConfig, mode: str = "corrected") -> AutoencoderConfig:
-    """A copy in which every field that was None, except d, has the value of the mode."""
+    """A copy in which every field that was None, except d and d_out, has the value of the mode."""
     as_published = mode == "published"
     config = fill(config, normalization="unit_mean_norm" if as_published else "unit_mean_square")
-    name = config.architecture
-    if name not in config.sections():
-        return config
-    return dataclasses.replace(config, **{name: config.section.resolved(config.k, config.n, as_published)})
+    return config.with_section(config.section.resolved(config.k, config.n, as_published))
 
 
-def resolve(config: RunConfig, d: int) -> RunConfig:
-    """A copy in which no field is None, for activations of width d.
+def resolve(config: RunConfig, d: int, d_out: int | None = None) -> RunConfig:
+    """A copy in which no field is None, for activations of width d and, if any, targets of width d_out.
 
-    Raises ValueError where the configuration says another d or fields contradict each other.
+    Raises ValueError where the configuration says other widths or fields contradict each other.
     """
     autoencoder, train = config.autoencoder, config.train
     if autoencoder.d not in (None, d):
         raise ValueError(f"d={autoencoder.d} in the configuration, but the activations have d={d}")
+    if autoencoder.d_out not in (None, d_out):
+        found = "there is no target" if d_out is None else f"the target has d={d_out}"
+        raise ValueError(f"d_out={autoencoder.d_out} in the configuration, but {found}")
+    if not autoencoder.section.top_k and train.regularizer.weights(1.0):
+        raise ValueError(
+            f"regularizer: r1_weight={train.regularizer.r1_weight}, r2_weight={train.regularizer.r2_weight}"
+            f" need a top-k selection, the architecture is {autoencoder.architecture!r}"
+        )
     as_published = train.mode == "published"
-    autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d), train.mode)
-    wide = autoencoder.softsae.estimator.kind == "wide"
+    autoencoder = resolve_autoencoder(dataclasses.replace(autoencoder, d=d, d_out=d_out), train.mode)
+    autoencoder = autoencoder.with_section(autoencoder.section.scheduled(train.steps))
     final_alpha = autoencoder.section.alpha
     samples = train.steps * train.batch_size
     train = fill(
@@ -249,12 +328,12 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
         lr=(2e-4 if as_published else 5e-4) / math.sqrt(autoencoder.n / 2**14),
         warmup_steps=min(1000, train.steps // 20),
         clip="global" if as_published else "separate",
-        estimator_lr_multiplier=5.0 if wide and not as_published else 1.0,
+        estimator_lr_multiplier=1.0 if as_published else autoencoder.section.lr_multiplier,
         k_anneal_steps=train.steps // 100 if as_published else 0,
         alpha_start=1.0 if as_published or final_alpha is None else final_alpha,
         alpha_anneal_steps=train.steps // 100,
         hard_steps=train.steps // (25 if as_published else 10),
-        hard_phase="decoder" if as_published else "all",
+        hard_phase="decoder" if as_published and autoencoder.architecture == "softsae" else "all",
         budget_weight=1.0 if as_published else square_norm(autoencoder) / autoencoder.k,
         dead_after=max(1, min(10_000_000, samples // 20)),
         count_logged_twice=as_published,
@@ -264,9 +343,28 @@ def resolve(config: RunConfig, d: int) -> RunConfig:
     return dataclasses.replace(config, autoencoder=autoencoder, train=train)
 
 
-def square_norm(config: AutoencoderConfig) -> float:
-    """Mean |x|^2 in normalised units: what the reconstruction loss is measured against."""
-    return 1.0 if config.normalization == "unit_mean_norm" else float(config.d)
+def shortened(train: TrainConfig, steps: int) -> TrainConfig:
+    """The training in `steps` steps at most, with its phases shortened in proportion."""
+    if steps >= train.steps:
+        return train
+    phases = ("warmup_steps", "k_anneal_steps", "alpha_anneal_steps", "hard_steps")
+    given = {name: getattr(train, name) for name in phases if getattr(train, name) is not None}
+    scaled = {name: round(value * steps / train.steps) for name, value in given.items()}
+    return dataclasses.replace(train, steps=steps, **scaled)
+
+
+def square_norm(config: AutoencoderConfig, d: int | None = None) -> float:
+    """Mean |x|^2 in normalised units at width d; by default of what is reconstructed, as its loss counts."""
+    return 1.0 if config.normalization == "unit_mean_norm" else float(d or config.d_out or config.d)
+
+
+def own_options(values: dict) -> dict:
+    """An AutoencoderConfig in asdict's form without the sections of other architectures.
+
+    They hold the defaults of the day on which it was written.
+    """
+    others = ARCHITECTURES.keys() - {values["architecture"]}
+    return {name: value for name, value in values.items() if name not in others}
 
 
 def difference(a: dict, b: dict, path: str = "") -> str | None:

@@ -66,6 +66,7 @@ def evaluate_cross_entropy(
     autoencoders: Mapping[str, object],
     excluded: Callable[[Tensor, Tensor], Tensor],
     progress: Callable[[int], object] | None = None,
+    k: float | None = None,
 ) -> CrossEntropy:
     """Cross-entropy clean, zero-ablated and with each autoencoder in place of block `layer`'s output.
 
@@ -77,19 +78,19 @@ def evaluate_cross_entropy(
         excluded: (token_ids (B, T), residual stream (B, T, d)) -> bool mask (B, T) of the positions
             that training excluded.
         progress: called with the number of sequences done after each batch.
+        k: keep the k largest activations of each position, by `encode(x, k=k)`.
 
     Raises:
         ValueError: layer out of range, no sequence with two tokens.
     """
     runs = {"clean": None, "zero": torch.zeros_like} | {
-        name: _reconstruction(sae) for name, sae in autoencoders.items()
+        name: _reconstruction(sae, k) for name, sae in autoencoders.items()
     }
     if len(runs) != 2 + len(autoencoders):
         raise ValueError(f"autoencoders={sorted(autoencoders)}: 'clean' and 'zero' are taken")
     sums = {(name, treatment): 0.0 for name in runs for treatment in ("untouched", "replaced")}
     tokens = left_out = 0
-    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
-    room = max(1, LOGIT_BYTES // (4 * vocabulary))
+    room = max(1, LOGIT_BYTES // (4 * lm.vocabulary))
     for ids, lengths in sequences.batches(max(1, room // sequences.longest)):
         ids = ids.to(lm.device)
         places = torch.arange(ids.shape[1], device=lm.device)
@@ -126,8 +127,8 @@ def evaluate_cross_entropy(
     )
 
 
-def _reconstruction(sae) -> Callable[[Tensor], Tensor]:
-    return lambda x: reconstruct(sae, x)
+def _reconstruction(sae, k: float | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: reconstruct(sae, x, k=k)
 
 
 def _loss(lm: LanguageModel, layer: int, output, ids: Tensor, valid: Tensor) -> float:
@@ -139,3 +140,24 @@ def _loss(lm: LanguageModel, layer: int, output, ids: Tensor, valid: Tensor) -> 
         targets = torch.where(wanted, targets, -100)
         total += cross_entropy(row[:-1].float(), targets[1:], ignore_index=-100, reduction="sum").item()
     return total
+
+
+@torch.no_grad()
+def token_losses(lm: LanguageModel, layer: int, output, ids: Tensor, lengths: Tensor) -> Tensor:
+    """What the model loses at every position: the cross-entropy (B, T) of the token that follows, float32.
+
+    The last position of a sequence, which no token follows, gets what it has to expect: the entropy of its
+    prediction. Positions of the padding hold NaN.
+
+    Args:
+        output: what block `layer` returned (`block_output`) for the token ids (B, T).
+        lengths: (B,), how many of a row's tokens are not padding.
+    """
+    with replayed(lm, layer, output):
+        logits = lm.model(ids, use_cache=False).logits  # [B, T, vocabulary]
+    losses = torch.full(ids.shape, torch.nan, device=ids.device)
+    for loss, row, tokens, length in zip(losses, logits, ids, lengths.tolist(), strict=True):
+        logs = row[:length].float().log_softmax(-1)  # one float32 copy at a time
+        loss[: length - 1] = -logs[:-1].gather(1, tokens[1:length, None]).squeeze(1)
+        loss[length - 1] = torch.special.entr(logs[-1].exp()).sum()
+    return losses

@@ -48,6 +48,10 @@ class LanguageModel:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def vocabulary(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[0]
+
     def hook_point(self, layer: int) -> str:
         """The name of the place that is read: the residual stream behind block `layer`."""
         return f"{self.blocks_path}.{self.check_layer(layer)}.output"
@@ -268,11 +272,13 @@ def attach(
             anything.
 
     Raises:
-        ValueError: layer out of range, an autoencoder of another width.
+        ValueError: layer out of range, an autoencoder of another width, a transcoder.
 
     >>> with attach(lm, 15, sae, edit=lambda f: f.index_fill(-1, torch.tensor([7]), 0.0)):
     ...     lm.model(token_ids).logits                                           # doctest: +SKIP
     """
+    if getattr(sae, "is_transcoder", False):
+        raise ValueError("a transcoder does not reconstruct the residual stream and cannot stand in for it")
     if isinstance(model, LanguageModel):
         blocks, model_name = model.blocks, model.name
     else:
@@ -292,13 +298,16 @@ def attach(
         hook.remove()
 
 
-def reconstruct(sae, x: Tensor, edit=None, keep=None, keep_error: bool = False) -> Tensor:
-    """The reconstruction of x (..., d) in x's dtype, with the positions of `keep` left as they are."""
+def reconstruct(sae, x: Tensor, edit=None, keep=None, keep_error: bool = False, k=None) -> Tensor:
+    """The reconstruction of x (..., d) in x's dtype, with the positions of `keep` left as they are.
+
+    With k, that of the k largest activations of each position.
+    """
     wide = x.float()
     if sae is None:
         new = edit(wide)
     else:
-        latents = sae.encode(wide, hard=True)
+        latents = sae.encode(wide, hard=True) if k is None else sae.encode(wide, k=k)
         new = sae.decode(latents if edit is None else edit(latents))
         if keep_error:
             new = new + (wide - sae.decode(latents))

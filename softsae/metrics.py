@@ -37,7 +37,7 @@ class Evaluation:
 
     @torch.no_grad()
     def update(self, x: Tensor, x_hat: Tensor, latents: Tensor, k_hat: Tensor):
-        """Add samples x, x_hat (B, d) with latents (B, n) and k_hat (B,)."""
+        """Add samples x (of a transcoder: its targets), x_hat (B, d) with latents (B, n) and k_hat (B,)."""
         x, x_hat = x.double(), x_hat.double()
         if self.origin is None:
             self.origin = x.mean(0)
@@ -78,8 +78,14 @@ class Evaluation:
         }
 
 
-def evaluate(sae: SparseAutoencoder, batches: Iterable[Tensor], limit: int | None = None) -> dict:
+def evaluate(
+    sae: SparseAutoencoder, batches: Iterable[Tensor], limit: int | None = None, k: float | None = None
+) -> dict:
     """Metrics of an autoencoder on batches of activations (B, d), at most `limit` of them.
+
+    A transcoder is measured against the targets: its batches are pairs (x, target), or tensors
+    (B, d + d_out) with both side by side. With k, of the k largest activations of each sample
+    (`SparseAutoencoder.forward`).
 
     Returns a dict: samples; explained_variance; mean_squared_error, the mean of |x - x_hat|^2;
     cosine, the mean cosine of x and x_hat; relative_reconstruction_bias, E|x_hat|^2 / E<x, x_hat>,
@@ -94,10 +100,11 @@ def evaluate(sae: SparseAutoencoder, batches: Iterable[Tensor], limit: int | Non
     sae.eval()
     try:
         with torch.no_grad():
-            for x in islice(batches, limit):
+            for x, target in map(sae.split, islice(batches, limit)):
                 x = x.to(sae.b_dec.device).reshape(-1, x.shape[-1])
-                out = sae(x)
-                evaluation.update(x, out.x_hat, out.latents, out.k_hat)
+                out = sae(x, k=k)
+                wanted = x if target is None else target.to(x.device).reshape(-1, target.shape[-1])
+                evaluation.update(wanted, out.x_hat, out.latents, out.k_hat)
     finally:
         sae.train(training)
     return evaluation.result()

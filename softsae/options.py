@@ -31,6 +31,8 @@ class CollectConfig:
     """keep the beginning-of-text token that the tokenizer adds"""
     nonfinite: Literal["refuse", "skip"] = "refuse"
     """what happens to activations that are NaN or infinite"""
+    scores: bool = False
+    """store the language model's loss at every activation's token as well, as scores of complexity"""
 
     def __post_init__(self):
         for name, low in (("layer", 0), ("context", 8), ("batch_size", 1), ("shard_rows", 1)):
@@ -58,6 +60,15 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
+class PluginOptions:
+    """Architectures of the user's own."""
+
+    plugin: list[str] | str = field(default_factory=list)
+    """a module to import first, by name or as a .py file, such as one that calls softsae.register; or
+    several: '[a, b.py]'"""
+
+
+@dataclass(kw_only=True)
 class TextOptions:
     """Which text."""
 
@@ -81,15 +92,22 @@ class CollectOptions(ModelOptions, TextOptions):
 
 
 @dataclass(kw_only=True)
-class TrainOptions:
+class TrainOptions(PluginOptions):
     """Options of softsae train."""
 
     out: str
     """the run folder; it must not exist or be empty, apart from --resume"""
     activations: str
     """what softsae collect made, another folder of shards, or an .npy file (rows, d)"""
+    recipe: str | None = None
+    """a configuration that softsae recipes lists; --config and other options win over it"""
+    target: str | None = None
+    """what to make of each activation instead of itself (a transcoder), of the same rows in the same order:
+    a folder of shards or an .npy file (rows, d_out)"""
     heldout: str | None = None
     """activations to evaluate on; by default the held-out part that softsae collect made"""
+    heldout_target: str | None = None
+    """the target of these; by default the held-out part beside --target"""
     device: str | None = None
     """the same as --train.device"""
     seed: int | None = None
@@ -102,8 +120,64 @@ class TrainOptions:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+@dataclass
+class SharedConfig(AutoencoderConfig):
+    """What the autoencoders of a sweep have in common; sections of several architectures may be given."""
+
+    def __post_init__(self):
+        """Nothing to check before it is known which autoencoder it becomes."""
+
+
 @dataclass(kw_only=True)
-class EvalOptions(ModelOptions, TextOptions):
+class SweepOptions(ModelOptions, PluginOptions):
+    """Options of softsae sweep: every architecture at every k and every learning rate."""
+
+    out: str
+    """the folder of the sweep, with a run folder for each autoencoder; it must not exist or be empty,
+    apart from --resume"""
+    activations: str
+    """what softsae collect made, another folder of shards, or an .npy file (rows, d); read once for all"""
+    target: str | None = None
+    """what to make of each activation instead of itself, as of softsae train"""
+    heldout: str | None = None
+    """activations to evaluate on; by default the held-out part that softsae collect made"""
+    heldout_target: str | None = None
+    """the target of these; by default the held-out part beside --target"""
+    architectures: list[str] | str = field(default_factory=list)
+    """selection rules: '[softsae, topk, batchtopk]'; each has its options in --autoencoder.NAME"""
+    k: list[float] | float = field(default_factory=list)
+    """numbers of active latents: '[16, 32, 64]'; by default --autoencoder.k"""
+    l1_weight: list[float] | float = field(default_factory=list)
+    """in place of k, for architectures whose L0 it sets, relu and gated: '[0.03, 0.1, 0.3]'; by default the
+    one in their section"""
+    lr: list[float] | float = field(default_factory=list)
+    """learning rates, the same search for every autoencoder; by default --train.lr. The results mark the best
+    of each by explained variance on the held-out activations"""
+    autoencoders: list[dict] = field(default_factory=list)
+    """variants of architectures, best given in a --config file: each names an architecture, what differs
+    from --autoencoder, 'train' for what differs from --train, and a 'name'. {architecture: batchtopk, name:
+    nested, matryoshka: [0.25, 0.75]} is trained at every k, with 'k: 32' in it at that one"""
+    together: int | None = None
+    """how many are trained at a time, each time reading the activations again; by default all. What they
+    need of the device's memory is the sum"""
+    cross_entropy_tokens: int = 4096
+    """held-out tokens for the cross-entropy in the language model; 0 leaves it out"""
+    device: str | None = None
+    """the same as --train.device"""
+    seed: int | None = None
+    """the same as --train.seed"""
+    resume: bool = False
+    """go on with the interrupted sweep in --out"""
+    quick: bool = False
+    """200 steps and 500 tokens of cross-entropy at most, to try things out"""
+    autoencoder: SharedConfig = field(default_factory=SharedConfig)
+    """shared by all"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """shared by all"""
+
+
+@dataclass(kw_only=True)
+class EvalOptions(ModelOptions, TextOptions, PluginOptions):
     """Options of softsae eval."""
 
     run: str
@@ -112,6 +186,11 @@ class EvalOptions(ModelOptions, TextOptions):
     """where evaluation.json and summary.md go; by default the run folder"""
     activations: str | None = None
     """held-out activations; by default what the run was evaluated on"""
+    target: str | None = None
+    """a transcoder's target of these activations; by default that of the run"""
+    k: float | None = None
+    """keep the k largest activations of each sample in place of what the rule selects; of k = 8 the
+    results go to the screen and evaluation-k8.json"""
     cross_entropy_tokens: int = 4096
     """held-out tokens for the cross-entropy in the language model; 0 leaves it out"""
     quick: bool = False
@@ -119,7 +198,15 @@ class EvalOptions(ModelOptions, TextOptions):
 
 
 @dataclass(kw_only=True)
-class InfoOptions:
+class RecipesOptions:
+    """Options of softsae recipes."""
+
+    name: str | None = None
+    """the recipe to print"""
+
+
+@dataclass(kw_only=True)
+class InfoOptions(PluginOptions):
     """Options of softsae info."""
 
     path: str | None = None
@@ -152,7 +239,7 @@ class DemoOptions(ModelOptions, TextOptions):
     """activations per step"""
     lr: float | None = None
     """learning rate"""
-    estimator: Literal["wide", "bottleneck"] = "bottleneck"
+    estimator: Literal["wide", "bottleneck", "shared", "linear"] = "bottleneck"
     """the k estimator of SoftSAE"""
     cross_entropy_tokens: int | None = None
     """held-out tokens for the cross-entropy"""

@@ -84,6 +84,14 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(plain(value), indent=1) + "\n")
 
 
+def read_json(file: Path) -> Any:
+    """What `write_json` wrote; raises ValueError, which names the file, for one that is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
 def write_text(file: Path, text: str) -> None:
     """Written under a temporary name, then renamed."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from softsae.config import RunConfig
+from softsae.config import RegularizerConfig, RunConfig
 
 
 class Phase(NamedTuple):
@@ -13,7 +13,7 @@ class Phase(NamedTuple):
     alpha: scale of the soft selection, None where there is none. k_target: target of the mean k_hat.
     hard: whether the round(k_hat) largest are selected. learns: "all", "frozen_estimator" or
     "decoder" (only the decoder learns). softplus_beta: of the budget loss. step: of training, None at
-    inference.
+    inference. regularizer: penalties on the activations before the selection, None where there are none.
     """
 
     alpha: float | None
@@ -22,6 +22,7 @@ class Phase(NamedTuple):
     learns: str = "all"
     softplus_beta: float = 5.0
     step: int | None = None
+    regularizer: RegularizerConfig | None = None
 
 
 class Schedule:
@@ -33,13 +34,15 @@ class Schedule:
     def phase(self, step: int) -> Phase:
         model, train = self.autoencoder, self.train
         hard = step >= train.steps - train.hard_steps
+        frozen = step < model.section.joint_from * train.steps
         return Phase(
             alpha=self.alpha(step),
             k_target=linear(step, train.k_anneal_steps, model.d, model.k),
             hard=hard,
-            learns=train.hard_phase if hard else "all",
+            learns="frozen_estimator" if frozen else train.hard_phase if hard else "all",
             softplus_beta=train.softplus_beta,
             step=step,
+            regularizer=train.regularizer if train.regularizer.weights(1.0) else None,
         )
 
     def alpha(self, step: int) -> float | None:

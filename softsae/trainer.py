@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable
-from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from softsae import checkpoint, metrics
-from softsae.activations import as_source
+from softsae.activations import as_source, widths
 from softsae.autoencoder import SparseAutoencoder
-from softsae.config import AutoencoderConfig, RunConfig, TrainConfig, difference, resolve, square_norm
+from softsae.config import (
+    AutoencoderConfig,
+    RunConfig,
+    TrainConfig,
+    difference,
+    own_options,
+    resolve,
+    square_norm,
+)
+from softsae.keys import build
+from softsae.lockstep import NonFiniteActivations as NonFiniteActivations
+from softsae.lockstep import train_together
 from softsae.losses import DeadLatents
+from softsae.runs import write_json
 from softsae.schedules import Schedule
+from softsae.timer import StepTimer
 
-FORMAT = "softsae checkpoint 2"
-INITIAL_SAMPLES = 8192  # that normalisation and geometric median are taken from, in whole batches
+FORMAT = "softsae checkpoint 3"
 FREE_FIELDS = ("device", "checkpoint_every", "log_every", "eval_every")  # may change when resuming
-
-
-class NonFiniteActivations(ValueError):
-    """Activations hold NaN or infinity; the message says where."""
 
 
 class Trainer:
@@ -42,7 +45,8 @@ class Trainer:
         callbacks: called as callback(trainer, record) with every line of metrics.
         progress: show a progress bar.
 
-    Attributes: sae, the autoencoder; step, the number of steps done; config, resolved at `fit`.
+    Attributes: sae, the autoencoder; step, the number of steps done; config, resolved at `fit`; timer,
+    whose `total()` is the seconds that the steps took.
     """
 
     def __init__(
@@ -66,47 +70,58 @@ class Trainer:
         self.consumed = 0  # batches of the source, where each starts being a matter of its own
         self.sae: SparseAutoencoder | None = None
 
-    def fit(self, source, held_out=None) -> SparseAutoencoder:
+    def fit(self, source, held_out=None, target=None) -> SparseAutoencoder:
         """Train to the last step; where `out` holds a checkpoint of this configuration, from there.
 
         Args:
             source: a tensor (samples, d), an iterable of tensors, an .npy file, a folder of shards,
                 or a source (softsae/activations).
-            held_out: tensors or a re-iterable of batches (B, d) to evaluate on, as eval_every says.
+            held_out: tensors or a re-iterable of batches (B, d) to evaluate on, as eval_every says;
+                with a target, a re-iterable of pairs (x, target).
+            target: what to make of each sample instead of itself: a tensor (samples, d_out), an .npy
+                file or a folder of shards with the same rows in the same order. That is a transcoder.
+                A source that yields pairs, such as an iterable of (x, target), needs none here.
 
         Returns the autoencoder, in eval mode.
 
         Raises:
             ValueError: contradicting configuration, a checkpoint of another one (names the field),
-                a source that ends early.
+                a source that ends early, a target with another number of rows.
             NonFiniteActivations: NaN or infinity in the activations, with nonfinite="refuse".
             KeyboardInterrupt: after Ctrl-C, once the step is done and a checkpoint is written.
         """
-        source = as_source(source)
+        train_together([self], as_source(source, target), held_out, self.progress)
+        return self.sae
+
+    def start(self, source, held_out=None):
+        """Everything as it is before the first step on a source, or as the checkpoint in `out` has it."""
         self.step = self.consumed = 0
-        self.config = resolve(self.config, source.d)
+        self.config = resolve(self.config, *widths(source))
         self.held_out = [held_out] if isinstance(held_out, Tensor) else held_out
         train = self.config.train
         self.device = pick_device(train.device)
+        self.timer = StepTimer(self.device)
         self.schedule = Schedule(self.config)
         self.sae = SparseAutoencoder(self.config.autoencoder, seed=train.seed).to(self.device).train()
         self.dead = DeadLatents(self.config.autoencoder.n, train.dead_after).to(self.device)
         self.optimizer = self.make_optimizer()
-        resumed = self.resume()
-        batches = self.batches(source)
-        if not resumed:
-            batches = self.initialize(batches)
-            if self.out is not None:
-                checkpoint.write_json(self.out / "config.json", dataclasses.asdict(self.config))
-        try:
-            with Interruption() as interruption:
-                self.loop(batches, interruption)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(self.leave_checkpoint()) from None
+        self.resumed = self.resume()
+
+    def initialize(self, batch: Tensor, source):
+        """Normalisation, b_dec and the rule from the first batches of the source as one."""
+        x, target = self.sae.split(batch)
+        self.sae.initialize(x, target)
+        prepared = self.sae.selector.prepare(self.sae, x, source, self.config.train.seed)
+        if prepared is not None:
+            self.record({"event": "prepared", "step": 0, **prepared})
+        if self.out is not None:
+            write_json(self.out / "config.json", self.config)
+
+    def finish(self):
+        """After the last step."""
         self.sae.eval()
         if self.out is not None:
             self.sae.save(self.out / "sae")
-        return self.sae
 
     def make_optimizer(self) -> torch.optim.Adam:
         """Adam over two groups: the autoencoder's parameters and the estimator's."""
@@ -119,95 +134,45 @@ class Trainer:
             groups.append({"params": estimator, "multiplier": train.estimator_lr_multiplier})
         return torch.optim.Adam(groups, lr=train.lr, betas=(train.adam_beta1, train.adam_beta2), fused=True)
 
-    def initialize(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
-        """Normalisation and b_dec from the first batches, which are then trained on as well."""
+    def advance(self, batch: Tensor, consumed: int) -> dict:
+        """One step, and the metrics, evaluation and checkpoint that are due after it; what was logged.
+
+        `consumed` is the number of batches of the source up to the end of this one.
+        """
         train = self.config.train
-        count = min(math.ceil(INITIAL_SAMPLES / train.batch_size), train.steps)
-        iterator = iter(batches)
-        consumed, first = self.consumed, []
-        for batch in iterator:
-            first.append((batch, self.consumed))
-            if len(first) == count:
-                break
-        if not first:
-            raise ValueError("the source yields no batch")
-        self.sae.initialize(torch.cat([batch for batch, _ in first]))
+        logged = (self.step + 1) % train.log_every == 0 or self.step + 1 == train.steps
+        with self.timer:
+            record = self.train_step(batch, logged)
+        self.step += 1
         self.consumed = consumed
+        if logged:
+            now = time.perf_counter()
+            rate = (self.step - self.clock[1]) * train.batch_size / (now - self.clock[0])
+            record = {name: scalar(value) for name, value in record.items()}
+            record["samples_per_second"] = round(rate, 1)
+            self.record(record)
+            self.clock = time.perf_counter(), self.step
+        last = self.step == train.steps
+        if self.held_out is not None and (last or due(self.step, train.eval_every)):
+            held_out = metrics.evaluate(self.sae, self.held_out)
+            self.record({"event": "eval", "step": self.step, **held_out})
+        if self.out is not None and (last or due(self.step, train.checkpoint_every)):
+            self.save_checkpoint()
+        return record
 
-        def replay():
-            for batch, after in first:
-                self.consumed = after
-                yield batch
-
-        return chain(replay(), iterator)
-
-    def batches(self, source) -> Iterable[Tensor]:
-        """The source's batches from where the run is, checked, on the device; counts `consumed`."""
-        train = self.config.train
-        for batch in source.batches(train.batch_size, train.seed, self.consumed):
-            batch = self.finite(batch, source)
-            self.consumed += 1
-            if len(batch):
-                yield batch.to(self.device, torch.float32, non_blocking=True)
-
-    def finite(self, batch: Tensor, source) -> Tensor:
-        """The batch without the rows that hold NaN or infinity, if they may be skipped."""
-        good = batch.isfinite().all(1)
-        if good.all():
-            return batch
-        rows = (~good).nonzero().squeeze(1).tolist()
-        listed = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        where = f"activations hold NaN or infinity in batch {self.consumed}, rows {listed}"
-        if hasattr(source, "locate"):  # stored activations know where on the disk that is
-            first = source.locate(len(batch), self.config.train.seed, self.consumed, rows[0])
-            where += f"; the first is {first}"
-        if self.config.train.nonfinite == "refuse":
-            raise NonFiniteActivations(f"{where}; nonfinite='skip' leaves such samples out")
-        self.record({"event": "nonfinite", "step": self.step, "batch": self.consumed, "rows": rows})
-        tqdm.write(f"skipped: {where}")
-        return batch[good]
-
-    def loop(self, batches: Iterable[Tensor], interruption: Interruption):
-        train = self.config.train
-        clock = time.perf_counter(), self.step
-        bar = tqdm(total=train.steps, initial=self.step, disable=None if self.progress else True, unit="step")
-        with bar:
-            for batch in batches if self.step < train.steps else ():
-                logged = (self.step + 1) % train.log_every == 0 or self.step + 1 == train.steps
-                record = self.train_step(batch, logged)
-                self.step += 1
-                bar.update()
-                if logged:
-                    now = time.perf_counter()
-                    rate = (self.step - clock[1]) * train.batch_size / (now - clock[0])
-                    record = {name: scalar(value) for name, value in record.items()}
-                    record["samples_per_second"] = round(rate, 1)
-                    bar.set_postfix(ev=f"{record['explained_variance']:.3f}", l0=f"{record['l0']:.1f}")
-                    self.record(record)
-                    clock = time.perf_counter(), self.step
-                last = self.step == train.steps
-                if self.held_out is not None and (last or due(self.step, train.eval_every)):
-                    held_out = metrics.evaluate(self.sae, self.held_out)
-                    self.record({"event": "eval", "step": self.step, **held_out})
-                if self.out is not None and (last or due(self.step, train.checkpoint_every)):
-                    self.save_checkpoint()
-                if last:
-                    return
-                interruption.raise_if_asked()
-        if self.step < train.steps:
-            raise ValueError(f"the source ended after step {self.step} of {train.steps}")
-
-    def train_step(self, x: Tensor, logged: bool) -> dict:
-        """One step on x (B, d); what it measured, as scalars on the device, when logged."""
+    def train_step(self, batch: Tensor, logged: bool) -> dict:
+        """One step on a batch of the source; what it measured, as scalars on the device, when logged."""
         sae, train = self.sae, self.config.train
+        x, target = sae.split(batch)
         phase = self.schedule.phase(self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=train.dtype == "bfloat16"):
-            out = sae(x, phase)
+            out = sae(x, phase, target)
             terms = dict(out.losses)
             if train.auxk_weight and len(dead := self.dead.refresh(self.step)):
-                terms["auxk"] = sae.auxk_loss(x, out.x_hat, dead)
+                terms["auxk"] = sae.auxk_loss(x, out.x_hat, dead, target)
         of_x = square_norm(self.config.autoencoder)
-        weights = {"auxk": train.auxk_weight * of_x, **sae.selector.loss_weights(train, of_x, self.step)}
+        weights = {"auxk": train.auxk_weight * of_x, **train.regularizer.weights(of_x)}
+        weights |= sae.selector.loss_weights(train, of_x, self.step)
         loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -224,11 +189,12 @@ class Trainer:
         if train.count_logged_twice:
             self.dead.update(latents, len(x))
         k_hat = out.k_hat.detach()
+        wanted = x if target is None else target
         return {
             "step": self.step + 1,
             "loss": loss,
             **{f"loss_{name}": term for name, term in terms.items()},
-            "explained_variance": metrics.explained_variance(x, out.x_hat.detach()),
+            "explained_variance": metrics.explained_variance(wanted, out.x_hat.detach()),
             "l0": (latents != 0).sum() / len(x),
             "k_hat_mean": k_hat.mean(),
             "k_hat_sd": k_hat.std(correction=0),
@@ -280,6 +246,7 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "step": self.step,
             "consumed": self.consumed,
+            "seconds": self.timer.total(),
         }
         checkpoint.write(self.checkpoint_file, tensors, header)
 
@@ -289,7 +256,8 @@ class Trainer:
             return False
         file = self.checkpoint_file
         tensors, header = checkpoint.read(file, FORMAT)
-        if found := difference(comparable(header["config"]), comparable(dataclasses.asdict(self.config))):
+        then = checkpoint.parse(file, lambda: run_config(header["config"]))
+        if found := difference(comparable(then), comparable(self.config)):
             raise ValueError(f"{file} is from another configuration; they differ in {found}")
         checkpoint.fill(file, self.sae, part(tensors, "sae."))
         checkpoint.fill(file, self.dead, part(tensors, "dead."))
@@ -302,6 +270,7 @@ class Trainer:
                 self.optimizer.state[parameter] = {"step": step.to(fused_on), **moments}
         checkpoint.restore_rng(tensors)
         self.step, self.consumed = header["step"], header["consumed"]
+        self.timer = StepTimer(self.device, header["seconds"])
         self.forget_metrics_after(self.step)
         return True
 
@@ -321,29 +290,6 @@ class Trainer:
         return f"{where}; {self.checkpoint_file} holds it: run the same again with out={self.out} to go on"
 
 
-class Interruption:
-    """Within it, Ctrl-C waits for the end of the step; a second Ctrl-C does not."""
-
-    def __enter__(self) -> Interruption:
-        self.asked = False
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.previous = signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def __exit__(self, *_):
-        if self.main:
-            signal.signal(signal.SIGINT, self.previous)
-
-    def ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, self.previous)
-
-    def raise_if_asked(self):
-        if self.asked:
-            raise KeyboardInterrupt
-
-
 def pick_device(name: str) -> torch.device:
     """The named device; "auto" is cuda where there is one. ValueError for one that is not there."""
     if name == "auto":
@@ -356,9 +302,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def comparable(config: dict) -> dict:
-    train = {name: value for name, value in config["train"].items() if name not in FREE_FIELDS}
-    return {**config, "train": train}
+def run_config(values: dict) -> RunConfig:
+    """The configuration in the header of a checkpoint."""
+    return build(RunConfig, {**values, "autoencoder": own_options(values["autoencoder"])}, "config")
+
+
+def comparable(config: RunConfig) -> dict:
+    values = dataclasses.asdict(config)
+    train = {name: value for name, value in values["train"].items() if name not in FREE_FIELDS}
+    return {**values, "train": train}
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

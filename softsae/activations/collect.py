@@ -3,7 +3,8 @@
 The attention sinks of many models (position 0 of SmolLM2 has a norm of 23,800 where the median is
 150) would dominate the loss of an autoencoder. Positions whose norm exceeds `outlier_factor` times
 the median, and a beginning-of-text token that the tokenizer adds, are left out; the manifest says
-by which rule, and evaluation applies the same one.
+by which rule, and evaluation applies the same one. With config.scores the model's loss at every
+position that is kept is written beside the shards, in the order of their rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from softsae.activations.shards import ShardSource, ShardWriter, require_empty
-from softsae.language_model import LanguageModel, residual_stream
+from softsae.cross_entropy import LOGIT_BYTES, token_losses
+from softsae.language_model import LanguageModel, block_output, hidden_states, residual_stream
 from softsae.options import CollectConfig
 from softsae.sequences import Sequences
 
@@ -89,10 +91,14 @@ def collect(
     require_empty(Path(out))
     if exclusion is None:
         exclusion = measure_exclusion(lm, sequences, config)
+    size, scores = config.batch_size, []
+    if config.scores:
+        size = min(size, max(1, LOGIT_BYTES // (4 * lm.vocabulary * sequences.longest)))
     first, skipped, excluded = 0, 0, 0
     with ShardWriter(out, lm.d, config.dtype, config.shard_rows) as writer:
-        for ids, lengths in sequences.batches(config.batch_size):
-            residual = residual_stream(lm, ids, config.layer)
+        for ids, lengths in sequences.batches(size):
+            output = block_output(lm, ids, config.layer)
+            residual = hidden_states(output)
             token_ids = ids.to(residual.device)
             places = torch.arange(ids.shape[1], device=residual.device)
             valid = places < lengths.to(residual.device).unsqueeze(1)
@@ -106,11 +112,14 @@ def collect(
             keep = valid & finite & ~outlier
             sequence, position = torch.nonzero(keep, as_tuple=True)
             writer.add(residual[keep], sequence + first, position)
+            if config.scores:
+                scores.append(token_losses(lm, config.layer, output, token_ids, lengths)[keep].cpu())
             first += len(ids)
             if progress is not None:
                 progress(int(lengths.sum()))
         writer.finish(
             sequences,
+            scores=torch.cat(scores).numpy() if config.scores else None,
             model=lm.name,
             gguf_file=lm.gguf_file,
             revision=lm.revision,

@@ -4,6 +4,7 @@
     shard-00000.safetensors  activations (m, d), sequence (m,) int32, position (m,) int32
     sequences.safetensors    token_ids (T,) int32, offsets (S + 1,) int64, document (S,) int32
     documents.json           the documents' names
+    scores.npy               where they were asked for: what the language model lost at each row's token
 
 Row i comes from token `position[i]` of sequence `sequence[i]`, so every activation can be shown in
 its text. A folder appears under its name only when it is complete.
@@ -29,6 +30,7 @@ from softsae.sequences import Sequences
 
 FORMAT = "softsae activations 1"
 MANIFEST = "manifest.json"
+SCORES = "scores.npy"
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BYTES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
 
@@ -79,8 +81,11 @@ class ShardWriter:
         while self.waiting >= self.shard_rows:
             self._write(self.shard_rows)
 
-    def finish(self, sequences: Sequences, **about) -> Path:
-        """Writes the rest, the sequences and the manifest with `about` in it; the folder appears."""
+    def finish(self, sequences: Sequences, scores: np.ndarray | None = None, **about) -> Path:
+        """Writes the rest, the sequences, scores (rows,) and the manifest with `about` in it.
+
+        Then the folder appears.
+        """
         if self.waiting:
             self._write(self.waiting)
         if not self.rows:
@@ -92,7 +97,11 @@ class ShardWriter:
         }
         save(tensors, self.folder / "sequences.safetensors")
         (self.folder / "documents.json").write_text(json.dumps(sequences.names))
-        files = {file: describe(self.folder / file) for file in ("sequences.safetensors", "documents.json")}
+        names = ["sequences.safetensors", "documents.json"]
+        if scores is not None:
+            np.save(self.folder / SCORES, scores)
+            names.append(SCORES)
+        files = {file: describe(self.folder / file) for file in names}
         manifest = {
             "format": FORMAT, **about, "d": self.d, "dtype": self.dtype, "rows": self.rows,
             "sequences": len(sequences), "tokens": sequences.tokens, "shards": self.shards, "files": files,

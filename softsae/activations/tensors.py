@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,10 @@ class TensorSource:
     def __len__(self) -> int:
         return self.x.shape[0]
 
+    def read(self, rows: np.ndarray) -> Tensor:
+        """Rows by index as (len(rows), d), float32."""
+        return self.x[torch.from_numpy(rows).to(self.x.device)].float()
+
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
         samples = len(self)
         epoch, position = divmod(start * batch_size, samples)
@@ -68,7 +73,8 @@ class IteratorSource:
     """Any iterable of tensors (rows, d), cut into batches in its own order.
 
     An iterable that can be iterated again is, when it ends; one that cannot ends the training.
-    `start` skips by reading. Raises TypeError, ValueError as TensorSource, for the first tensor.
+    `start` skips by reading. Pairs of tensors, (rows, d) and (rows, d_out), are laid side by side.
+    Raises TypeError, ValueError as TensorSource, for the first tensor.
     """
 
     def __init__(self, tensors: Iterable[Tensor]):
@@ -76,12 +82,14 @@ class IteratorSource:
         self.one_shot = iter(tensors) is tensors
         iterator = iter(tensors)
         first = next(iterator, None)
-        if not isinstance(first, Tensor):
-            found = "nothing" if first is None else type(first).__name__
-            raise TypeError(f"the iterator of activations yields {found}, not tensors")
-        check_activations(first, "the first tensor of the iterator")
+        found = "nothing" if first is None else type(first).__name__
+        pair = is_pair(first)
+        for part in first if pair else [first]:
+            if not isinstance(part, Tensor):
+                raise TypeError(f"the iterator of activations yields {found}, not tensors")
+            check_activations(part, "the first tensor of the iterator")
         self.first = chain([first], iterator) if self.one_shot else None
-        self.d = first.shape[1]
+        self.d, self.d_out = (part.shape[1] for part in first) if pair else (first.shape[1], None)
 
     def pieces(self) -> Iterator[Tensor]:
         if self.one_shot:
@@ -93,12 +101,25 @@ class IteratorSource:
         while True:
             yield from self.tensors
 
+    def whole(self, piece) -> Tensor:
+        """A checked piece; a pair side by side."""
+        if is_pair(piece) != (self.d_out is not None):
+            raise TypeError("the iterator of activations yields both tensors and pairs of tensors")
+        parts = [(piece, self.d)] if self.d_out is None else zip(piece, (self.d, self.d_out), strict=True)
+        for part, d in parts:
+            check_activations(part, "a tensor of the iterator")
+            if part.shape[1] != d:
+                raise ValueError(f"a tensor of the iterator has d={part.shape[1]}, the first had {d}")
+        if self.d_out is None:
+            return piece
+        x, target = piece
+        if len(x) != len(target):
+            raise ValueError(f"a pair of the iterator has {len(x)} rows and {len(target)} targets")
+        return torch.cat([x.float(), target.float()], 1)
+
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
         kept, rows, skipped = [], 0, start
-        for piece in self.pieces():
-            check_activations(piece, "a tensor of the iterator")
-            if piece.shape[1] != self.d:
-                raise ValueError(f"a tensor of the iterator has d={piece.shape[1]}, the first had {self.d}")
+        for piece in map(self.whole, self.pieces()):
             kept.append(piece.float())
             rows += len(piece)
             if rows < batch_size:
@@ -111,6 +132,10 @@ class IteratorSource:
                 else:
                     yield batch
             kept, rows = [joined[whole:]], rows - whole
+
+
+def is_pair(piece) -> bool:
+    return isinstance(piece, (tuple, list)) and len(piece) == 2
 
 
 def as_source(activations):

@@ -97,6 +97,66 @@ def headline(
     return save(figure, file)
 
 
+def frontier(file: Path, rows: Sequence[dict]) -> Path:
+    """Explained variance and, where measured, cross-entropy recovered against the mean L0.
+
+    rows: variant, l0_mean, explained_variance, recovered (or None) and best of every autoencoder. One
+    line for each variant through the best of its learning rates, the others as faint points. What is far
+    below most of them is out of the picture.
+    """
+    fields = [("explained_variance", "explained variance"), ("recovered", "cross-entropy recovered")]
+    fields = [f for f in fields if any(row.get(f[0]) is not None for row in rows)]
+    figure, axes = new_figure(1, len(fields), size=(5.2 * len(fields) + 2.2, 4.6))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    for axis, (name, label) in zip(np.atleast_1d(axes), fields, strict=True):
+        for variant, style in zip(variants, line_styles(variants), strict=True):
+            points = [r for r in rows if r["variant"] == variant and is_drawn(r, name)]
+            best = sorted((r["l0_mean"], r[name]) for r in points if r["best"])
+            rest = [(r["l0_mean"], r[name]) for r in points if not r["best"]]
+            axis.plot(*zip(*best, strict=True) if best else ([], []), **style, markersize=5, label=variant)
+            if rest:
+                axis.scatter(*zip(*rest, strict=True), color=style["color"], alpha=0.3, s=14, linewidths=0)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set(xlabel="active latents (mean L0)", ylabel=label)
+        show_most(axis, [(r["l0_mean"], r[name]) for r in rows if is_drawn(r, name) and is_trained(r)])
+    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    return save(figure, file)
+
+
+def show_most(axis, points: Sequence[tuple[float, float]]) -> None:
+    """Limits around the points (x, y) whose y is at most twice as far below the median as the largest y is
+    above it: one that was never trained or has collapsed would squeeze all others together."""
+    if len({y for _, y in points}) < 3:
+        return
+    ys = [y for _, y in points]
+    lowest = np.median(ys) - 2 * (max(ys) - np.median(ys))
+    xs, ys = zip(*((x, y) for x, y in points if y >= lowest), strict=True)
+    margin = 0.05 * (max(ys) - min(ys))
+    axis.set(xlim=(min(xs) / 1.2, max(xs) * 1.2), ylim=(min(ys) - margin, max(ys) + margin))
+
+
+def is_trained(row: dict) -> bool:
+    return row["variant"] != "untrained"
+
+
+def is_drawn(row: dict, name: str) -> bool:
+    """Whether a row has a finite value and a place on the logarithmic axis."""
+    value = row.get(name)
+    return value is not None and np.isfinite(value) and row["l0_mean"] > 0
+
+
+def line_styles(variants: Sequence[str]) -> list[dict]:
+    """A colour and a marker for each; the untrained control is grey and dashed."""
+    from matplotlib import colormaps
+
+    colors, markers = colormaps["tab10"].colors[:7], "osD^vPX<>*"  # the eighth is grey
+    styles = [{"color": colors[i % 7], "marker": markers[i % 10]} for i in range(len(variants))]
+    control = {"color": GREY, "marker": ".", "linestyle": "--"}
+    return [control if v == "untrained" else style for v, style in zip(variants, styles, strict=True)]
+
+
 def draw_k_hat(axis, k_hat: np.ndarray, target: float) -> None:
     axis.hist(k_hat, bins=60, color=BLUE)
     axis.axvline(k_hat.mean(), color=ORANGE, label=f"mean {k_hat.mean():.1f}, sd {k_hat.std():.1f}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from softsae.cross_entropy import CrossEntropy
 from softsae.report import markdown, plots
-from softsae.runs import read_metrics, write_text
+from softsae.runs import read_json, read_metrics, write_text
 
 
 def write_run_summary(run: Path) -> Path:
@@ -16,13 +15,13 @@ def write_run_summary(run: Path) -> Path:
     Reads config.json, metrics.jsonl and, where there is one, evaluation.json.
     """
     records = read_metrics(run)
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     model, train = config["autoencoder"], config["train"]
     drawn = [plots.training_curves(run / "plots" / "training.png", {model["architecture"]: records})]
     lines = [
         f"# {run.name}",
         "",
-        f"{model['architecture']}, d = {model['d']}, n = {model['n']}, k = {model['k']:g};"
+        f"{model['architecture']}, d = {model['d']}{to_target(model)}, n = {model['n']}, k = {model['k']:g};"
         f" {train['steps']} steps of {train['batch_size']} at learning rate {train['lr']:.3g},"
         f" mode {train['mode']}, seed {train['seed']}.",
         "",
@@ -38,9 +37,10 @@ def write_run_summary(run: Path) -> Path:
         ]
     file = run / "evaluation.json"
     if file.is_file():
-        found = json.loads(file.read_text())
+        found = read_json(file)
         metrics = {run.name: found["metrics"]}
-        lines += [f"On {found['part']} activations ({found['activations']}):", ""]
+        to = f" to {found['target']}" if found.get("target") else ""
+        lines += [f"On {found['part']} activations ({found['activations']}{to}):", ""]
         lines += [markdown.evaluation_table(metrics), ""]
         histogram = {run.name: found["metrics"]["l0"]["histogram"]}
         drawn.append(plots.l0_histogram(run / "plots" / "l0.png", histogram))
@@ -50,3 +50,8 @@ def write_run_summary(run: Path) -> Path:
     lines += [markdown.images(run, drawn), ""]
     write_text(run / "summary.md", "\n".join(lines))
     return run / "summary.md"
+
+
+def to_target(model: dict) -> str:
+    """What is reconstructed, where that is not the input."""
+    return f" to d_out = {model['d_out']} (a transcoder)" if model.get("d_out") else ""

@@ -128,5 +128,5 @@ def untrained(sae, first: Tensor):
     from softsae.autoencoder import SparseAutoencoder
 
     control = SparseAutoencoder(sae.config).to(sae.b_dec.device)
-    control.initialize(first.to(sae.b_dec.device))
+    control.initialize(*sae.split(first.to(sae.b_dec.device)))
     return control.eval()

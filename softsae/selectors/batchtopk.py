@@ -41,7 +41,7 @@ class BatchTopK(Selector):
         else:
             kept = (a > self.threshold).to(a.dtype)
         latents = a * kept
-        return Selection(latents, (latents.detach() != 0).sum(1).float())
+        return Selection(latents, (latents.detach() != 0).sum(1).float(), a)
 
     def of_batch(self, a: Tensor) -> Tensor:
         """The mask (B, n) of the k B largest of a."""

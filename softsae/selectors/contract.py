@@ -9,16 +9,21 @@ from torch import Tensor, nn
 
 from softsae.config import AutoencoderConfig, TrainConfig
 from softsae.schedules import Phase
+from softtopk import hard_topk
 
 if TYPE_CHECKING:
     from softsae.autoencoder import SparseAutoencoder
 
 
 class Selection(NamedTuple):
-    """latents (B, n): activations times their gates. k_hat (B,): the float32 budget of each row."""
+    """latents (B, n): activations times their gates. k_hat (B,): the float32 budget of each row.
+
+    activations (B, n): what a top-k rule selected from, >= 0, with its gradient; None of other rules.
+    """
 
     latents: Tensor
     k_hat: Tensor
+    activations: Tensor | None = None
 
 
 class Selector(nn.Module):
@@ -31,6 +36,22 @@ class Selector(nn.Module):
         super().__init__()
         self.config = config
 
+    @classmethod
+    def check(cls, config: AutoencoderConfig, source):
+        """ValueError or FileNotFoundError where the rule cannot be prepared from a source."""
+
+    def prepare(self, sae: SparseAutoencoder, x: Tensor, source, seed: int) -> dict | None:
+        """What the rule needs to know of the activations before training; called once, not on resuming.
+
+        Args:
+            sae: the autoencoder, its normalisation set.
+            x: the first samples (N, d), in the units of the activations, on the autoencoder's device.
+            source: what they are from (softsae/activations), to draw more.
+            seed: of the run.
+
+        Returns what is to be recorded with the metrics, None for nothing.
+        """
+
     def forward(self, sae: SparseAutoencoder, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
         """Select.
 
@@ -42,14 +63,29 @@ class Selector(nn.Module):
         """
         raise NotImplementedError
 
+    def activations(self, sae: SparseAutoencoder, pre: Tensor) -> Tensor:
+        """What a k given at inference chooses from, (B, n): relu(pre) (B, n), which may be overwritten.
+
+        Of a rule that decides on every latent by itself: its latents.
+        """
+        return torch.relu_(pre)
+
+    def largest(self, sae: SparseAutoencoder, pre: Tensor, k: Tensor) -> Selection:
+        """The round-half-up(k) largest `activations` of every row, k (B,), in place of the rule."""
+        a = self.activations(sae, pre)
+        return Selection(a * hard_topk(a.detach(), k), torch.floor(k + 0.5), a)
+
     def loss_terms(
-        self, sae: SparseAutoencoder, x: Tensor, selection: Selection, phase: Phase
+        self, sae: SparseAutoencoder, target: Tensor, selection: Selection, phase: Phase
     ) -> dict[str, Tensor]:
-        """The rule's own loss terms by name, before weighting; x (B, d) is normalised."""
+        """The rule's own loss terms by name, before weighting.
+
+        target (B, d_out) is what is reconstructed, normalised: x itself, but in a transcoder.
+        """
         return {}
 
     def loss_weights(self, train: TrainConfig, square_norm: float, step: int) -> dict[str, float]:
-        """The weights of these terms, 1 where a name is missing; square_norm is mean |x|^2."""
+        """The weights of these terms, 1 where a name is missing; square_norm is mean |target|^2."""
         return {}
 
     @torch.no_grad()

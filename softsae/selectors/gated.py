@@ -9,6 +9,8 @@ the second, by which the gates learn to reconstruct, with a decoder that gets no
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -28,21 +30,25 @@ class Gated(Selector):
         self.gate: Tensor | None = None  # relu(g) of the last forward pass, for its loss terms
 
     def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
-        magnitude = torch.relu(self.r.exp() * (pre - sae.b_enc) + self.b_m)
-        latents = torch.where(pre > 0, magnitude, 0)
+        latents = self.activations(sae, pre)
         self.gate = torch.relu(pre) if phase.step is not None else None
         return Selection(latents, (latents.detach() > 0).sum(1).float())
 
-    def loss_terms(self, sae, x: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
+    def activations(self, sae, pre: Tensor) -> Tensor:
+        magnitude = torch.relu(self.r.exp() * (pre - sae.b_enc) + self.b_m)
+        return torch.where(pre > 0, magnitude, 0)
+
+    def loss_terms(self, sae, target: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
         if self.gate is None:
             return {}
         gate, self.gate = self.gate, None
         through_gates = torch.addmm(sae.b_dec.detach(), gate, sae.W_dec.detach())
         return {
             "l1": (gate @ sae.W_dec.detach().norm(dim=1)).mean(),
-            "gate_reconstruction": losses.reconstruction(x, through_gates),
+            "gate_reconstruction": losses.reconstruction(target, through_gates),
         }
 
     def loss_weights(self, train: TrainConfig, square_norm: float, step: int) -> dict[str, float]:
         options = self.config.gated
-        return {"l1": options.l1_weight * square_norm * warm(step, options.l1_warmup_steps)}
+        # |x - x_hat|^2 grows with the square of the units, latents with the units themselves.
+        return {"l1": options.l1_weight * math.sqrt(square_norm) * warm(step, options.l1_warmup_steps)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,9 +19,10 @@ class ReLU(Selector):
         latents = torch.relu(pre)
         return Selection(latents, (latents.detach() > 0).sum(1).float())
 
-    def loss_terms(self, sae, x: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
+    def loss_terms(self, sae, target: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
         return {"l1": (selection.latents @ sae.W_dec.norm(dim=1)).mean()}
 
     def loss_weights(self, train: TrainConfig, square_norm: float, step: int) -> dict[str, float]:
         options = self.config.relu
-        return {"l1": options.l1_weight * square_norm * warm(step, options.l1_warmup_steps)}
+        # |x - x_hat|^2 grows with the square of the units, latents with the units themselves.
+        return {"l1": options.l1_weight * math.sqrt(square_norm) * warm(step, options.l1_warmup_steps)}

@@ -34,17 +34,18 @@ class SoftSAE(Selector):
         a = torch.relu_(pre)  # [B, n]
         learns = torch.is_grad_enabled() and phase.learns == "all"
         with torch.set_grad_enabled(learns):
-            k_hat = self.estimator(x, sae.b_dec)  # [B]
+            k_hat = self.estimator(sae, x, a)  # [B]
         if phase.hard and not learns:
-            latents = a * self.hard_mask(a, k_hat)
-            return Selection(latents.detach() if phase.learns == "decoder" else latents, k_hat)
+            if phase.learns == "decoder":
+                a = a.detach()
+            return Selection(a * self.hard_mask(a, k_hat), k_hat, a)
         p = soft_topk(self.routed(a), k_hat, phase.alpha)
         with torch.no_grad():  # the gradient of p is not touched by what its value is set to
             if phase.hard:
                 p.copy_(self.hard_mask(a, k_hat))
             else:
                 torch.threshold_(p, BELOW_ACTIVE, 0.0)
-        return Selection(a * p, k_hat)
+        return Selection(a * p, k_hat, a)
 
     def routed(self, a: Tensor) -> Tensor:
         """a, with as much of the selection's gradient as selection_gradient lets through."""
@@ -57,7 +58,7 @@ class SoftSAE(Selector):
         k_hat = k_hat.detach()
         return hard_topk(a.detach(), k_hat.floor() if self.config.softsae.rounding == "floor" else k_hat)
 
-    def loss_terms(self, sae, x: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
+    def loss_terms(self, sae, target: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
         if phase.learns != "all":
             return {}
         return {"budget": budget(selection.k_hat, phase.k_target, phase.softplus_beta)}

@@ -19,4 +19,4 @@ class TopK(Selector):
         a = torch.relu_(pre)  # [B, n]
         k = math.floor(self.config.k + 0.5)
         latents = a * hard_topk(a.detach(), k)
-        return Selection(latents, torch.full(a.shape[:1], float(k), device=a.device))
+        return Selection(latents, torch.full(a.shape[:1], float(k), device=a.device), a)

@@ -96,6 +96,20 @@ def test_eval_adds_cross_entropy_with_an_untrained_control(trained):
     assert "untrained" in (trained / "summary.md").read_text()
 
 
+def test_eval_at_another_k_leaves_the_runs_own_evaluation_alone(trained):
+    before = (trained / "evaluation.json").read_text()
+    said = run("eval", trained, "--activations", _heldout(trained), "--cross_entropy_tokens", 300, "--k", 2)
+    found = json.loads((trained / "evaluation-k2.json").read_text())
+    assert json.loads(said) == found and found["k"] == 2.0
+    assert found["metrics"]["l0"]["max"] == 2 and found["metrics"]["k_hat"]["mean"] == 2
+    sae = softsae.load(trained / "sae")
+    rows = softsae.activations.as_source(Path(_heldout(trained)))
+    at_2 = softsae.evaluate(sae, rows.in_order(64), k=2)
+    assert found["metrics"]["explained_variance"] == pytest.approx(at_2["explained_variance"], abs=1e-6)
+    assert (trained / "evaluation.json").read_text() == before
+    (trained / "evaluation-k2.json").unlink()
+
+
 def _heldout(trained):
     return yaml.safe_load((trained / "config.yaml").read_text())["activations"] + "/heldout"
 
@@ -151,13 +165,30 @@ def test_train_takes_an_npy_file(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "unknown command 'nothing'; choose one of demo, collect, train, eval, info"),
+        (
+            ["nothing"],
+            "unknown command 'nothing'; choose one of demo, collect, train, sweep, eval, recipes, info",
+        ),
         (["train", "--out", "{tmp}/r"], "activations"),
         (["train", "--out", "{tmp}/r", "--activations", "{tmp}/no"], "activations '{tmp}/no' do not exist"),
         (["train", "--out", "{tmp}/r", "--activations", "{acts}", "--train.steps", "0"], "steps=0"),
         (["train", "--out", "{tmp}/r", "--activations", "{acts}", "--train.odd", "1"], "--train.odd"),
         (["train", "--out", "{tmp}/r", "--activations", "{acts}", "--autoencoder.d", "7"], "d=7"),
         (["train", "--out", "{tmp}/r", "--activations", "{acts}", "--device", "tpu9"], "device='tpu9'"),
+        (
+            [
+                "train",
+                "--out",
+                "{tmp}/r",
+                "--activations",
+                "{acts}",
+                "--autoencoder.architecture",
+                "relu",
+                "--train.regularizer.r2_weight",
+                "0.1",
+            ],
+            "r2_weight=0.1 need a top-k selection",
+        ),
         (["train", "--out", "{run}", "--activations", "{acts}"], "'{run}' is not empty: go on with --resume"),
         (["train", "--out", "{run}", "--resume", "--autoencoder.n", "65"], "another configuration"),
         (["train", "--out", "{tmp}/r", "--resume"], "no run in '{tmp}/r'"),
@@ -166,6 +197,8 @@ def test_train_takes_an_npy_file(tmp_path):
         (["collect", "--out", "{tmp}/r", "--model", "no/such-model"], "model 'no/such-model'"),
         (["demo", "--out", "{tmp}/r", "--model", "{model}", "--text", "{tmp}/no.txt"], "no.txt"),
         (["eval", "--run", "{tmp}/no"], "no autoencoder in '{tmp}/no'"),
+        (["eval", "{run}", "--activations", "{acts}/heldout", "--k", "65"], "k=65.0 must be a number"),
+        (["eval", "{run}", "--activations", "{acts}/heldout", "--k", ".nan"], "k=nan"),
         (["info", "--path", "{tmp}/no"], "'{tmp}/no' does not exist"),
         (["demo", "--out", "{run}", "--resume"], "not from softsae demo"),
     ],

@@ -18,6 +18,7 @@ from tests.softsae.configs import model
         ({"k": 5000.0}, "k=5000.0 must be a number > 0 and <= 4096"),
         ({"k": float("nan")}, "k=nan"),
         ({"k_max": 30.0}, "k_max=30.0 must exceed the target k=32"),
+        ({"k": 4096.0}, "k=4096.0 must be below n=4096"),
         ({"k_min": 40}, "k_min=40 exceeds k=32"),
         ({"alpha": 0.0}, "alpha=0.0 must be a number > 0"),
         ({"architecture": "softase"}, "architecture='softase' must be one of .*; did you mean 'softsae'"),

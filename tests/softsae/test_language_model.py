@@ -195,6 +195,9 @@ def test_cross_entropy_is_the_direct_one(lm, sequences, sae):
     gap = result.untouched["zero"] - result.clean
     share = (result.untouched["zero"] - result.untouched["topk"]) / gap
     assert result.recovered("topk") == pytest.approx(share) and math.isfinite(share)
+    at_2 = evaluate_cross_entropy(lm, sequences, LAYER, {"topk": sae}, rule, k=2).replaced["topk"]
+    direct = direct_cross_entropy(lm, sequences, lambda x: sae.decode(sae.encode(x, k=2)))
+    assert at_2 == pytest.approx(direct, abs=1e-4) and abs(at_2 - result.replaced["topk"]) > 1e-3
 
 
 def test_collected_rows_are_the_residual_stream_at_their_positions(lm, sequences, tmp_path):

@@ -15,7 +15,7 @@ from softsae.metrics import dictionary_recovery, distribution, explained_varianc
 def sae() -> SparseAutoencoder:
     sae = SparseAutoencoder(AutoencoderConfig(d=6, n=40, k=5.0), seed=1).train()
     with torch.no_grad():
-        sae.selector.estimator.w2.mul_(2)
+        sae.selector.estimator.w2.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(1))
         sae.b_dec.fill_(40.0)
         sae.b_enc[:3] = -100.0  # dead
         sae.b_enc[3] = 100.0  # dense

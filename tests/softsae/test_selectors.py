@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
-from softsae import EstimatorConfig, SparseAutoencoder
-from softsae.architectures import BatchTopKConfig, JumpReLUConfig
+from softsae import AutoencoderConfig, EstimatorConfig, SparseAutoencoder, TrainConfig, Trainer, evaluate
+from softsae.activations.synthetic import SyntheticSource
+from softsae.architectures import BatchTopKConfig, JumpReLUConfig, MSAEConfig
+from softsae.config import square_norm
 from softsae.schedules import Phase
 from tests.softsae.configs import model
 
@@ -89,7 +91,7 @@ def test_gates_below_two_to_the_minus_24_do_not_count_as_active():
 def test_softsae_hard_latents_are_the_round_k_hat_largest(rounding):
     sae = autoencoder(rounding=rounding, k_max=20.0)
     with torch.no_grad():
-        sae.selector.estimator.w2.mul_(4)
+        sae.selector.estimator.w2.uniform_(-0.7, 0.7, generator=torch.Generator().manual_seed(0))
     x = samples()
     out = sae(x)
     counts = rounded(out.k_hat) if rounding == "nearest" else [int(k) for k in out.k_hat.tolist()]
@@ -197,7 +199,7 @@ def test_batchtopk_keeps_the_largest_of_the_batch_and_follows_the_smallest():
 
 
 def test_jumprelu_is_the_formula_and_its_thresholds_get_the_kernel_gradient():
-    section = JumpReLUConfig(threshold=0.3, bandwidth=0.2)
+    section = JumpReLUConfig(threshold=0.3 / D**0.5, bandwidth=0.2 / D**0.5)  # |x|^2 is D in the mean
     sae = autoencoder(architecture="jumprelu", k=4.0, jumprelu=section).double()
     theta = sae.selector.threshold
     x = samples().double()
@@ -217,6 +219,34 @@ def test_jumprelu_is_the_formula_and_its_thresholds_get_the_kernel_gradient():
     torch.testing.assert_close(found, expected.detach(), check_dtype=False)
 
 
+@pytest.mark.parametrize("normalization", ["unit_mean_square", "unit_mean_norm"])
+def test_jumprelu_starts_at_the_same_selection_in_any_units(normalization):
+    source = SyntheticSource(16, 32, 1, 6)
+    config = AutoencoderConfig(d=16, n=48, k=3.5, architecture="jumprelu", normalization=normalization)
+    sae = SparseAutoencoder(config)
+    x = source.sample(500, seed=0)[0] * 7
+    sae.initialize(x)
+    latents = sae.encode(x)
+    shares = sae.pre_activations(x) / sae.normalize(x).pow(2).sum(1).mean().sqrt()
+    sure = (shares - 0.03).abs() > 1e-3
+    assert torch.equal((latents != 0)[sure], (shares > 0.03)[sure])
+
+
+def test_jumprelu_reaches_its_l0_in_a_short_training():
+    """The published constants, in the units they are for, are at twice k then."""
+    source = SyntheticSource(16, 32, 1, 6)
+    held = [source.sample(2000, seed=5)[0]]
+    train = TrainConfig(steps=300, batch_size=64, lr=5e-3, device="cpu")
+    published = JumpReLUConfig(0.001, 0.001, sparsity_weight=1.0, sparsity_warmup_steps=2000)
+    found = {}
+    for name, section in (("ours", JumpReLUConfig()), ("published", published)):
+        config = AutoencoderConfig(n=48, k=3.5, architecture="jumprelu", jumprelu=section)
+        sae = Trainer(config, train, progress=False).fit(source)
+        found[name] = evaluate(sae, held)["l0"]["mean"]
+    assert found["ours"] == pytest.approx(3.5, abs=0.35)
+    assert found["published"] > 4.5
+
+
 def test_relu_penalises_latents_by_the_length_of_their_decoder_rows():
     sae = autoencoder(architecture="relu")
     with torch.no_grad():
@@ -226,6 +256,24 @@ def test_relu_penalises_latents_by_the_length_of_their_decoder_rows():
     out = sae(x, HARD)
     torch.testing.assert_close(out.latents, a)
     torch.testing.assert_close(out.losses["l1"], (a * sae.W_dec.norm(dim=1)).sum(1).mean())
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated"])
+def test_the_l1_penalty_weighs_the_same_in_any_units(architecture):
+    """Of the whole loss over the mean |x|^2, at the same weights in two normalisations."""
+    x, shares = samples(50) + 1, []
+    for normalization in ("unit_mean_norm", "unit_mean_square"):
+        sae = SparseAutoencoder(
+            AutoencoderConfig(d=D, n=N, k=5.0, architecture=architecture, normalization=normalization)
+        )
+        sae.initialize(x)
+        norm = square_norm(sae.config)
+        assert sae.normalize(x).pow(2).sum(1).mean().item() == pytest.approx(norm, rel=1e-5)
+        weights = sae.selector.loss_weights(TrainConfig(), norm, 10**6)
+        terms = sae(x, HARD._replace(step=0)).losses
+        shares.append(sum(weights.get(name, 1.0) * term.item() for name, term in terms.items()) / norm)
+    assert weights["l1"] == pytest.approx(0.1 * D**0.5)
+    assert shares[0] == pytest.approx(shares[1], rel=1e-4)
 
 
 def test_gated_learns_its_gates_by_a_reconstruction_that_spares_the_decoder():
@@ -257,3 +305,77 @@ def test_feature_choice_keeps_the_largest_of_each_latent():
     smallest = torch.where(expected > 0, expected, torch.inf).amin(0)
     torch.testing.assert_close(sae.selector.threshold, smallest, rtol=1e-5, atol=1e-6)
     assert torch.equal(sae.encode(x) != 0, a > sae.selector.threshold)
+
+
+def test_msae_averages_the_reconstructions_of_every_k():
+    for ks, weighting, weights in (
+        ([5, 10, 20, 40], "uniform", [1, 1, 1, 1]),  # what None is for k = 5 of 40
+        ([1, 2, 5, 7], "reverse", [4, 3, 2, 1]),
+        ([5], "uniform", [1]),
+        ([3, 4, 5, 39], "reverse", [4, 3, 2, 1]),
+    ):
+        given = None if ks[-1] == N else ks
+        sae = autoencoder(architecture="msae", msae=MSAEConfig(given, weighting)).double()
+        assert sae.config.msae.ks == ks
+        x = samples().double()
+        out = sae(x, HARD._replace(step=0))
+        parameters = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+        found = torch.autograd.grad(out.losses["reconstruction"], parameters)
+        a = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+        masks = [keep_largest(a.detach(), [k] * B) != 0 for k in ks]
+        each = [((a * mask) @ sae.W_dec + sae.b_dec - x).pow(2).sum(1).mean() for mask in masks]
+        mean = sum(w * term for w, term in zip(weights, each, strict=True)) / sum(weights)
+        torch.testing.assert_close(out.losses["reconstruction"], mean)
+        for gradient, expected in zip(found, torch.autograd.grad(mean, parameters), strict=True):
+            torch.testing.assert_close(gradient, expected)
+        at_k = keep_largest(a.detach(), [5] * B)
+        torch.testing.assert_close(out.latents.detach(), at_k)
+        torch.testing.assert_close(sae.encode(x), at_k)
+
+
+def test_msae_decodes_few_latents_by_their_rows_and_many_by_a_product():
+    section = MSAEConfig([2, 3, 4, 60, 128])  # 2, 1 and 1 of 128 are few
+    sae = autoencoder(architecture="msae", n=128, k=3.0, msae=section).double()
+    x = samples().double()
+    pre = sae.pre_activations(x).detach().requires_grad_()
+    a = torch.relu(pre)
+    ranking = sae.selector.rank(a.detach())
+    assert ranking.shape == (B, 60)
+    start = 0
+    for end in (2, 3, 4, 60, 128):
+        between = (keep_largest(a.detach(), [end] * B) != 0) & (keep_largest(a.detach(), [start] * B) == 0)
+        pairs = [
+            (found.detach(), *torch.autograd.grad(found.square().sum(), (pre, sae.W_dec), retain_graph=True))
+            for found in (
+                sae.selector.between(sae.W_dec, a, ranking, start, end),
+                (a * between) @ sae.W_dec,
+            )
+        ]
+        for found, expected in zip(*pairs, strict=True):
+            torch.testing.assert_close(found, expected)
+        start = end
+
+
+def test_msae_ranks_equal_activations_by_their_index():
+    sae = autoencoder(architecture="msae", k=4.0, n=6, msae=MSAEConfig([2, 4]))
+    a = torch.tensor([[1.0, 2.0, 2.0, 0.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0, 3.0]])
+    assert sae.selector.rank(a).tolist() == [[1, 2, 5, 0], [5, 0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"msae": MSAEConfig([4, 8])}, r"ks=\[4, 8\] must hold k=5.0"),
+        ({"msae": MSAEConfig([5, 41])}, "ks=41 must be an integer >= 1 and <= 40"),
+        ({"k": 0.4}, "k=0.4 must be a number >= 0.5"),
+        ({"matryoshka": [0.5, 0.5]}, "msae nests budgets: give one"),
+    ],
+)
+def test_msae_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        autoencoder(architecture="msae", **fields)
+    for ks in ([], [2, 2], [0, 1], [1.5], "auto"):
+        with pytest.raises(ValueError, match="ks="):
+            MSAEConfig(ks)
+    with pytest.raises(ValueError, match="weighting='linear'"):
+        MSAEConfig(weighting="linear")
