@@ -230,7 +230,9 @@ def test_outliers_are_left_out_and_counted(lm, sequences, tmp_path):
 
 
 def test_nonfinite_activations_are_named_and_refused_or_left_out(lm, sequences, tmp_path):
-    token = int(sequences[3][5])
+    each = [set(sequences[i].tolist()) for i in range(len(sequences))]
+    # In few sequences: attention gives a NaN to all positions of one, with the weight 0 where it is masked.
+    token = min(each[3], key=lambda t: (sum(t in one for one in each), t))
     weight = lm.model.get_input_embeddings().weight
     before = weight.data[token].clone()
     weight.data[token] = torch.nan
