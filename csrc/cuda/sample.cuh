@@ -156,7 +156,7 @@ __device__ __forceinline__ Limits window_of_sample(const float* samples, float w
         sums[i + kTrials] = fmaf(f, f, sums[i + kTrials]);
       }
     }
-    float total = sum_of_each(sums);  // of sum lane / 2
+    float total = sum_of_each(sums);  // of sum lane / kLanes
     float (&of_warps)[kWarps][2 * kTrials] = shared.sums[round % 2];
     if (lane % kLanes == 0) of_warps[warp][lane / kLanes] = total;
     if (round == 1) {
