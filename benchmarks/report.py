@@ -134,8 +134,15 @@ def sweep() -> str:
                 )
         header = ["", "learning rate", "explained variance", "L0", "dead", "recovered",
                   "all positions replaced", "samples per second"]  # fmt: skip
+        trained = next(r for r in data["rows"] if "steps" in r)
+        sizes = (
+            f"n = {trained['n']}, {trained['steps']} steps of {trained['config']['train']['batch_size']};"
+            f" {data['samples']:,} {data['part']} activations"
+        )
         picture = f"![explained variance against L0](benchmarks/results/{path.stem}.png)"
-        parts.append("\n\n".join([markdown(header, body), caption(data["environment"]), picture]))
+        parts.append(
+            "\n\n".join([markdown(header, body), f"{sizes}. {caption(data['environment'])}", picture])
+        )
     return "\n\n".join(parts) or "Not measured yet."
 
 

@@ -5,13 +5,15 @@
     python -m benchmarks.sweep --lr 5e-4 1e-3 2e-3            # the same search for all of them
     python -m benchmarks.sweep --run runs/sweep               # only keep what a finished sweep left there
 
-Sizes are those of `softsae demo` on this machine. Writes benchmarks/results/sweep-DEVICE.json, one row for
-each autoencoder and untrained control, and sweep-DEVICE.png, the frontier.
+Sizes are those of `softsae demo` on this machine, unless given. Writes
+benchmarks/results/sweep-DEVICE.json, one row for each autoencoder and untrained control, and
+sweep-DEVICE.png, the frontier.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -25,6 +27,7 @@ from softsae.architectures import ARCHITECTURES
 from softsae.cli import main as softsae
 from softsae.demo import ON_CPU, ON_GPU, Sizes
 
+SIZES = ("n", "steps", "batch_size", "cross_entropy_tokens")  # that can be given here
 KS = [16, 32, 64]
 L1_WEIGHTS = [0.05, 0.1, 0.2]  # in place of k: L0 is what they make of it
 MATRYOSHKA = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32]
@@ -75,6 +78,8 @@ def main() -> None:
     parser.add_argument(
         "--together", type=int, help="autoencoders that are trained at a time; all by default"
     )
+    for size in SIZES:
+        parser.add_argument(f"--{size}", type=int, help="the demo's by default")
     parser.add_argument("--quick", action="store_true", help="as of softsae sweep, to try the script out")
     parser.add_argument("--run", type=Path, help="the folder of a finished sweep; without it one is run")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
@@ -82,6 +87,8 @@ def main() -> None:
     run = args.run
     if run is None:
         sizes = ON_CPU if args.device == "cpu" else ON_GPU
+        given = {size: getattr(args, size) for size in SIZES if getattr(args, size) is not None}
+        sizes = dataclasses.replace(sizes, **given)
         folder = Path(tempfile.mkdtemp())
         run, activations, config = folder / "sweep", args.activations, folder / "sweep.yaml"
         if activations is None:
