@@ -151,8 +151,9 @@ def line_styles(variants: Sequence[str]) -> list[dict]:
     """A colour and a marker for each; the untrained control is grey and dashed."""
     from matplotlib import colormaps
 
-    colors, markers = colormaps["tab10"].colors[:7], "osD^vPX<>*"  # the eighth is grey
-    styles = [{"color": colors[i % 7], "marker": markers[i % 10]} for i in range(len(variants))]
+    colors, markers = [*colormaps["tab10"].colors, "black"], "osD^vPX<>*"
+    del colors[7]  # grey, which the control has
+    styles = [{"color": colors[i % 10], "marker": markers[i % 10]} for i in range(len(variants))]
     control = {"color": GREY, "marker": ".", "linestyle": "--"}
     return [control if v == "untrained" else style for v, style in zip(variants, styles, strict=True)]
 
