@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import yaml
 
 import softsae
 from softsae.cli import main
+from tests.softsae import command
 
 ROOT = Path(softsae.__file__).parents[1]
 SMALL = ["--autoencoder.n=64", "--autoencoder.k=6", "--train.batch_size=64", "--train.log_every=5"]
@@ -39,11 +40,7 @@ def start(*arguments):
 
 def run(*arguments, status=0):
     """What a command prints; it must end with the given status."""
-    said, complaints = io.StringIO(), io.StringIO()
-    with redirect_stdout(said), redirect_stderr(complaints):
-        ended = main([str(argument) for argument in arguments])
-    assert ended == status, complaints.getvalue()
-    return said.getvalue()
+    return command.run(*arguments, status=status)[0]
 
 
 @pytest.fixture(scope="module")

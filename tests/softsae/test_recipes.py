@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
-from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
@@ -16,20 +14,12 @@ import yaml
 import softsae
 from softsae import RunConfig, Trainer, recipes
 from softsae.architectures import ARCHITECTURES
-from softsae.cli import main
 from softsae.config import resolve, shortened
 from softsae.demo import ON_CPU
 from softsae.keys import build, keys_of
+from tests.softsae.command import run
 
 NAMES = recipes.names()
-
-
-def run(*arguments, status=0) -> tuple[str, str]:
-    said, complaints = io.StringIO(), io.StringIO()
-    with redirect_stdout(said), redirect_stderr(complaints):
-        ended = main([str(argument) for argument in arguments])
-    assert ended == status, complaints.getvalue()
-    return said.getvalue(), complaints.getvalue()
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from itertools import islice
 
 import numpy as np
@@ -18,11 +16,11 @@ from softsae.activations.shards import ShardWriter
 from softsae.activations.synthetic import SyntheticSource
 from softsae.architectures import ARCHITECTURES
 from softsae.autoencoder import FORMAT
-from softsae.cli import main
 from softsae.complexity import check_scores, scored_samples
 from softsae.config import resolve
 from softsae.sequences import Sequences
 from softsae.trainer import FORMAT as CHECKPOINT
+from tests.softsae.command import run
 from tests.softsae.configs import model
 
 D, D_OUT, N = 16, 7, 48
@@ -350,14 +348,6 @@ def test_nonfinite_targets_are_found(tmp_path):
     bad[4321, 2] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity in batch .*row 4321 of the target"):
         fit(target=bad)
-
-
-def run(*arguments, status=0) -> tuple[str, str]:
-    said, complaints = io.StringIO(), io.StringIO()
-    with redirect_stdout(said), redirect_stderr(complaints):
-        ended = main([str(argument) for argument in arguments])
-    assert ended == status, complaints.getvalue()
-    return said.getvalue(), complaints.getvalue()
 
 
 def test_on_the_command_line(tmp_path):

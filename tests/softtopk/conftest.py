@@ -1,4 +1,5 @@
-"""Triton's interpreter, made quicker for these tests: the same objects, made once."""
+"""Triton's interpreter, made quicker for these tests: the same objects, made once; and fixtures that watch
+which way a call goes."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import types
 import pytest
 
 import softtopk
+from softtopk import direct, ops
 from tests.conftest import device_of
 
 
@@ -64,3 +66,40 @@ def quick_interpreter():
         patch.setattr(tl.block_type, "__init__", block_type)
         yield
     replaced.restore()
+
+
+OPERATORS = ("soft_topk_op", "backward_op", "mask_op", "indices_op")
+
+
+@pytest.fixture
+def operators(monkeypatch) -> list[str]:
+    """The operators that the public functions have called."""
+    called = []
+
+    def watch(name: str):
+        operator = getattr(ops, name)
+
+        def watched(*arguments):
+            called.append(name)
+            return operator(*arguments)
+
+        monkeypatch.setattr(ops, name, watched)
+
+    for name in OPERATORS:
+        watch(name)
+    return called
+
+
+@pytest.fixture
+def at_once(monkeypatch) -> list[bool]:
+    """For every call of soft_topk that asked for it, whether the native module did all of it."""
+    answers = []
+    native = direct.soft_topk
+
+    def watched(*arguments):
+        p = native(*arguments)
+        answers.append(p is not None)
+        return p
+
+    monkeypatch.setattr(direct, "soft_topk", watched)
+    return answers
