@@ -46,7 +46,8 @@ class BatchTopK(Selector):
     def of_batch(self, a: Tensor) -> Tensor:
         """The mask (B, n) of the k B largest of a."""
         count = min(math.floor(self.config.k * len(a) + 0.5), a.numel())
-        return hard_topk(a.reshape(1, -1), count).view_as(a)
+        flat = a.reshape(-1)
+        return (spread_topk(flat, count) if a.is_cuda else hard_topk(flat, count)).view_as(a)
 
     def smallest(self, kept: Tensor) -> Tensor:
         """Of the positive activations kept (B, n), inf where there are none."""
@@ -77,3 +78,13 @@ class FeatureChoice(BatchTopK):
 
     def smallest(self, kept: Tensor) -> Tensor:
         return torch.where(kept > 0, kept, torch.inf).amin(0)
+
+
+def spread_topk(a: Tensor, count: int) -> Tensor:
+    """hard_topk of one long row a (N,) for a GPU: its kernel gives a row to one multiprocessor, torch.topk to
+    all of them."""
+    if count == 0:
+        return torch.zeros_like(a)
+    least = a.topk(count, sorted=False).values.min()
+    above, equal = a > least, a == least
+    return (above | equal & (equal.cumsum(0) <= count - above.sum())).to(a.dtype)

@@ -12,6 +12,8 @@ from softsae.activations.synthetic import SyntheticSource
 from softsae.architectures import BatchTopKConfig, JumpReLUConfig, MSAEConfig
 from softsae.config import square_norm
 from softsae.schedules import Phase
+from softsae.selectors.batchtopk import spread_topk
+from softtopk import hard_topk
 from tests.softsae.configs import model
 
 D, N, B = 12, 40, 9
@@ -196,6 +198,21 @@ def test_batchtopk_keeps_the_largest_of_the_batch_and_follows_the_smallest():
     torch.testing.assert_close(kept, a * (a > moved), rtol=1e-5, atol=1e-6)
     alone = torch.cat([sae.encode(row[None]) for row in x])
     assert torch.equal(alone != 0, kept != 0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 60, 250, 300])
+def test_the_largest_of_a_batch_on_a_gpu_are_those_of_hard_topk(count):
+    a = torch.randn(300, generator=torch.Generator().manual_seed(count)).relu().mul(4).round()  # with ties
+    assert (a > 0).sum() > 60 and len(a.unique()) < 20
+    assert torch.equal(spread_topk(a, count), hard_topk(a, count))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(5, 33), (2048, 4096)])
+def test_batchtopk_on_a_gpu(shape):
+    selector = autoencoder(architecture="batchtopk", k=2.5).selector
+    a = torch.randn(shape, generator=torch.Generator().manual_seed(1)).relu()
+    assert torch.equal(selector.of_batch(a.cuda()).cpu(), selector.of_batch(a))
 
 
 def test_jumprelu_is_the_formula_and_its_thresholds_get_the_kernel_gradient():
