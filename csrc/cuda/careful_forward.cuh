@@ -148,7 +148,7 @@ __device__ __forceinline__ Found search_together(const ForwardArgs& args, int64_
 
 // p of a row, from its solution.
 template <class H>
-__device__ __forceinline__ void write_all(const ResidentRow<H>& row, const ResidentSink<H>& sink,
+__device__ __forceinline__ void write_all(ResidentRow<H>& row, const ResidentSink<H>& sink,
                                           const Found& found, float rate) {
   using S = typename H::S;
   constexpr int kSize = Chunk<S>::size;
@@ -230,10 +230,8 @@ __global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
       } else {
         row.copy(data, args.wide_x);
       }
-      if (!args.x.largest) {
-        row.negate();
-        __syncthreads();
-      }
+      if (!args.x.largest) row.negate();
+      if (H::ragged || !args.x.largest) __syncthreads();
       const Budget k(exact_k);
       constexpr int32_t kSample = kSampleSize<H::threads>;
       take_sample(row, candidates);

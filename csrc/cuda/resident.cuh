@@ -2,10 +2,13 @@
 //
 // A row is cut into pieces of as many 16-byte chunks as a block has threads; block b of a cluster
 // of B holds pieces b, b + B, ..., so that a sorted row is spread evenly. Within a piece thread t
-// owns chunk t where n is a whole number of chunks; otherwise ("ragged", where rows start anywhere)
-// elements t, t + threads, ..., so that neighbours in a warp are neighbours in memory. All that
-// depends on n and the dtype alone, and so does the order of every sum. Places beyond the end read
-// as -inf, or 0 in rows that are only weighted.
+// owns chunk t. All that depends on n and the dtype alone, and so does the order of every sum.
+// Places beyond the end read as -inf, or 0 in rows that are only weighted.
+//
+// Where n is not a whole number of chunks ("ragged") rows start anywhere, but the copy engine
+// brings whole granules of 16 bytes. Such a row is shifted into place once, when it has arrived:
+// from then on it is read like any other, several times, by 16 bytes at a time. What is written of
+// it goes by way of its place on chip, so that a warp writes neighbouring elements together.
 #pragma once
 
 #include <type_traits>
@@ -103,7 +106,7 @@ struct Mapping {
   }
   // The index of element i of thread t's chunk `item`; it may lie beyond the end.
   __device__ int32_t index(int item, int i, int32_t t = int32_t(threadIdx.x)) const {
-    return piece(item) + (H::ragged ? i * H::threads + t : t * kSize + i);
+    return piece(item) + t * kSize + i;
   }
 };
 
@@ -133,14 +136,18 @@ class ResidentRow {
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 #endif
-    if (!H::ragged) {  // what lies beyond the end is never written again
-      Chunk<S> padding{};
+    // What lies beyond the end is never written again, but for a ragged row's pad(). Where that row
+    // is shifted, the chunk after a piece counts too.
+    Chunk<S> padding{};
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) padding.set_raw(i, padding_);
-      for_each([&](int item) {
-        if (map_.index(item, 0) >= map_.n) *chunk_at(item) = padding.words;
-      });
-    }
+    for (int i = 0; i < kSize; ++i) padding.set_raw(i, padding_);
+    for_each([&](int item) {
+      if (map_.index(item, 0) >= map_.n) *chunk_at(item) = padding.words;
+      if (H::ragged && (C::many || item == items_ - 1) && threadIdx.x == 0) {
+        *chunk_at(item, H::threads) = padding.words;
+      }
+    });
+    release();
     H::sync();
   }
 
@@ -173,23 +180,35 @@ class ResidentRow {
     }
 #endif
   }
-  // Waits for what was asked for.
-  __device__ void wait() { wait_for(barrier_, phase_); }
-  // The same without the copy engine, by all threads.
+  // Waits for what was asked for, by all threads. Of a ragged row each may then read what its warp
+  // owns, and more only after a barrier.
+  __device__ void wait() {
+    wait_for(barrier_, phase_);
+    if constexpr (H::ragged) {
+      if (skip_ % 4 != 0) {
+        shift_into_place<true>();
+      } else if (skip_ != 0) {
+        shift_into_place<false>();
+      }
+      pad();
+      release();
+      __syncwarp();
+    }
+  }
+  // The same without the copy engine.
   __device__ void copy(const void* data, bool aligned) {
     const Raw* row = static_cast<const Raw*>(data);
-    skip_ = 0;
     for_each([&](int item) {
-      const int32_t first = map_.index(item, 0);
+      const int32_t first = map_.index(item, 0), piece = map_.piece(item);
       if (!H::ragged && aligned) {
         if (first < map_.n) *chunk_at(item) = __ldg(reinterpret_cast<const uint4*>(row + first));
         return;
       }
-      Raw* to = reinterpret_cast<Raw*>(slot_ + item * H::stride);
+      Raw* to = elements(item);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const int32_t index = map_.index(item, i);
-        if (index < map_.n) to[index - map_.piece(item)] = row[index];
+        const int32_t place = i * H::threads + int32_t(threadIdx.x);
+        to[place] = piece + place < map_.n ? row[piece + place] : padding_;
       }
     });
     release();
@@ -199,12 +218,15 @@ class ResidentRow {
   // Every element negated; each thread reads none but its own.
   __device__ void negate() {
     for_each([&](int item) {
-      Raw* from = reinterpret_cast<Raw*>(slot_ + item * H::stride + (H::ragged ? skip_ : 0));
+      const int32_t left = map_.n - map_.index(item, 0);
+      if (left <= 0) return;
+      Chunk<S> chunk{*chunk_at(item)}, signs{};
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const int32_t index = map_.index(item, i);
-        if (index < map_.n) from[index - map_.piece(item)] ^= Element<S>::sign;
-      }
+      for (int i = 0; i < kSize; ++i)
+        signs.set_raw(i, !H::ragged || i < left ? Element<S>::sign : 0);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) chunk.word(i) ^= signs.word(i);
+      *chunk_at(item) = chunk.words;
     });
     release();
   }
@@ -220,40 +242,12 @@ class ResidentRow {
   // Thread t's chunk.
   __device__ __forceinline__ void read(int item, Compute<S> (&x)[kSize],
                                        int32_t t = int32_t(threadIdx.x)) const {
-    if (!H::ragged) {
-      Chunk<S>{*chunk_at(item, uint32_t(t))}.read(x);
-      return;
-    }
-    const Raw* from = reinterpret_cast<const Raw*>(slot_ + item * H::stride + skip_);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const int32_t index = map_.index(item, i, t);
-      x[i] = Element<S>::value(index < map_.n ? from[index - map_.piece(item)] : padding_);
-    }
+    Chunk<S>{*chunk_at(item, uint32_t(t))}.read(x);
   }
-  // The same as it is stored, and in its place another; what lies beyond the end stays.
-  __device__ __forceinline__ Chunk<S> chunk(int item) const {
-    if (!H::ragged) return {*chunk_at(item)};
-    Chunk<S> chunk{};
-    const Raw* from = reinterpret_cast<const Raw*>(slot_ + item * H::stride + skip_);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const int32_t index = map_.index(item, i);
-      chunk.set_raw(i, index < map_.n ? from[index - map_.piece(item)] : padding_);
-    }
-    return chunk;
-  }
+  // The same as it is stored, and in its place another; chunks beyond the end stay.
+  __device__ __forceinline__ Chunk<S> chunk(int item) const { return {*chunk_at(item)}; }
   __device__ __forceinline__ void replace(int item, const Chunk<S>& chunk) {
-    if (!H::ragged) {
-      if (map_.index(item, 0) < map_.n) *chunk_at(item) = chunk.words;
-      return;
-    }
-    Raw* to = reinterpret_cast<Raw*>(slot_ + item * H::stride + skip_);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const int32_t index = map_.index(item, i);
-      if (index < map_.n) to[index - map_.piece(item)] = chunk.raw(i);
-    }
+    if (map_.index(item, 0) < map_.n) *chunk_at(item) = chunk.words;
   }
   // What was replaced is the copy engine's to overwrite.
   __device__ static void release() {
@@ -270,7 +264,7 @@ class ResidentRow {
   }
   // Whether one of the calling thread's chunk equals `value`, which is of S.
   __device__ __forceinline__ bool holds(int item, float value) const {
-    if constexpr (sizeof(S) == 2 && !H::ragged) {
+    if constexpr (sizeof(S) == 2) {
       const uint32_t wanted = Element<S>::raw(value) * 0x10001u;
       const uint4 words = *chunk_at(item);
       return (equal_pairs(words.x, wanted) | equal_pairs(words.y, wanted) |
@@ -287,13 +281,16 @@ class ResidentRow {
   // Any element of this block's part.
   __device__ Compute<S> element(int32_t index) const {
     const int32_t piece = index / Mapping<H>::piece_elements();
-    const Raw* from = reinterpret_cast<const Raw*>(slot_ + piece / C::size() * H::stride + skip_);
-    return Element<S>::value(from[index - piece * Mapping<H>::piece_elements()]);
+    return Element<S>::value(
+        elements(piece / C::size())[index - piece * Mapping<H>::piece_elements()]);
   }
   // The one at `index`, which is in a chunk `item`.
   __device__ Compute<S> element(int item, int32_t index) const {
-    const Raw* from = reinterpret_cast<const Raw*>(slot_ + item * H::stride + skip_);
-    return Element<S>::value(from[index - map_.piece(item)]);
+    return Element<S>::value(elements(item)[index - map_.piece(item)]);
+  }
+  // The first of a piece.
+  __device__ Raw* elements(int item) const {
+    return reinterpret_cast<Raw*>(slot_ + item * H::stride);
   }
   __device__ const Mapping<H>& map() const { return map_; }
   __device__ int32_t slot_bytes() const { return items_ * H::stride + 16; }
@@ -301,7 +298,7 @@ class ResidentRow {
  private:
   template <bool LEAST>
   __device__ __forceinline__ float extreme(int item) const {
-    if constexpr (sizeof(S) == 2 && !H::ragged) {
+    if constexpr (sizeof(S) == 2) {
       const uint4 words = *chunk_at(item);
       const uint32_t both = of_pairs<LEAST>(words);
       return of_two<LEAST>(Element<S>::value(Raw(both)), Element<S>::value(Raw(both >> 16)));
@@ -345,6 +342,66 @@ class ResidentRow {
     from &= ~uint64_t(15);
     return {from, uint32_t(((to + 15) & ~uint64_t(15)) - from)};
   }
+  // Moves every piece down by skip_ bytes, HALF: by an odd number of 16-bit elements. A warp moves
+  // its own part of each, word by word: neighbouring lanes have neighbouring words. What follows
+  // its part is another warp's to move, and so taken before anything is moved: the first words
+  // after items lane / 4 * 4 + j, one a lane.
+  template <bool HALF>
+  __device__ __forceinline__ void shift_into_place() {
+    constexpr int kTogether = 4;
+    constexpr bool kAlone = H::threads == 32;  // then what follows is the next item
+    const int lane = int(threadIdx.x) % 32, skipped = skip_ / 4, from = lane + skipped;
+    uint32_t* const own = reinterpret_cast<uint32_t*>(slot_) + int(threadIdx.x) / 32 * 128 + lane;
+    uint32_t after[kTogether];
+    if constexpr (!kAlone) {
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const int item = lane / 4 * 4 + j;
+        after[j] = item < items_ ? own[item * (H::stride / 4) + 128 - lane + lane % 4] : 0;
+      }
+      H::sync();
+    }
+#pragma unroll 1
+    for (int first = 0; first < items_; first += kTogether) {
+      uint32_t* const to = own + first * (H::stride / 4);
+      uint32_t words[kTogether][4];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        if (first + j >= items_) break;
+        const uint32_t* const words_from = to + j * (H::stride / 4) + skipped;
+        // Word i * 32 + more after the lane's first; those of the last 32 may lie beyond the part.
+        const auto word = [&](int i, int more) {
+          if (kAlone || i < 3) return words_from[i * 32 + more];
+          const uint32_t beyond = __shfl_sync(~0u, after[j], first + (from + more) % 4);
+          return from + more < 32 ? words_from[i * 32 + more] : beyond;
+        };
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          words[j][i] = word(i, 0);
+          if constexpr (HALF) words[j][i] = __byte_perm(words[j][i], word(i, 1), 0x5432);
+        }
+      }
+      __syncwarp();
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        if (first + j >= items_) break;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[j * (H::stride / 4) + i * 32] = words[j][i];
+      }
+      __syncwarp();
+    }
+  }
+  // Puts padding where a granule of the copy engine may have reached beyond the end.
+  __device__ __forceinline__ void pad() {
+    const int item = items_ - 1;
+    const int32_t left = map_.n - map_.index(item, 0);
+    if (left >= kSize || left <= -kSize) return;
+    Raw* const own = elements(item) + int(threadIdx.x) * kSize;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if (i >= left) own[i] = padding_;
+    }
+  }
   __device__ uint4* chunk_at(int item, uint32_t t = threadIdx.x) const {
     return reinterpret_cast<uint4*>(slot_ + t * 16 + item * H::stride);
   }
@@ -353,7 +410,7 @@ class ResidentRow {
   Mapping<H> map_;
   unsigned char* slot_;
   uint32_t barrier_, phase_ = 0;
-  int32_t skip_ = 0;  // bytes before the first element in a piece
+  int32_t skip_ = 0;  // bytes before the first element in each piece that was asked for
   int items_;
 };
 
@@ -373,9 +430,10 @@ class ResidentSink {
  public:
   __device__ ResidentSink(void* row, const Mapping<H>& map, bool aligned)
       : row_(static_cast<Raw*>(row)), map_(map), aligned_(aligned) {}
-  // f(item) is the calling thread's chunk.
+  // f(item) is the calling thread's chunk, and the last to read the row there: its place may be
+  // overwritten.
   template <class F>
-  __device__ __forceinline__ void fill(const ResidentRow<H>& row, F f) const {
+  __device__ __forceinline__ void fill(ResidentRow<H>& row, F f) const {
     if (!H::ragged && aligned_) {
       const int32_t first = map_.index(0, 0), step = map_.index(1, 0) - first;
       const int mine = first < map_.n ? (map_.n - first + step - 1) / step : 0;
@@ -387,12 +445,19 @@ class ResidentSink {
       });
       return;
     }
+    row.for_each([&](int item) { row.replace(item, f(item)); });
+    row.release();
+    __syncwarp();
+    // A warp's part of a piece, neighbouring lanes neighbouring elements.
+    const int32_t lane = int32_t(threadIdx.x) % 32,
+                  place = (int32_t(threadIdx.x) - lane) * kSize + lane;
     row.for_each([&](int item) {
-      const Chunk<S> chunk = f(item);
+      const Raw* from = row.elements(item) + place;
+      const int32_t first = map_.piece(item) + place, left = map_.n - first;
+      Raw* to = row_ + first;
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const int32_t index = map_.index(item, i);
-        if (index < map_.n) row_[index] = chunk.raw(i);
+        if (i * 32 < left) to[i * 32] = from[i * 32];
       }
     });
   }
