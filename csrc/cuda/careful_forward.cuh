@@ -270,6 +270,7 @@ __global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
       if (found.right && args.form != Form::none) {
         const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);
         write_all(row, sink, found, rate);
+        sink.flush(row);
       }
       C::sync();  // the row has been read, and so have the candidates
     }

@@ -396,6 +396,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
     if (found.right && args.form != Form::none) {
       const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);
       write_probabilities(row, sink, weighty, found, rate);
+      sink.flush(row);
     }
     H::sync();  // the row has been read
     if (asks) row.ask(data(r + step), warp == 0);

@@ -430,28 +430,32 @@ class ResidentSink {
  public:
   __device__ ResidentSink(void* row, const Mapping<H>& map, bool aligned)
       : row_(static_cast<Raw*>(row)), map_(map), aligned_(aligned) {}
-  // f(item) is the calling thread's chunk, and the last to read the row there: its place may be
-  // overwritten.
+  // f(item) is the calling thread's chunk, and the last to read the row there. Ragged or unaligned
+  // chunks take the row's place on chip, until they are flushed.
   template <class F>
   __device__ __forceinline__ void fill(ResidentRow<H>& row, F f) const {
-    if (!H::ragged && aligned_) {
-      const int32_t first = map_.index(0, 0), step = map_.index(1, 0) - first;
-      const int mine = first < map_.n ? (map_.n - first + step - 1) / step : 0;
-      Raw* to = row_ + first;
-      row.for_each([&](int item) {
-        const Chunk<S> chunk = f(item);
-        if (item < mine) store_global(to, chunk.words);
-        to += step;
-      });
+    if (H::ragged || !aligned_) {
+      row.for_each([&](int item) { row.replace(item, f(item)); });
       return;
     }
-    row.for_each([&](int item) { row.replace(item, f(item)); });
+    const int32_t first = map_.index(0, 0), step = map_.index(1, 0) - first;
+    const int mine = first < map_.n ? (map_.n - first + step - 1) / step : 0;
+    Raw* to = row_ + first;
+    row.for_each([&](int item) {
+      const Chunk<S> chunk = f(item);
+      if (item < mine) store_global(to, chunk.words);
+      to += step;
+    });
+  }
+  // Writes what fill() has left on chip: of a warp's part, neighbouring lanes neighbouring
+  // elements.
+  __device__ __forceinline__ void flush(const ResidentRow<H>& row) const {
+    if (!H::ragged && aligned_) return;
     row.release();
     __syncwarp();
-    // A warp's part of a piece, neighbouring lanes neighbouring elements.
-    const int32_t lane = int32_t(threadIdx.x) % 32,
-                  place = (int32_t(threadIdx.x) - lane) * kSize + lane;
-    row.for_each([&](int item) {
+    const int32_t t = int32_t(threadIdx.x), place = t / 32 * (32 * kSize) + t % 32;
+#pragma unroll 1
+    for (int item = 0; item < row.items(); ++item) {
       const Raw* from = row.elements(item) + place;
       const int32_t first = map_.piece(item) + place, left = map_.n - first;
       Raw* to = row_ + first;
@@ -459,7 +463,7 @@ class ResidentSink {
       for (int i = 0; i < kSize; ++i) {
         if (i * 32 < left) to[i * 32] = from[i * 32];
       }
-    });
+    }
   }
 
  private:

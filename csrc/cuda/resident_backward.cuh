@@ -336,6 +336,7 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
                     [&](int item) { return weighty >> item & 1 ? x_row.chunk(item) : Chunk<S>{}; });
           x_row.release();
         }
+        sink.flush(x_row);
       }
     }
     if (!done && t == 0 && C::rank() == 0) static_cast<uint32_t*>(args.grad_k)[r] = kLeftBackward;
