@@ -114,6 +114,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, for what is done once a row: addresses made of it are not kept in registers from row
+// to row, which would spill others.
+__device__ __forceinline__ int thread_anew() {
+  int t;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+  return t;
+}
+
 template <class H>
 class ResidentRow {
   using S = typename H::S;
@@ -191,6 +199,7 @@ class ResidentRow {
         shift_into_place<false>();
       }
       pad();
+      skip_ = 0;  // not kept in a register
       release();
       __syncwarp();
     }
@@ -198,6 +207,7 @@ class ResidentRow {
   // The same without the copy engine.
   __device__ void copy(const void* data, bool aligned) {
     const Raw* row = static_cast<const Raw*>(data);
+    skip_ = 0;
     for_each([&](int item) {
       const int32_t first = map_.index(item, 0), piece = map_.piece(item);
       if (!H::ragged && aligned) {
@@ -350,8 +360,8 @@ class ResidentRow {
   __device__ __forceinline__ void shift_into_place() {
     constexpr int kTogether = 4;
     constexpr bool kAlone = H::threads == 32;  // then what follows is the next item
-    const int lane = int(threadIdx.x) % 32, skipped = skip_ / 4, from = lane + skipped;
-    uint32_t* const own = reinterpret_cast<uint32_t*>(slot_) + int(threadIdx.x) / 32 * 128 + lane;
+    const int t = thread_anew(), lane = t % 32, skipped = skip_ / 4, from = lane + skipped;
+    uint32_t* const own = reinterpret_cast<uint32_t*>(slot_) + t / 32 * 128 + lane;
     uint32_t after[kTogether];
     if constexpr (!kAlone) {
 #pragma unroll
@@ -393,10 +403,10 @@ class ResidentRow {
   }
   // Puts padding where a granule of the copy engine may have reached beyond the end.
   __device__ __forceinline__ void pad() {
-    const int item = items_ - 1;
-    const int32_t left = map_.n - map_.index(item, 0);
+    const int item = items_ - 1, t = thread_anew();
+    const int32_t left = map_.n - map_.index(item, 0, t);
     if (left >= kSize || left <= -kSize) return;
-    Raw* const own = elements(item) + int(threadIdx.x) * kSize;
+    Raw* const own = elements(item) + t * kSize;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       if (i >= left) own[i] = padding_;
@@ -453,7 +463,7 @@ class ResidentSink {
     if (!H::ragged && aligned_) return;
     row.release();
     __syncwarp();
-    const int32_t t = int32_t(threadIdx.x), place = t / 32 * (32 * kSize) + t % 32;
+    const int t = thread_anew(), place = t / 32 * (32 * kSize) + t % 32;
 #pragma unroll 1
     for (int item = 0; item < row.items(); ++item) {
       const Raw* from = row.elements(item) + place;
