@@ -232,10 +232,13 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
     const Budget k = next.k;
     const float alpha = next.alpha, rate = next.rate;
     next = request(r + step);
-    const bool asks = next.rate > 0 && is_fed<H>(args, r + step);
+    const auto ask = [&] {
+      const int64_t after = anew(r + step);
+      if (next.rate > 0 && is_fed<H>(args, after)) row.ask(data(after), warp == 0);
+    };
     if (!(rate > 0)) {
       if (t == 0 && C::rank() == 0) leave(args, r);
-      if (asks) row.ask(data(r + step), warp == 0);
+      ask();
       continue;
     }
     if (is_fed<H>(args, r)) {
@@ -399,7 +402,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
       sink.flush(row);
     }
     H::sync();  // the row has been read
-    if (asks) row.ask(data(r + step), warp == 0);
+    ask();
   }
   C::sync();  // a block that has left can no longer be written to
 }

@@ -114,12 +114,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
-// threadIdx.x, for what is done once a row: addresses made of it are not kept in registers from row
-// to row, which would spill others.
-__device__ __forceinline__ int thread_anew() {
-  int t;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-  return t;
+// The same value, of which the compiler does not know: what is made of it once a row is made anew,
+// and not kept from before in registers that the search needs.
+__device__ __forceinline__ int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+__device__ __forceinline__ int64_t anew(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
 }
 
 template <class H>
@@ -360,7 +363,7 @@ class ResidentRow {
   __device__ __forceinline__ void shift_into_place() {
     constexpr int kTogether = 4;
     constexpr bool kAlone = H::threads == 32;  // then what follows is the next item
-    const int t = thread_anew(), lane = t % 32, skipped = skip_ / 4, from = lane + skipped;
+    const int t = anew(int(threadIdx.x)), lane = t % 32, skipped = skip_ / 4, from = lane + skipped;
     uint32_t* const own = reinterpret_cast<uint32_t*>(slot_) + t / 32 * 128 + lane;
     uint32_t after[kTogether];
     if constexpr (!kAlone) {
@@ -403,7 +406,7 @@ class ResidentRow {
   }
   // Puts padding where a granule of the copy engine may have reached beyond the end.
   __device__ __forceinline__ void pad() {
-    const int item = items_ - 1, t = thread_anew();
+    const int item = items_ - 1, t = anew(int(threadIdx.x));
     const int32_t left = map_.n - map_.index(item, 0, t);
     if (left >= kSize || left <= -kSize) return;
     Raw* const own = elements(item) + t * kSize;
@@ -463,7 +466,7 @@ class ResidentSink {
     if (!H::ragged && aligned_) return;
     row.release();
     __syncwarp();
-    const int t = thread_anew(), place = t / 32 * (32 * kSize) + t % 32;
+    const int t = anew(int(threadIdx.x)), place = t / 32 * (32 * kSize) + t % 32;
 #pragma unroll 1
     for (int item = 0; item < row.items(); ++item) {
       const Raw* from = row.elements(item) + place;

@@ -179,8 +179,6 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
     if (x_fed) x_row.wait();
     if (v_fed) v_row.wait();
     if (!args.x.largest) x_row.negate();
-    x_fed = fed(r + step, args.wide_x, args.x.stride);
-    v_fed = fed(r + step, args.wide_v, args.v_stride);
 
     bool done = false;
     if (s.D == s.D && (s.P > 0 || s.Q > 0) && rate > 1e-36f && rate < 1e36f) {
@@ -341,8 +339,11 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
     }
     if (!done && t == 0 && C::rank() == 0) static_cast<uint32_t*>(args.grad_k)[r] = kLeftBackward;
     H::sync();  // the row has been read
-    if (x_fed) x_row.ask(x_at(r + step), warp == 0);
-    if (v_fed) v_row.ask(v_at(r + step), warp == 1);
+    const int64_t next = anew(r + step);
+    x_fed = fed(next, args.wide_x, args.x.stride);
+    v_fed = fed(next, args.wide_v, args.v_stride);
+    if (x_fed) x_row.ask(x_at(next), warp == 0);
+    if (v_fed) v_row.ask(v_at(next), warp == 1);
   }
   C::sync();  // a block that has left can no longer be written to
 }
