@@ -172,7 +172,7 @@ class ResidentRow {
     if (!asking) return;
     const uint64_t first = reinterpret_cast<uint64_t>(data),
                    end = first + uint64_t(map_.n) * sizeof(S);
-    const int lane = int(threadIdx.x) % 32;
+    const int lane = (H::ragged ? anew(int(threadIdx.x)) : int(threadIdx.x)) % 32;
     if (!C::many && lane != 0) return;
     Granules part = {0, 0};
     if (!C::many || lane < items_) part = granules(first, end, lane);
