@@ -217,12 +217,11 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
     Budget k;
     float alpha, rate;
   };
-  const double most_k = ::min(kMostBudget<H>, n);
   const auto request = [&](int64_t r) -> Request {
     if (r >= args.x.rows) return {Budget(0), 1, 0};
     const double k = per_row(args.k, r);
     const float alpha = float(per_row(args.alpha, r)), rate = kLog2e / alpha;
-    const bool fits = k > 0 && k < most_k && rate > 1e-36f && rate < 1e36f;
+    const bool fits = k > 0 && k < ::min(kMostBudget<H>, anew(n)) && rate > 1e-36f && rate < 1e36f;
     return {Budget(k), alpha, fits ? rate : 0};
   };
   const int64_t first_row = int64_t(blockIdx.x) / C::size();
