@@ -196,7 +196,7 @@ class ResidentRow {
   __device__ void wait() {
     wait_for(barrier_, phase_);
     if constexpr (H::ragged) {
-      if (skip_ % 4 != 0) {
+      if (sizeof(S) == 2 && skip_ % 4 != 0) {
         shift_into_place<true>();
       } else if (skip_ != 0) {
         shift_into_place<false>();
