@@ -330,11 +330,10 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
           } else {
             for_weighty([&](int item) { x_row.replace(item, far(item)); });
           }
-          sink.fill(x_row,
-                    [&](int item) { return weighty >> item & 1 ? x_row.chunk(item) : Chunk<S>{}; });
+          sink.fill_used(x_row, weighty);
           x_row.release();
         }
-        sink.flush(x_row);
+        sink.flush(x_row, dense ? ~0u : weighty);
       }
     }
     if (!done && t == 0 && C::rank() == 0) static_cast<uint32_t*>(args.grad_k)[r] = kLeftBackward;
