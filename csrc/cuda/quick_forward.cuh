@@ -143,7 +143,7 @@ __device__ __forceinline__ void write_probabilities(ResidentRow<H>& row,
     weighty.for_each([&](int item) { row.replace(item, far(item)); });
   }
   row.release();  // before the stores to memory, which it need not wait for
-  sink.fill_used(row, weighty.chunks());
+  sink.fill(row, [&](int item) { return weighty.has(item) ? row.chunk(item) : Chunk<S>{}; });
 }
 
 // By one warp: moves the blocks' candidates, each in `room` places, together, and takes all that
@@ -398,7 +398,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
     if (found.right && args.form != Form::none) {
       const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);
       write_probabilities(row, sink, weighty, found, rate);
-      sink.flush(row, weighty.most() ? ~0u : weighty.chunks());
+      sink.flush(row);
     }
     H::sync();  // the row has been read
     ask();

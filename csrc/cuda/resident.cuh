@@ -460,72 +460,26 @@ class ResidentSink {
       to += step;
     });
   }
-  // Writes those of the calling thread's chunks that are in `used`, a bit each, from the row's place
-  // on chip, and 0 instead of the others; ragged or unaligned ones are left to flush().
-  __device__ __forceinline__ void fill_used(ResidentRow<H>& row, uint32_t used) const {
-    if (H::ragged || !aligned_) return;
-    fill(row, [&](int item) { return used >> item & 1 ? row.chunk(item) : Chunk<S>{}; });
-  }
-  // Writes what fill() has left on chip, of the calling thread's chunks those with a bit in `used`;
-  // the others become 0. Of a warp's part neighbouring lanes write neighbouring words, or 16 bytes
-  // of zeros where no lane uses its chunk.
-  __device__ __forceinline__ void flush(ResidentRow<H>& row, uint32_t used = ~0u) const {
+  // Writes what fill() has left on chip: of a warp's part, neighbouring lanes neighbouring
+  // elements.
+  __device__ __forceinline__ void flush(const ResidentRow<H>& row) const {
     if (!H::ragged && aligned_) return;
-    const int last = row.items() - 1;  // where the row ends: only there are parts not whole
-    const uint32_t used_by_any = __reduce_or_sync(~0u, used) | 1u << last;
-    for (uint32_t left = used_by_any & ~used & ~0u >> (31 - last); left != 0; left &= left - 1) {
-      row.replace(__ffs(int(left)) - 1, Chunk<S>{});
-    }
     row.release();
     __syncwarp();
-    const int t = anew(int(threadIdx.x)), lane = t % 32, place = t / 32 * kPart;
+    const int t = anew(int(threadIdx.x)), place = t / 32 * (32 * kSize) + t % 32;
 #pragma unroll 1
-    for (int item = 0; item <= last; ++item) {
-      const int32_t first = map_.piece(item) + place;
-      if (used_by_any >> item & 1) {
-        write_words(row.elements(item) + place, row_ + first, min(map_.n - first, kPart), lane);
-      } else {
-        write_zeros(row_ + first, lane);
+    for (int item = 0; item < row.items(); ++item) {
+      const Raw* from = row.elements(item) + place;
+      const int32_t first = map_.piece(item) + place, left = map_.n - first;
+      Raw* to = row_ + first;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (i * 32 < left) to[i * 32] = from[i * 32];
       }
     }
   }
 
  private:
-  static constexpr int kPart = 32 * kSize;  // elements of a piece that a warp owns
-
-  __device__ static void write_zeros(Raw* to, int lane) {
-    unsigned char* const bytes = reinterpret_cast<unsigned char*>(to);
-    const int ahead = -int(reinterpret_cast<uintptr_t>(to)) & 15, mine = lane * int(sizeof(S));
-    if (lane < 31 || ahead == 0) store_global(bytes + ahead + lane * 16, uint4{});
-    if (ahead != 0 && mine < 16) {
-      *reinterpret_cast<Raw*>(bytes + (mine < ahead ? mine : mine + 31 * 16)) = Raw(0);
-    }
-  }
-  __device__ static void write_words(const Raw* from, Raw* to, int left, int lane) {
-    const uint32_t* const words = reinterpret_cast<const uint32_t*>(from) + lane;
-    if constexpr (sizeof(S) == 4) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i * 32 + lane < left) to[i * 32 + lane] = words[i * 32];
-      }
-    } else {
-      // Where the row starts between two words of memory, each takes halves of two on chip.
-      const bool between = reinterpret_cast<uintptr_t>(to) % 4 != 0;
-      if (between && lane == 0 && left > 0) to[0] = from[0];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint32_t word = words[i * 32];
-        if (between) word = __byte_perm(word, words[i * 32 + 1], 0x5432);
-        const int element = 2 * (i * 32 + lane) + between;
-        if (element + 1 < left) {
-          *reinterpret_cast<uint32_t*>(to + element) = word;
-        } else if (element < left) {
-          to[element] = Raw(word);
-        }
-      }
-    }
-  }
-
   Raw* row_;
   Mapping<H> map_;
   bool aligned_;

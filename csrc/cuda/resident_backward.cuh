@@ -330,10 +330,11 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
           } else {
             for_weighty([&](int item) { x_row.replace(item, far(item)); });
           }
-          sink.fill_used(x_row, weighty);
+          sink.fill(x_row,
+                    [&](int item) { return weighty >> item & 1 ? x_row.chunk(item) : Chunk<S>{}; });
           x_row.release();
         }
-        sink.flush(x_row, dense ? ~0u : weighty);
+        sink.flush(x_row);
       }
     }
     if (!done && t == 0 && C::rank() == 0) static_cast<uint32_t*>(args.grad_k)[r] = kLeftBackward;

@@ -195,7 +195,7 @@ class ChunkSet {
   }
   // Whether a thread of the warp has most of its chunks, so that to look at all is quicker.
   __device__ __forceinline__ bool most() const { return most_; }
-  __device__ __forceinline__ uint32_t chunks() const { return chunks_; }  // as bits
+  __device__ __forceinline__ bool has(int item) const { return chunks_ >> item & 1; }
   // f(item), from the last to the first.
   template <class F>
   __device__ __forceinline__ void for_each(F f) const {
