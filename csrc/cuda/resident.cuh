@@ -460,26 +460,56 @@ class ResidentSink {
       to += step;
     });
   }
-  // Writes what fill() has left on chip: of a warp's part, neighbouring lanes neighbouring
-  // elements.
+  // Writes what fill() has left on chip: of a warp's part, neighbouring lanes neighbouring words.
   __device__ __forceinline__ void flush(const ResidentRow<H>& row) const {
     if (!H::ragged && aligned_) return;
     row.release();
     __syncwarp();
-    const int t = anew(int(threadIdx.x)), place = t / 32 * (32 * kSize) + t % 32;
+    constexpr int kPart = 32 * kSize;  // elements of a piece that a warp owns
+    const int t = anew(int(threadIdx.x)), lane = t % 32;
+    const int32_t first = map_.piece(0) + t / 32 * kPart, step = map_.piece(1) - map_.piece(0);
+    const unsigned char* from = reinterpret_cast<unsigned char*>(row.elements(0)) + t / 32 * 512;
+    Raw* to = row_ + first;
+    int32_t left = map_.n - first;
 #pragma unroll 1
-    for (int item = 0; item < row.items(); ++item) {
-      const Raw* from = row.elements(item) + place;
-      const int32_t first = map_.piece(item) + place, left = map_.n - first;
-      Raw* to = row_ + first;
+    for (; left >= kPart; left -= step) {
+      write_whole(reinterpret_cast<const uint32_t*>(from) + lane, to, lane);
+      from += H::stride;
+      to += step;
+    }
+    const Raw* const rest = reinterpret_cast<const Raw*>(from);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        if (i * 32 < left) to[i * 32] = from[i * 32];
-      }
+    for (int i = 0; i < kSize; ++i) {
+      if (i * 32 + lane < left) to[i * 32 + lane] = rest[i * 32 + lane];
     }
   }
 
  private:
+  // A warp's part of a piece, whose words `from` are the lane's first and every 32nd after it.
+  __device__ __forceinline__ static void write_whole(const uint32_t* from, Raw* to, int lane) {
+    // Where the row starts between two words of memory, each takes halves of two on chip.
+    const bool between = sizeof(S) == 2 && reinterpret_cast<uintptr_t>(to) % 4 != 0;
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = from[i * 32];
+    if (between) {
+      if (lane == 0) to[0] = Raw(words[0]);
+      to += 1;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] = __byte_perm(words[i], i < 3 || lane < 31 ? from[i * 32 + 1] : 0, 0x5432);
+      }
+    }
+    uint32_t* const wide = reinterpret_cast<uint32_t*>(to) + lane;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) wide[i * 32] = words[i];
+    if (between && lane == 31) {
+      *reinterpret_cast<Raw*>(wide + 96) = Raw(words[3]);
+    } else {
+      wide[96] = words[3];
+    }
+  }
+
   Raw* row_;
   Mapping<H> map_;
   bool aligned_;
