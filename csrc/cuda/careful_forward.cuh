@@ -200,10 +200,12 @@ __global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
   const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x), lane = t % 32;
   constexpr int warps = H::threads / 32;
   const Mapping<H> map{n};
-  const int64_t step = int64_t(gridDim.x) / C::size(), own = int64_t(blockIdx.x) / C::size();
+  const int step = int(gridDim.x) / C::size();
+  const int64_t own = int64_t(blockIdx.x) / C::size();
   ResidentRow<H> row(memory, &shared.barrier, map);
   float* candidates = reinterpret_cast<float*>(memory + row.slot_bytes());
   Team team(shared.mail);
+  uint32_t phase = 0;
   bool unsolved = false;
   // Which warp searches alone, another one in each block of a multiprocessor and from row to row: a
   // scheduler has every fourth warp.
@@ -226,7 +228,8 @@ __global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
       const Raw* data = static_cast<const Raw*>(args.x.data) + r * args.x.stride;
       if (is_fed<H>(args, r)) {
         row.ask(data, t < 32);
-        row.wait();
+        row.template wait<1>(phase);
+        phase ^= 1;
       } else {
         row.copy(data, args.wide_x);
       }

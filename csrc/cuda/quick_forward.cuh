@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
   Mailbox<2> parts(&shared.mailboxes[0]), values(&shared.mailboxes[2]);
   C::sync();
 
-  const int64_t step = int64_t(gridDim.x) / C::size();
+  const int step = int(gridDim.x) / C::size();
   const auto data = [&](int64_t r) {
     return static_cast<const Raw*>(args.x.data) + r * args.x.stride;
   };
@@ -225,6 +225,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
     return {Budget(k), alpha, fits ? rate : 0};
   };
   const int64_t first_row = int64_t(blockIdx.x) / C::size();
+  uint32_t phase = 0;
   Request next = request(first_row);
   if (next.rate > 0 && is_fed<H>(args, first_row)) row.ask(data(first_row), warp == 0);
   for (int64_t r = first_row; r < args.x.rows; r += step) {
@@ -241,7 +242,8 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
       continue;
     }
     if (is_fed<H>(args, r)) {
-      row.wait();
+      row.template wait<H::C::many ? 2 : 4>(phase);
+      phase ^= 1;
     } else {
       row.copy(data(r), args.wide_x);
     }

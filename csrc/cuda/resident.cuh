@@ -191,15 +191,17 @@ class ResidentRow {
     }
 #endif
   }
-  // Waits for what was asked for, by all threads. Of a ragged row each may then read what its warp
-  // owns, and more only after a barrier.
-  __device__ void wait() {
-    wait_for(barrier_, phase_);
+  // Waits for what was asked for, by all threads; `phase` is 0 the first time, 1 the second, 0 the
+  // third. Of a ragged row each may then read what its warp owns, and more only after a barrier.
+  // TOGETHER: as many registers times four as the kernel has to spare for that.
+  template <int TOGETHER>
+  __device__ void wait(uint32_t phase) {
+    wait_for(barrier_, phase);
     if constexpr (H::ragged) {
       if (sizeof(S) == 2 && skip_ % 4 != 0) {
-        shift_into_place<true>();
+        shift_into_place<true, TOGETHER>();
       } else if (skip_ != 0) {
-        shift_into_place<false>();
+        shift_into_place<false, TOGETHER>();
       }
       pad();
       skip_ = 0;  // not kept in a register
@@ -358,50 +360,53 @@ class ResidentRow {
   // Moves every piece down by skip_ bytes, HALF: by an odd number of 16-bit elements. A warp moves
   // its own part of each, word by word: neighbouring lanes have neighbouring words. What follows
   // its part is another warp's to move, and so taken before anything is moved: the first words
-  // after items lane / 4 * 4 + j, one a lane.
-  template <bool HALF>
+  // after items lane / 4 * 4 + j, one a lane. TOGETHER items are on their way at a time.
+  template <bool HALF, int TOGETHER>
   __device__ __forceinline__ void shift_into_place() {
-    constexpr int kTogether = 4;
     constexpr bool kAlone = H::threads == 32;  // then what follows is the next item
     const int t = anew(int(threadIdx.x)), lane = t % 32, skipped = skip_ / 4, from = lane + skipped;
     uint32_t* const own = reinterpret_cast<uint32_t*>(slot_) + t / 32 * 128 + lane;
-    uint32_t after[kTogether];
+    uint32_t after[4];
     if constexpr (!kAlone) {
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
+      for (int j = 0; j < 4; ++j) {
         const int item = lane / 4 * 4 + j;
         after[j] = item < items_ ? own[item * (H::stride / 4) + 128 - lane + lane % 4] : 0;
       }
       H::sync();
     }
 #pragma unroll 1
-    for (int first = 0; first < items_; first += kTogether) {
-      uint32_t* const to = own + first * (H::stride / 4);
-      uint32_t words[kTogether][4];
+    for (int first = 0; first < items_; first += 4) {
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        if (first + j >= items_) break;
-        const uint32_t* const words_from = to + j * (H::stride / 4) + skipped;
-        // Word i * 32 + more after the lane's first; those of the last 32 may lie beyond the part.
-        const auto word = [&](int i, int more) {
-          if (kAlone || i < 3) return words_from[i * 32 + more];
-          const uint32_t beyond = __shfl_sync(~0u, after[j], first + (from + more) % 4);
-          return from + more < 32 ? words_from[i * 32 + more] : beyond;
-        };
+      for (int group = 0; group < 4; group += TOGETHER) {
+        uint32_t* const to = own + (first + group) * (H::stride / 4);
+        uint32_t words[TOGETHER][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          words[j][i] = word(i, 0);
-          if constexpr (HALF) words[j][i] = __byte_perm(words[j][i], word(i, 1), 0x5432);
+        for (int j = 0; j < TOGETHER; ++j) {
+          if (first + group + j >= items_) break;
+          const uint32_t* const words_from = to + j * (H::stride / 4) + skipped;
+          // Word i * 32 + more after the lane's first; those of the last 32 may be beyond the part.
+          const auto word = [&](int i, int more) {
+            if (kAlone || i < 3) return words_from[i * 32 + more];
+            const uint32_t beyond =
+                __shfl_sync(~0u, after[group + j], first + (from + more) % 4);
+            return from + more < 32 ? words_from[i * 32 + more] : beyond;
+          };
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            words[j][i] = word(i, 0);
+            if constexpr (HALF) words[j][i] = __byte_perm(words[j][i], word(i, 1), 0x5432);
+          }
         }
-      }
-      __syncwarp();
+        __syncwarp();
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        if (first + j >= items_) break;
+        for (int j = 0; j < TOGETHER; ++j) {
+          if (first + group + j >= items_) break;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) to[j * (H::stride / 4) + i * 32] = words[j][i];
+          for (int i = 0; i < 4; ++i) to[j * (H::stride / 4) + i * 32] = words[j][i];
+        }
+        __syncwarp();
       }
-      __syncwarp();
     }
   }
   // Puts padding where a granule of the copy engine may have reached beyond the end.
@@ -422,7 +427,7 @@ class ResidentRow {
   Raw padding_;
   Mapping<H> map_;
   unsigned char* slot_;
-  uint32_t barrier_, phase_ = 0;
+  uint32_t barrier_;
   int32_t skip_ = 0;  // bytes before the first element in each piece that was asked for
   int items_;
 };
