@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
       continue;
     }
     if (is_fed<H>(args, r)) {
-      row.template wait<H::C::many ? 2 : 4>(phase);
+      row.template wait<1>(phase);
       phase ^= 1;
     } else {
       row.copy(data(r), args.wide_x);

@@ -125,6 +125,20 @@ __device__ __forceinline__ int64_t anew(int64_t value) {
   return value;
 }
 
+// Of the words of two chunks, one after the other, those from the WORDS-th on; of 16-bit elements
+// from `bits` later on, 0 or 16.
+template <class S, int WORDS>
+__device__ __forceinline__ uint4 from_two(const uint4& a, const uint4& b, uint32_t bits) {
+  const uint32_t words[9] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, 0};
+  uint32_t from[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    from[i] = words[i + WORDS];
+    if (sizeof(S) == 2) from[i] = __funnelshift_r(from[i], words[i + WORDS + 1], bits);
+  }
+  return {from[0], from[1], from[2], from[3]};
+}
+
 template <class H>
 class ResidentRow {
   using S = typename H::S;
@@ -198,11 +212,7 @@ class ResidentRow {
   __device__ void wait(uint32_t phase) {
     wait_for(barrier_, phase);
     if constexpr (H::ragged) {
-      if (sizeof(S) == 2 && skip_ % 4 != 0) {
-        shift_into_place<true, TOGETHER>();
-      } else if (skip_ != 0) {
-        shift_into_place<false, TOGETHER>();
-      }
+      if (skip_ != 0) shift_into_place<TOGETHER>();
       pad();
       skip_ = 0;  // not kept in a register
       release();
@@ -357,55 +367,38 @@ class ResidentRow {
     from &= ~uint64_t(15);
     return {from, uint32_t(((to + 15) & ~uint64_t(15)) - from)};
   }
-  // Moves every piece down by skip_ bytes, HALF: by an odd number of 16-bit elements. A warp moves
-  // its own part of each, word by word: neighbouring lanes have neighbouring words. What follows
-  // its part is another warp's to move, and so taken before anything is moved: the first words
-  // after items lane / 4 * 4 + j, one a lane. TOGETHER items are on their way at a time.
-  template <bool HALF, int TOGETHER>
+  // Moves the row down by skip_ bytes, a few items at a time: first all threads read, then all write.
+  template <int TOGETHER>
   __device__ __forceinline__ void shift_into_place() {
-    constexpr bool kAlone = H::threads == 32;  // then what follows is the next item
-    const int t = anew(int(threadIdx.x)), lane = t % 32, skipped = skip_ / 4, from = lane + skipped;
-    uint32_t* const own = reinterpret_cast<uint32_t*>(slot_) + t / 32 * 128 + lane;
-    uint32_t after[4];
-    if constexpr (!kAlone) {
+    switch (skip_ / 4) {
+      case 0:
+        return move_down<0, TOGETHER>();
+      case 1:
+        return move_down<1, TOGETHER>();
+      case 2:
+        return move_down<2, TOGETHER>();
+      default:
+        return move_down<3, TOGETHER>();
+    }
+  }
+  template <int WORDS, int TOGETHER>
+  __device__ __forceinline__ void move_down() {
+    const uint32_t bits = uint32_t(skip_ & 3) * 8;
+    unsigned char* own = slot_ + anew(int(threadIdx.x)) * 16;
+#pragma unroll 1
+    for (int first = 0; first < items_; first += TOGETHER, own += TOGETHER * H::stride) {
+      uint4 moved[TOGETHER];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int item = lane / 4 * 4 + j;
-        after[j] = item < items_ ? own[item * (H::stride / 4) + 128 - lane + lane % 4] : 0;
+      for (int j = 0; j < TOGETHER; ++j) {
+        if (first + j >= items_) break;
+        const uint4* const from = reinterpret_cast<const uint4*>(own + j * H::stride);
+        moved[j] = from_two<S, WORDS>(from[0], from[1], bits);
       }
       H::sync();
-    }
-#pragma unroll 1
-    for (int first = 0; first < items_; first += 4) {
 #pragma unroll
-      for (int group = 0; group < 4; group += TOGETHER) {
-        uint32_t* const to = own + (first + group) * (H::stride / 4);
-        uint32_t words[TOGETHER][4];
-#pragma unroll
-        for (int j = 0; j < TOGETHER; ++j) {
-          if (first + group + j >= items_) break;
-          const uint32_t* const words_from = to + j * (H::stride / 4) + skipped;
-          // Word i * 32 + more after the lane's first; those of the last 32 may be beyond the part.
-          const auto word = [&](int i, int more) {
-            if (kAlone || i < 3) return words_from[i * 32 + more];
-            const uint32_t beyond =
-                __shfl_sync(~0u, after[group + j], first + (from + more) % 4);
-            return from + more < 32 ? words_from[i * 32 + more] : beyond;
-          };
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            words[j][i] = word(i, 0);
-            if constexpr (HALF) words[j][i] = __byte_perm(words[j][i], word(i, 1), 0x5432);
-          }
-        }
-        __syncwarp();
-#pragma unroll
-        for (int j = 0; j < TOGETHER; ++j) {
-          if (first + group + j >= items_) break;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) to[j * (H::stride / 4) + i * 32] = words[j][i];
-        }
-        __syncwarp();
+      for (int j = 0; j < TOGETHER; ++j) {
+        if (first + j >= items_) break;
+        *reinterpret_cast<uint4*>(own + j * H::stride) = moved[j];
       }
     }
   }
@@ -443,75 +436,108 @@ template <class H>
 class ResidentSink {
   using S = typename H::S;
   using Raw = typename Element<S>::Raw;
+  using C = typename H::C;
   static constexpr int kSize = Chunk<S>::size;
 
  public:
   __device__ ResidentSink(void* row, const Mapping<H>& map, bool aligned)
       : row_(static_cast<Raw*>(row)), map_(map), aligned_(aligned) {}
-  // f(item) is the calling thread's chunk, and the last to read the row there. Ragged or unaligned
-  // chunks take the row's place on chip, until they are flushed.
+  // f(item) is the calling thread's chunk, and the last to read the row there. Ragged ones take the
+  // row's place on chip, until they are flushed.
   template <class F>
   __device__ __forceinline__ void fill(ResidentRow<H>& row, F f) const {
-    if (H::ragged || !aligned_) {
+    if constexpr (H::ragged) {
       row.for_each([&](int item) { row.replace(item, f(item)); });
-      return;
-    }
-    const int32_t first = map_.index(0, 0), step = map_.index(1, 0) - first;
-    const int mine = first < map_.n ? (map_.n - first + step - 1) / step : 0;
-    Raw* to = row_ + first;
-    row.for_each([&](int item) {
-      const Chunk<S> chunk = f(item);
-      if (item < mine) store_global(to, chunk.words);
-      to += step;
-    });
-  }
-  // Writes what fill() has left on chip: of a warp's part, neighbouring lanes neighbouring words.
-  __device__ __forceinline__ void flush(const ResidentRow<H>& row) const {
-    if (!H::ragged && aligned_) return;
-    row.release();
-    __syncwarp();
-    constexpr int kPart = 32 * kSize;  // elements of a piece that a warp owns
-    const int t = anew(int(threadIdx.x)), lane = t % 32;
-    const int32_t first = map_.piece(0) + t / 32 * kPart, step = map_.piece(1) - map_.piece(0);
-    const unsigned char* from = reinterpret_cast<unsigned char*>(row.elements(0)) + t / 32 * 512;
-    Raw* to = row_ + first;
-    int32_t left = map_.n - first;
-#pragma unroll 1
-    for (; left >= kPart; left -= step) {
-      write_whole(reinterpret_cast<const uint32_t*>(from) + lane, to, lane);
-      from += H::stride;
-      to += step;
-    }
-    const Raw* const rest = reinterpret_cast<const Raw*>(from);
+    } else if (aligned_) {
+      const int32_t first = map_.index(0, 0), step = map_.index(1, 0) - first;
+      const int mine = first < map_.n ? (map_.n - first + step - 1) / step : 0;
+      Raw* to = row_ + first;
+      row.for_each([&](int item) {
+        const Chunk<S> chunk = f(item);
+        if (item < mine) store_global(to, chunk.words);
+        to += step;
+      });
+    } else {
+      row.for_each([&](int item) {
+        const Chunk<S> chunk = f(item);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      if (i * 32 + lane < left) to[i * 32 + lane] = rest[i * 32 + lane];
+        for (int i = 0; i < kSize; ++i) {
+          const int32_t index = map_.index(item, i);
+          if (index < map_.n) row_[index] = chunk.raw(i);
+        }
+      });
+    }
+  }
+  // Writes what fill() has left on chip, by all threads. 16 bytes of memory are parts of two chunks,
+  // which lie next to each other: in a block alone anywhere, in a cluster within a piece.
+  __device__ __forceinline__ void flush(const ResidentRow<H>& row) const {
+    if constexpr (H::ragged) {
+      row.release();
+      H::sync();
+      const int off = int(reinterpret_cast<uintptr_t>(row_) % 16);
+      switch ((16 - off) / 4) {
+        case 0:
+          write_inner<0>(row, off);
+          break;
+        case 1:
+          write_inner<1>(row, off);
+          break;
+        case 2:
+          write_inner<2>(row, off);
+          break;
+        case 3:
+          write_inner<3>(row, off);
+          break;
+        default:
+          write_inner<4>(row, off);
+      }
+      const int t = anew(int(threadIdx.x));
+      if constexpr (C::many) {
+        for (int item = t / 32; item < row.items(); item += H::threads / 32) {
+          const int32_t piece = map_.piece(item);
+          write_ends(row.elements(item), piece, min(map_.n - piece, Mapping<H>::piece_elements()),
+                     off, t % 32);
+        }
+      } else if (t < 32) {
+        write_ends(row.elements(0), 0, map_.n, off, t);
+      }
     }
   }
 
  private:
-  // A warp's part of a piece, whose words `from` are the lane's first and every 32nd after it.
-  __device__ __forceinline__ static void write_whole(const uint32_t* from, Raw* to, int lane) {
-    // Where the row starts between two words of memory, each takes halves of two on chip.
-    const bool between = sizeof(S) == 2 && reinterpret_cast<uintptr_t>(to) % 4 != 0;
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = from[i * 32];
-    if (between) {
-      if (lane == 0) to[0] = Raw(words[0]);
-      to += 1;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        words[i] = __byte_perm(words[i], i < 3 || lane < 31 ? from[i * 32 + 1] : 0, 0x5432);
+  // Whole 16 bytes of memory, where the row starts `off` bytes after the first: in each those that
+  // are from the WORDS-th word on in a chunk and the one before it.
+  template <int WORDS>
+  __device__ __forceinline__ void write_inner(const ResidentRow<H>& row, int off) const {
+    const int t = anew(int(threadIdx.x));
+    const uint32_t bits = uint32_t(off & 3) * 8;
+    const int32_t first = map_.piece(0) * int32_t(sizeof(S)) + t * 16 - off,  // in bytes
+        step = (map_.piece(1) - map_.piece(0)) * int32_t(sizeof(S));
+    int32_t left = map_.n * int32_t(sizeof(S)) - 16 - first;
+    const unsigned char* from = reinterpret_cast<const unsigned char*>(row.elements(0)) + t * 16;
+    unsigned char* to = reinterpret_cast<unsigned char*>(row_) + first;
+    bool inner = t > 0 || off == 0;
+#pragma unroll 2
+    for (int item = 0; item < row.items(); ++item) {
+      if (inner && left >= 0) {
+        const uint4* const chunks = reinterpret_cast<const uint4*>(from);
+        store_global(to, from_two<S, WORDS>(WORDS < 4 ? chunks[-1] : uint4{}, chunks[0], bits));
       }
+      inner = inner || !C::many;
+      from += H::stride;
+      to += step;
+      left -= step;
     }
-    uint32_t* const wide = reinterpret_cast<uint32_t*>(to) + lane;
-#pragma unroll
-    for (int i = 0; i < 3; ++i) wide[i * 32] = words[i];
-    if (between && lane == 31) {
-      *reinterpret_cast<Raw*>(wide + 96) = Raw(words[3]);
-    } else {
-      wide[96] = words[3];
+  }
+  // Of `size` elements that lie next to each other, from `first` on in the row, those that share
+  // their 16 bytes of memory with others; by one warp.
+  __device__ __forceinline__ void write_ends(const Raw* run, int32_t first, int32_t size, int off,
+                                             int lane) const {
+    const int ahead = -off & 15, behind = (size * int(sizeof(S)) + off) & 15;
+    const int32_t i = lane % kSize * int(sizeof(S)), end = size * int32_t(sizeof(S));
+    if (lane < kSize ? i < min(ahead, end) : lane < 2 * kSize && i < behind && end - behind >= ahead) {
+      const int32_t index = ((lane < kSize ? 0 : end - behind) + i) / int32_t(sizeof(S));
+      row_[first + index] = run[index];
     }
   }
 
