@@ -208,6 +208,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
   Mailbox<2> parts(&shared.mailboxes[0]), values(&shared.mailboxes[2]);
   C::sync();
 
+  constexpr int kTogether = sizeof(S) == 2 ? 1 : C::many ? 2 : 4;
   const int step = int(gridDim.x) / C::size();
   const auto data = [&](int64_t r) {
     return static_cast<const Raw*>(args.x.data) + r * args.x.stride;
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
       continue;
     }
     if (is_fed<H>(args, r)) {
-      row.template wait<1>(phase);
+      row.template wait<kTogether>(phase);
       phase ^= 1;
     } else {
       row.copy(data(r), args.wide_x);

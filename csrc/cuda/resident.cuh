@@ -1,24 +1,10 @@
-// A row in the shared memory of one block, or shared out over those of a cluster.
-//
-// A row is cut into pieces of as many 16-byte chunks as a block has threads; block b of a cluster
-// of B holds pieces b, b + B, ..., so that a sorted row is spread evenly. Within a piece thread t
-// owns chunk t. All that depends on n and the dtype alone, and so does the order of every sum.
-// Places beyond the end read as -inf, or 0 in rows that are only weighted.
-//
-// Where n is not a whole number of chunks ("ragged") rows start anywhere, but the copy engine
-// brings whole granules of 16 bytes. Such a row is shifted into place once, when it has arrived:
-// from then on it is read like any other, several times, by 16 bytes at a time. What is written of
-// it goes by way of its place on chip, so that a warp writes neighbouring elements together.
+// A row in the shared memory of one block, or shared out over those of a cluster (layout.cuh).
+// Places beyond its end read as -inf, or 0 in rows that are only weighted.
 #pragma once
 
-#include <type_traits>
-
-#include "cluster.cuh"
-#include "row.cuh"
+#include "ragged.cuh"
 
 namespace softtopk::cuda {
-
-inline constexpr int kMostItems = 32;  // of its chunks that a thread owns
 
 __device__ __forceinline__ float max_with_nan(float a, float b) {
   float m;
@@ -66,77 +52,6 @@ __device__ __forceinline__ uint32_t pairs_from(uint32_t a, uint32_t b) {
 template <class S>
 __device__ __forceinline__ uint32_t pairs_above(uint32_t a, uint32_t b) {
   return __hgt2_mask(reinterpret_cast<const PairOf<S>&>(a), reinterpret_cast<const PairOf<S>&>(b));
-}
-
-// How rows are shared out. C: Cluster or NoCluster.
-template <class STORED, class CLUSTER, int THREADS, bool RAGGED>
-struct Sharing {
-  using S = STORED;
-  using C = CLUSTER;
-  static constexpr int threads = THREADS;
-  static constexpr bool ragged = RAGGED;
-  // Bytes from one piece to the next in shared memory. The pieces of a cluster's row lie apart:
-  // each comes in whole 16-byte granules, one more than its own at most.
-  static constexpr int stride = THREADS * 16 + (C::many ? 16 : 0);
-  // The barrier of a block.
-  __device__ static void sync() {
-    if constexpr (THREADS == 32) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-  }
-};
-
-// Where a block's part of a row is in the row.
-template <class H>
-struct Mapping {
-  using C = typename H::C;
-  static constexpr int kSize = Chunk<typename H::S>::size;
-  int32_t n;
-
-  __device__ static constexpr int32_t piece_elements() { return H::threads * kSize; }
-  __device__ static int32_t piece(int item) {
-    return (item * C::size() + C::rank()) * piece_elements();
-  }
-  // Pieces that every block has, some of them beyond the end.
-  __device__ int items() const {
-    const int32_t all = piece_elements() * C::size();
-    return (n + all - 1) / all;
-  }
-  // The index of element i of thread t's chunk `item`; it may lie beyond the end.
-  __device__ int32_t index(int item, int i, int32_t t = int32_t(threadIdx.x)) const {
-    return piece(item) + t * kSize + i;
-  }
-};
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return uint32_t(__cvta_generic_to_shared(pointer));
-}
-
-// The same value, of which the compiler does not know: what is made of it once a row is made anew,
-// and not kept from before in registers that the search needs.
-__device__ __forceinline__ int anew(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-__device__ __forceinline__ int64_t anew(int64_t value) {
-  asm volatile("" : "+l"(value));
-  return value;
-}
-
-// Of the words of two chunks, one after the other, those from the WORDS-th on; of 16-bit elements
-// from `bits` later on, 0 or 16.
-template <class S, int WORDS>
-__device__ __forceinline__ uint4 from_two(const uint4& a, const uint4& b, uint32_t bits) {
-  const uint32_t words[9] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, 0};
-  uint32_t from[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    from[i] = words[i + WORDS];
-    if (sizeof(S) == 2) from[i] = __funnelshift_r(from[i], words[i + WORDS + 1], bits);
-  }
-  return {from[0], from[1], from[2], from[3]};
 }
 
 template <class H>
@@ -212,7 +127,7 @@ class ResidentRow {
   __device__ void wait(uint32_t phase) {
     wait_for(barrier_, phase);
     if constexpr (H::ragged) {
-      if (skip_ != 0) shift_into_place<TOGETHER>();
+      if (skip_ != 0) Mover<H, TOGETHER>::move(slot_, items_, skip_);
       pad();
       skip_ = 0;  // not kept in a register
       release();
@@ -367,41 +282,6 @@ class ResidentRow {
     from &= ~uint64_t(15);
     return {from, uint32_t(((to + 15) & ~uint64_t(15)) - from)};
   }
-  // Moves the row down by skip_ bytes, a few items at a time: first all threads read, then all write.
-  template <int TOGETHER>
-  __device__ __forceinline__ void shift_into_place() {
-    switch (skip_ / 4) {
-      case 0:
-        return move_down<0, TOGETHER>();
-      case 1:
-        return move_down<1, TOGETHER>();
-      case 2:
-        return move_down<2, TOGETHER>();
-      default:
-        return move_down<3, TOGETHER>();
-    }
-  }
-  template <int WORDS, int TOGETHER>
-  __device__ __forceinline__ void move_down() {
-    const uint32_t bits = uint32_t(skip_ & 3) * 8;
-    unsigned char* own = slot_ + anew(int(threadIdx.x)) * 16;
-#pragma unroll 1
-    for (int first = 0; first < items_; first += TOGETHER, own += TOGETHER * H::stride) {
-      uint4 moved[TOGETHER];
-#pragma unroll
-      for (int j = 0; j < TOGETHER; ++j) {
-        if (first + j >= items_) break;
-        const uint4* const from = reinterpret_cast<const uint4*>(own + j * H::stride);
-        moved[j] = from_two<S, WORDS>(from[0], from[1], bits);
-      }
-      H::sync();
-#pragma unroll
-      for (int j = 0; j < TOGETHER; ++j) {
-        if (first + j >= items_) break;
-        *reinterpret_cast<uint4*>(own + j * H::stride) = moved[j];
-      }
-    }
-  }
   // Puts padding where a granule of the copy engine may have reached beyond the end.
   __device__ __forceinline__ void pad() {
     const int item = items_ - 1, t = anew(int(threadIdx.x));
@@ -425,18 +305,11 @@ class ResidentRow {
   int items_;
 };
 
-__device__ __forceinline__ void store_global(void* to, const uint4& words) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y),
-               "r"(words.z), "r"(words.w)
-               : "memory");
-}
-
 // Writes chunks to the places of a row that a ResidentRow has them from.
 template <class H>
 class ResidentSink {
   using S = typename H::S;
   using Raw = typename Element<S>::Raw;
-  using C = typename H::C;
   static constexpr int kSize = Chunk<S>::size;
 
  public:
@@ -468,79 +341,15 @@ class ResidentSink {
       });
     }
   }
-  // Writes what fill() has left on chip, by all threads. 16 bytes of memory are parts of two chunks,
-  // which lie next to each other: in a block alone anywhere, in a cluster within a piece.
+  // Writes what fill() has left on chip, by all threads.
   __device__ __forceinline__ void flush(const ResidentRow<H>& row) const {
     if constexpr (H::ragged) {
       row.release();
-      H::sync();
-      const int off = int(reinterpret_cast<uintptr_t>(row_) % 16);
-      switch ((16 - off) / 4) {
-        case 0:
-          write_inner<0>(row, off);
-          break;
-        case 1:
-          write_inner<1>(row, off);
-          break;
-        case 2:
-          write_inner<2>(row, off);
-          break;
-        case 3:
-          write_inner<3>(row, off);
-          break;
-        default:
-          write_inner<4>(row, off);
-      }
-      const int t = anew(int(threadIdx.x));
-      if constexpr (C::many) {
-        for (int item = t / 32; item < row.items(); item += H::threads / 32) {
-          const int32_t piece = map_.piece(item);
-          write_ends(row.elements(item), piece, min(map_.n - piece, Mapping<H>::piece_elements()),
-                     off, t % 32);
-        }
-      } else if (t < 32) {
-        write_ends(row.elements(0), 0, map_.n, off, t);
-      }
+      Writer<H>::write(reinterpret_cast<unsigned char*>(row.elements(0)), row.items(), row_, map_);
     }
   }
 
  private:
-  // Whole 16 bytes of memory, where the row starts `off` bytes after the first: in each those that
-  // are from the WORDS-th word on in a chunk and the one before it.
-  template <int WORDS>
-  __device__ __forceinline__ void write_inner(const ResidentRow<H>& row, int off) const {
-    const int t = anew(int(threadIdx.x));
-    const uint32_t bits = uint32_t(off & 3) * 8;
-    const int32_t first = map_.piece(0) * int32_t(sizeof(S)) + t * 16 - off,  // in bytes
-        step = (map_.piece(1) - map_.piece(0)) * int32_t(sizeof(S));
-    int32_t left = map_.n * int32_t(sizeof(S)) - 16 - first;
-    const unsigned char* from = reinterpret_cast<const unsigned char*>(row.elements(0)) + t * 16;
-    unsigned char* to = reinterpret_cast<unsigned char*>(row_) + first;
-    bool inner = t > 0 || off == 0;
-#pragma unroll 2
-    for (int item = 0; item < row.items(); ++item) {
-      if (inner && left >= 0) {
-        const uint4* const chunks = reinterpret_cast<const uint4*>(from);
-        store_global(to, from_two<S, WORDS>(WORDS < 4 ? chunks[-1] : uint4{}, chunks[0], bits));
-      }
-      inner = inner || !C::many;
-      from += H::stride;
-      to += step;
-      left -= step;
-    }
-  }
-  // Of `size` elements that lie next to each other, from `first` on in the row, those that share
-  // their 16 bytes of memory with others; by one warp.
-  __device__ __forceinline__ void write_ends(const Raw* run, int32_t first, int32_t size, int off,
-                                             int lane) const {
-    const int ahead = -off & 15, behind = (size * int(sizeof(S)) + off) & 15;
-    const int32_t i = lane % kSize * int(sizeof(S)), end = size * int32_t(sizeof(S));
-    if (lane < kSize ? i < min(ahead, end) : lane < 2 * kSize && i < behind && end - behind >= ahead) {
-      const int32_t index = ((lane < kSize ? 0 : end - behind) + i) / int32_t(sizeof(S));
-      row_[first + index] = run[index];
-    }
-  }
-
   Raw* row_;
   Mapping<H> map_;
   bool aligned_;

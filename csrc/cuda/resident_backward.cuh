@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
   constexpr int kSize = Chunk<S>::size, kWarps = H::threads / 32;
-  constexpr int kTogether = C::many && sizeof(S) == 4 ? 2 : 4;
+  constexpr int kTogether = C::many && sizeof(S) == 4 ? 1 : 4;
   constexpr float kLog2e = 1.4426950408889634f;
   const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x), warp = t / 32;
   const Mapping<H> map{n};
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
         for (int item = first_items; item < items; ++item) weighty |= weighs(item);
       }
       const auto for_weighty = [&](auto f) {
-        if (dense) return x_row.for_each(f);
+        if (dense) return x_row.template for_each<sizeof(S) == 4 ? 2 : 1>(f);
         for (uint32_t left = weighty; left != 0; left &= left - 1) f(__ffs(int(left)) - 1);
       };
 
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
         first = min(first, first_index(map, x, item, at_pivot));
       });
       first = __reduce_min_sync(~0u, first);
-      if (anew(t) % 32 == 0) shared.first_of_warps[anew(t) / 32] = first;
+      if (t % 32 == 0) shared.first_of_warps[warp] = first;
       H::sync();
 #pragma unroll
       for (int i = 0; i < kWarps; ++i) first = min(first, shared.first_of_warps[i]);

@@ -27,7 +27,9 @@ constexpr Demand quick_demand(int64_t bytes) {
 }
 // The candidates of a large k are a share of the elements, and so parts of 16 bits small.
 constexpr Demand careful_demand(int64_t size) {
-  return {1, size == 2 ? 51200 : kAnyPart, 3, {64, 64, 128}, {1024, size == 2 ? 2304 : 1024, 2304}, 2176};
+  return {
+      1,   size == 2 ? 51200 : kAnyPart, 3, {64, 64, 128}, {1024, size == 2 ? 2304 : 1024, 2304},
+      2176};
 }
 
 template <class S, class L>
