@@ -148,7 +148,7 @@ __device__ __forceinline__ Found search_together(const ForwardArgs& args, int64_
 
 // p of a row, from its solution.
 template <class H>
-__device__ __forceinline__ void write_all(const ResidentRow<H>& row, const ResidentSink<H>& sink,
+__device__ __forceinline__ void write_all(ResidentRow<H>& row, const ResidentSink<H>& sink,
                                           const Found& found, float rate) {
   using S = typename H::S;
   constexpr int kSize = Chunk<S>::size;
@@ -200,10 +200,12 @@ __global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
   const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x), lane = t % 32;
   constexpr int warps = H::threads / 32;
   const Mapping<H> map{n};
-  const int64_t step = int64_t(gridDim.x) / C::size(), own = int64_t(blockIdx.x) / C::size();
+  const int step = int(gridDim.x) / C::size();
+  const int64_t own = int64_t(blockIdx.x) / C::size();
   ResidentRow<H> row(memory, &shared.barrier, map);
   float* candidates = reinterpret_cast<float*>(memory + row.slot_bytes());
   Team team(shared.mail);
+  uint32_t phase = 0;
   bool unsolved = false;
   // Which warp searches alone, another one in each block of a multiprocessor and from row to row: a
   // scheduler has every fourth warp.
@@ -226,14 +228,13 @@ __global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
       const Raw* data = static_cast<const Raw*>(args.x.data) + r * args.x.stride;
       if (is_fed<H>(args, r)) {
         row.ask(data, t < 32);
-        row.wait();
+        row.template wait<1>(phase);
+        phase ^= 1;
       } else {
         row.copy(data, args.wide_x);
       }
-      if (!args.x.largest) {
-        row.negate();
-        __syncthreads();
-      }
+      if (!args.x.largest) row.negate();
+      if (H::ragged || !args.x.largest) __syncthreads();
       const Budget k(exact_k);
       constexpr int32_t kSample = kSampleSize<H::threads>;
       take_sample(row, candidates);
@@ -272,6 +273,7 @@ __global__ void __launch_bounds__(H::threads, careful_blocks_of<H>)
       if (found.right && args.form != Form::none) {
         const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);
         write_all(row, sink, found, rate);
+        sink.flush(row);
       }
       C::sync();  // the row has been read, and so have the candidates
     }

@@ -15,7 +15,7 @@
 namespace softtopk::cuda {
 namespace {
 
-constexpr Demand kQuick = {1, 65536, {64, 128, 128}, {512, 1024, 1024}, 2048};
+constexpr Demand kQuick = {1, kAnyPart, 3, {64, 128, 128}, {512, 1024, 1024}, 2048};
 
 struct MaskArgs {
   Rows x;

@@ -208,7 +208,8 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
   Mailbox<2> parts(&shared.mailboxes[0]), values(&shared.mailboxes[2]);
   C::sync();
 
-  const int64_t step = int64_t(gridDim.x) / C::size();
+  constexpr int kTogether = sizeof(S) == 2 ? 1 : C::many ? 2 : 4;
+  const int step = int(gridDim.x) / C::size();
   const auto data = [&](int64_t r) {
     return static_cast<const Raw*>(args.x.data) + r * args.x.stride;
   };
@@ -217,29 +218,33 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
     Budget k;
     float alpha, rate;
   };
-  const double most_k = ::min(kMostBudget<H>, n);
   const auto request = [&](int64_t r) -> Request {
     if (r >= args.x.rows) return {Budget(0), 1, 0};
     const double k = per_row(args.k, r);
     const float alpha = float(per_row(args.alpha, r)), rate = kLog2e / alpha;
-    const bool fits = k > 0 && k < most_k && rate > 1e-36f && rate < 1e36f;
+    const bool fits = k > 0 && k < ::min(kMostBudget<H>, anew(n)) && rate > 1e-36f && rate < 1e36f;
     return {Budget(k), alpha, fits ? rate : 0};
   };
   const int64_t first_row = int64_t(blockIdx.x) / C::size();
+  uint32_t phase = 0;
   Request next = request(first_row);
   if (next.rate > 0 && is_fed<H>(args, first_row)) row.ask(data(first_row), warp == 0);
   for (int64_t r = first_row; r < args.x.rows; r += step) {
     const Budget k = next.k;
     const float alpha = next.alpha, rate = next.rate;
     next = request(r + step);
-    const bool asks = next.rate > 0 && is_fed<H>(args, r + step);
+    const auto ask = [&] {
+      const int64_t after = anew(r + step);
+      if (next.rate > 0 && is_fed<H>(args, after)) row.ask(data(after), warp == 0);
+    };
     if (!(rate > 0)) {
       if (t == 0 && C::rank() == 0) leave(args, r);
-      if (asks) row.ask(data(r + step), warp == 0);
+      ask();
       continue;
     }
     if (is_fed<H>(args, r)) {
-      row.wait();
+      row.template wait<kTogether>(phase);
+      phase ^= 1;
     } else {
       row.copy(data(r), args.wide_x);
     }
@@ -396,9 +401,10 @@ __global__ void __launch_bounds__(H::threads, blocks_of<H>) forward_quick(const 
     if (found.right && args.form != Form::none) {
       const ResidentSink<H> sink(static_cast<Raw*>(args.out) + r * n, map, args.wide_out);
       write_probabilities(row, sink, weighty, found, rate);
+      sink.flush(row);
     }
     H::sync();  // the row has been read
-    if (asks) row.ask(data(r + step), warp == 0);
+    ask();
   }
   C::sync();  // a block that has left can no longer be written to
 }

@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(H::threads, H::threads <= 128 ? 1280 / H::thre
   Mailbox<> counts(&shared.mailboxes[2]), values(&shared.mailboxes[3]);
   C::sync();
 
-  const int64_t step = int64_t(gridDim.x) / C::size();
+  const int step = int(gridDim.x) / C::size();
   const int32_t limit = int32_t(args.max_k < n ? args.max_k : n);
   // The row's k; 0: not for this kernel.
   const auto budget = [&](int64_t r) {
@@ -193,6 +193,7 @@ __global__ void __launch_bounds__(H::threads, H::threads <= 128 ? 1280 / H::thre
     return H::ragged ? r + 1 < args.x.rows && args.x.stride >= n : args.wide_x;
   };
   const int64_t first_row = int64_t(blockIdx.x) / C::size();
+  uint32_t phase = 0;
   if (fed(first_row)) row.ask(data(first_row), warp == 0);
   int32_t k = budget(first_row);
   // The warps take turns, as each has its place among those of other blocks; messages are the
@@ -202,7 +203,8 @@ __global__ void __launch_bounds__(H::threads, H::threads <= 128 ? 1280 / H::thre
     const bool in_turn = warp == turn;
     if constexpr (!C::many) turn = (turn + 1) % kWarps;
     if (fed(r)) {
-      row.wait();
+      row.template wait<1>(phase);
+      phase ^= 1;
     } else {
       H::sync();  // the row before has been read
       row.copy(data(r), args.wide_x);

@@ -1,21 +1,10 @@
-// A row in the shared memory of one block, or shared out over those of a cluster.
-//
-// A row is cut into pieces of as many 16-byte chunks as a block has threads; block b of a cluster
-// of B holds pieces b, b + B, ..., so that a sorted row is spread evenly. Within a piece thread t
-// owns chunk t where n is a whole number of chunks; otherwise ("ragged", where rows start anywhere)
-// elements t, t + threads, ..., so that neighbours in a warp are neighbours in memory. All that
-// depends on n and the dtype alone, and so does the order of every sum. Places beyond the end read
-// as -inf, or 0 in rows that are only weighted.
+// A row in the shared memory of one block, or shared out over those of a cluster (layout.cuh).
+// Places beyond its end read as -inf, or 0 in rows that are only weighted.
 #pragma once
 
-#include <type_traits>
-
-#include "cluster.cuh"
-#include "row.cuh"
+#include "ragged.cuh"
 
 namespace softtopk::cuda {
-
-inline constexpr int kMostItems = 32;  // of its chunks that a thread owns
 
 __device__ __forceinline__ float max_with_nan(float a, float b) {
   float m;
@@ -65,52 +54,6 @@ __device__ __forceinline__ uint32_t pairs_above(uint32_t a, uint32_t b) {
   return __hgt2_mask(reinterpret_cast<const PairOf<S>&>(a), reinterpret_cast<const PairOf<S>&>(b));
 }
 
-// How rows are shared out. C: Cluster or NoCluster.
-template <class STORED, class CLUSTER, int THREADS, bool RAGGED>
-struct Sharing {
-  using S = STORED;
-  using C = CLUSTER;
-  static constexpr int threads = THREADS;
-  static constexpr bool ragged = RAGGED;
-  // Bytes from one piece to the next in shared memory. The pieces of a cluster's row lie apart:
-  // each comes in whole 16-byte granules, one more than its own at most.
-  static constexpr int stride = THREADS * 16 + (C::many ? 16 : 0);
-  // The barrier of a block.
-  __device__ static void sync() {
-    if constexpr (THREADS == 32) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-  }
-};
-
-// Where a block's part of a row is in the row.
-template <class H>
-struct Mapping {
-  using C = typename H::C;
-  static constexpr int kSize = Chunk<typename H::S>::size;
-  int32_t n;
-
-  __device__ static constexpr int32_t piece_elements() { return H::threads * kSize; }
-  __device__ static int32_t piece(int item) {
-    return (item * C::size() + C::rank()) * piece_elements();
-  }
-  // Pieces that every block has, some of them beyond the end.
-  __device__ int items() const {
-    const int32_t all = piece_elements() * C::size();
-    return (n + all - 1) / all;
-  }
-  // The index of element i of thread t's chunk `item`; it may lie beyond the end.
-  __device__ int32_t index(int item, int i, int32_t t = int32_t(threadIdx.x)) const {
-    return piece(item) + (H::ragged ? i * H::threads + t : t * kSize + i);
-  }
-};
-
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return uint32_t(__cvta_generic_to_shared(pointer));
-}
-
 template <class H>
 class ResidentRow {
   using S = typename H::S;
@@ -133,14 +76,18 @@ class ResidentRow {
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 #endif
-    if (!H::ragged) {  // what lies beyond the end is never written again
-      Chunk<S> padding{};
+    // What lies beyond the end is never written again, but for a ragged row's pad(). Where that row
+    // is shifted, the chunk after a piece counts too.
+    Chunk<S> padding{};
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) padding.set_raw(i, padding_);
-      for_each([&](int item) {
-        if (map_.index(item, 0) >= map_.n) *chunk_at(item) = padding.words;
-      });
-    }
+    for (int i = 0; i < kSize; ++i) padding.set_raw(i, padding_);
+    for_each([&](int item) {
+      if (map_.index(item, 0) >= map_.n) *chunk_at(item) = padding.words;
+      if (H::ragged && (C::many || item == items_ - 1) && threadIdx.x == 0) {
+        *chunk_at(item, H::threads) = padding.words;
+      }
+    });
+    release();
     H::sync();
   }
 
@@ -154,7 +101,7 @@ class ResidentRow {
     if (!asking) return;
     const uint64_t first = reinterpret_cast<uint64_t>(data),
                    end = first + uint64_t(map_.n) * sizeof(S);
-    const int lane = int(threadIdx.x) % 32;
+    const int lane = (H::ragged ? anew(int(threadIdx.x)) : int(threadIdx.x)) % 32;
     if (!C::many && lane != 0) return;
     Granules part = {0, 0};
     if (!C::many || lane < items_) part = granules(first, end, lane);
@@ -173,23 +120,35 @@ class ResidentRow {
     }
 #endif
   }
-  // Waits for what was asked for.
-  __device__ void wait() { wait_for(barrier_, phase_); }
-  // The same without the copy engine, by all threads.
+  // Waits for what was asked for, by all threads; `phase` is 0 the first time, 1 the second, 0 the
+  // third. Of a ragged row each may then read what its warp owns, and more only after a barrier.
+  // TOGETHER: as many registers times four as the kernel has to spare for that.
+  template <int TOGETHER>
+  __device__ void wait(uint32_t phase) {
+    wait_for(barrier_, phase);
+    if constexpr (H::ragged) {
+      if (skip_ != 0) Mover<H, TOGETHER>::move(slot_, items_, skip_);
+      pad();
+      skip_ = 0;  // not kept in a register
+      release();
+      __syncwarp();
+    }
+  }
+  // The same without the copy engine.
   __device__ void copy(const void* data, bool aligned) {
     const Raw* row = static_cast<const Raw*>(data);
     skip_ = 0;
     for_each([&](int item) {
-      const int32_t first = map_.index(item, 0);
+      const int32_t first = map_.index(item, 0), piece = map_.piece(item);
       if (!H::ragged && aligned) {
         if (first < map_.n) *chunk_at(item) = __ldg(reinterpret_cast<const uint4*>(row + first));
         return;
       }
-      Raw* to = reinterpret_cast<Raw*>(slot_ + item * H::stride);
+      Raw* to = elements(item);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const int32_t index = map_.index(item, i);
-        if (index < map_.n) to[index - map_.piece(item)] = row[index];
+        const int32_t place = i * H::threads + int32_t(threadIdx.x);
+        to[place] = piece + place < map_.n ? row[piece + place] : padding_;
       }
     });
     release();
@@ -199,12 +158,15 @@ class ResidentRow {
   // Every element negated; each thread reads none but its own.
   __device__ void negate() {
     for_each([&](int item) {
-      Raw* from = reinterpret_cast<Raw*>(slot_ + item * H::stride + (H::ragged ? skip_ : 0));
+      const int32_t left = map_.n - map_.index(item, 0);
+      if (left <= 0) return;
+      Chunk<S> chunk{*chunk_at(item)}, signs{};
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const int32_t index = map_.index(item, i);
-        if (index < map_.n) from[index - map_.piece(item)] ^= Element<S>::sign;
-      }
+      for (int i = 0; i < kSize; ++i)
+        signs.set_raw(i, !H::ragged || i < left ? Element<S>::sign : 0);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) chunk.word(i) ^= signs.word(i);
+      *chunk_at(item) = chunk.words;
     });
     release();
   }
@@ -220,40 +182,12 @@ class ResidentRow {
   // Thread t's chunk.
   __device__ __forceinline__ void read(int item, Compute<S> (&x)[kSize],
                                        int32_t t = int32_t(threadIdx.x)) const {
-    if (!H::ragged) {
-      Chunk<S>{*chunk_at(item, uint32_t(t))}.read(x);
-      return;
-    }
-    const Raw* from = reinterpret_cast<const Raw*>(slot_ + item * H::stride + skip_);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const int32_t index = map_.index(item, i, t);
-      x[i] = Element<S>::value(index < map_.n ? from[index - map_.piece(item)] : padding_);
-    }
+    Chunk<S>{*chunk_at(item, uint32_t(t))}.read(x);
   }
-  // The same as it is stored, and in its place another; what lies beyond the end stays.
-  __device__ __forceinline__ Chunk<S> chunk(int item) const {
-    if (!H::ragged) return {*chunk_at(item)};
-    Chunk<S> chunk{};
-    const Raw* from = reinterpret_cast<const Raw*>(slot_ + item * H::stride + skip_);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const int32_t index = map_.index(item, i);
-      chunk.set_raw(i, index < map_.n ? from[index - map_.piece(item)] : padding_);
-    }
-    return chunk;
-  }
+  // The same as it is stored, and in its place another; chunks beyond the end stay.
+  __device__ __forceinline__ Chunk<S> chunk(int item) const { return {*chunk_at(item)}; }
   __device__ __forceinline__ void replace(int item, const Chunk<S>& chunk) {
-    if (!H::ragged) {
-      if (map_.index(item, 0) < map_.n) *chunk_at(item) = chunk.words;
-      return;
-    }
-    Raw* to = reinterpret_cast<Raw*>(slot_ + item * H::stride + skip_);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const int32_t index = map_.index(item, i);
-      if (index < map_.n) to[index - map_.piece(item)] = chunk.raw(i);
-    }
+    if (map_.index(item, 0) < map_.n) *chunk_at(item) = chunk.words;
   }
   // What was replaced is the copy engine's to overwrite.
   __device__ static void release() {
@@ -270,7 +204,7 @@ class ResidentRow {
   }
   // Whether one of the calling thread's chunk equals `value`, which is of S.
   __device__ __forceinline__ bool holds(int item, float value) const {
-    if constexpr (sizeof(S) == 2 && !H::ragged) {
+    if constexpr (sizeof(S) == 2) {
       const uint32_t wanted = Element<S>::raw(value) * 0x10001u;
       const uint4 words = *chunk_at(item);
       return (equal_pairs(words.x, wanted) | equal_pairs(words.y, wanted) |
@@ -287,13 +221,16 @@ class ResidentRow {
   // Any element of this block's part.
   __device__ Compute<S> element(int32_t index) const {
     const int32_t piece = index / Mapping<H>::piece_elements();
-    const Raw* from = reinterpret_cast<const Raw*>(slot_ + piece / C::size() * H::stride + skip_);
-    return Element<S>::value(from[index - piece * Mapping<H>::piece_elements()]);
+    return Element<S>::value(
+        elements(piece / C::size())[index - piece * Mapping<H>::piece_elements()]);
   }
   // The one at `index`, which is in a chunk `item`.
   __device__ Compute<S> element(int item, int32_t index) const {
-    const Raw* from = reinterpret_cast<const Raw*>(slot_ + item * H::stride + skip_);
-    return Element<S>::value(from[index - map_.piece(item)]);
+    return Element<S>::value(elements(item)[index - map_.piece(item)]);
+  }
+  // The first of a piece.
+  __device__ Raw* elements(int item) const {
+    return reinterpret_cast<Raw*>(slot_ + item * H::stride);
   }
   __device__ const Mapping<H>& map() const { return map_; }
   __device__ int32_t slot_bytes() const { return items_ * H::stride + 16; }
@@ -301,7 +238,7 @@ class ResidentRow {
  private:
   template <bool LEAST>
   __device__ __forceinline__ float extreme(int item) const {
-    if constexpr (sizeof(S) == 2 && !H::ragged) {
+    if constexpr (sizeof(S) == 2) {
       const uint4 words = *chunk_at(item);
       const uint32_t both = of_pairs<LEAST>(words);
       return of_two<LEAST>(Element<S>::value(Raw(both)), Element<S>::value(Raw(both >> 16)));
@@ -345,6 +282,17 @@ class ResidentRow {
     from &= ~uint64_t(15);
     return {from, uint32_t(((to + 15) & ~uint64_t(15)) - from)};
   }
+  // Puts padding where a granule of the copy engine may have reached beyond the end.
+  __device__ __forceinline__ void pad() {
+    const int item = items_ - 1, t = anew(int(threadIdx.x));
+    const int32_t left = map_.n - map_.index(item, 0, t);
+    if (left >= kSize || left <= -kSize) return;
+    Raw* const own = elements(item) + t * kSize;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if (i >= left) own[i] = padding_;
+    }
+  }
   __device__ uint4* chunk_at(int item, uint32_t t = threadIdx.x) const {
     return reinterpret_cast<uint4*>(slot_ + t * 16 + item * H::stride);
   }
@@ -352,16 +300,10 @@ class ResidentRow {
   Raw padding_;
   Mapping<H> map_;
   unsigned char* slot_;
-  uint32_t barrier_, phase_ = 0;
-  int32_t skip_ = 0;  // bytes before the first element in a piece
+  uint32_t barrier_;
+  int32_t skip_ = 0;  // bytes before the first element in each piece that was asked for
   int items_;
 };
-
-__device__ __forceinline__ void store_global(void* to, const uint4& words) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y),
-               "r"(words.z), "r"(words.w)
-               : "memory");
-}
 
 // Writes chunks to the places of a row that a ResidentRow has them from.
 template <class H>
@@ -373,10 +315,13 @@ class ResidentSink {
  public:
   __device__ ResidentSink(void* row, const Mapping<H>& map, bool aligned)
       : row_(static_cast<Raw*>(row)), map_(map), aligned_(aligned) {}
-  // f(item) is the calling thread's chunk.
+  // f(item) is the calling thread's chunk, and the last to read the row there. Ragged ones take the
+  // row's place on chip, until they are flushed.
   template <class F>
-  __device__ __forceinline__ void fill(const ResidentRow<H>& row, F f) const {
-    if (!H::ragged && aligned_) {
+  __device__ __forceinline__ void fill(ResidentRow<H>& row, F f) const {
+    if constexpr (H::ragged) {
+      row.for_each([&](int item) { row.replace(item, f(item)); });
+    } else if (aligned_) {
       const int32_t first = map_.index(0, 0), step = map_.index(1, 0) - first;
       const int mine = first < map_.n ? (map_.n - first + step - 1) / step : 0;
       Raw* to = row_ + first;
@@ -385,16 +330,23 @@ class ResidentSink {
         if (item < mine) store_global(to, chunk.words);
         to += step;
       });
-      return;
-    }
-    row.for_each([&](int item) {
-      const Chunk<S> chunk = f(item);
+    } else {
+      row.for_each([&](int item) {
+        const Chunk<S> chunk = f(item);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const int32_t index = map_.index(item, i);
-        if (index < map_.n) row_[index] = chunk.raw(i);
-      }
-    });
+        for (int i = 0; i < kSize; ++i) {
+          const int32_t index = map_.index(item, i);
+          if (index < map_.n) row_[index] = chunk.raw(i);
+        }
+      });
+    }
+  }
+  // Writes what fill() has left on chip, by all threads.
+  __device__ __forceinline__ void flush(const ResidentRow<H>& row) const {
+    if constexpr (H::ragged) {
+      row.release();
+      Writer<H>::write(reinterpret_cast<unsigned char*>(row.elements(0)), row.items(), row_, map_);
+    }
   }
 
  private:

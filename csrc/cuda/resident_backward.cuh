@@ -139,10 +139,10 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
   constexpr int kSize = Chunk<S>::size, kWarps = H::threads / 32;
+  constexpr int kTogether = C::many && sizeof(S) == 4 ? 1 : 4;
   constexpr float kLog2e = 1.4426950408889634f;
   const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x), warp = t / 32;
   const Mapping<H> map{n};
-  const int64_t step = int64_t(gridDim.x) / C::size();
   const auto x_at = [&](int64_t r) {
     return static_cast<const Raw*>(args.x.data) + r * args.x.stride;
   };
@@ -158,12 +158,21 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
   Mailbox<2> mailbox(shared.mailboxes);
   C::sync();
 
-  const int64_t first_row = int64_t(blockIdx.x) / C::size();
-  bool x_fed = fed(first_row, args.wide_x, args.x.stride);
-  bool v_fed = fed(first_row, args.wide_v, args.v_stride);
-  if (x_fed) x_row.ask(x_at(first_row), warp == 0);
-  if (v_fed) v_row.ask(v_at(first_row), warp == 1);
-  for (int64_t r = first_row; r < args.x.rows; r += step) {
+  const auto x_fed = [&](int64_t r) { return fed(r, args.wide_x, args.x.stride); };
+  const auto v_fed = [&](int64_t r) { return fed(r, args.wide_v, args.v_stride); };
+  const auto ask = [&](int64_t r) {
+    if (x_fed(r)) x_row.ask(x_at(r), warp == 0);
+    if (v_fed(r)) v_row.ask(v_at(r), warp == 1);
+  };
+  // A row's number is made anew from that of its turn, which alone is kept.
+  const auto row_of_turn = [&](int turn) {
+    const int blocks = anew(C::size());
+    return int64_t(blockIdx.x / blocks) + turn * int64_t(gridDim.x / blocks);
+  };
+  ask(row_of_turn(0));
+  for (int turn = 0;; ++turn) {
+    const int64_t r = row_of_turn(turn);
+    if (r >= args.x.rows) break;
     const float* solution = static_cast<const float*>(args.solution) + 5 * r;
     const Solution<float> s = {solution[0], solution[1], solution[2], solution[3], solution[4]};
     const float alpha = float(per_row(args.alpha, r));
@@ -174,13 +183,12 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
     const Origin origin(s.r_A, s.r_B, rate, 4);
     const float shift = origin.shift(d.h_A, d.h_B);
     const bool one_origin = origin.serves && fabsf(shift) <= 8;
-    if (!x_fed) x_row.copy(x_at(r), args.wide_x);
-    if (!v_fed) v_row.copy(v_at(r), args.wide_v);
-    if (x_fed) x_row.wait();
-    if (v_fed) v_row.wait();
+    if (!x_fed(r)) x_row.copy(x_at(r), args.wide_x);
+    if (!v_fed(r)) v_row.copy(v_at(r), args.wide_v);
+    // Which of them is fed is the same for all rows but the last.
+    if (x_fed(r)) x_row.template wait<kTogether>(turn & 1);
+    if (v_fed(r)) v_row.template wait<kTogether>(turn & 1);
     if (!args.x.largest) x_row.negate();
-    x_fed = fed(r + step, args.wide_x, args.x.stride);
-    v_fed = fed(r + step, args.wide_v, args.v_stride);
 
     bool done = false;
     if (s.D == s.D && (s.P > 0 || s.Q > 0) && rate > 1e-36f && rate < 1e36f) {
@@ -199,7 +207,7 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
         for (int item = first_items; item < items; ++item) weighty |= weighs(item);
       }
       const auto for_weighty = [&](auto f) {
-        if (dense) return x_row.for_each(f);
+        if (dense) return x_row.template for_each<sizeof(S) == 4 ? 2 : 1>(f);
         for (uint32_t left = weighty; left != 0; left &= left - 1) f(__ffs(int(left)) - 1);
       };
 
@@ -336,12 +344,12 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
                     [&](int item) { return weighty >> item & 1 ? x_row.chunk(item) : Chunk<S>{}; });
           x_row.release();
         }
+        sink.flush(x_row);
       }
     }
     if (!done && t == 0 && C::rank() == 0) static_cast<uint32_t*>(args.grad_k)[r] = kLeftBackward;
     H::sync();  // the row has been read
-    if (x_fed) x_row.ask(x_at(r + step), warp == 0);
-    if (v_fed) v_row.ask(v_at(r + step), warp == 1);
+    ask(row_of_turn(turn + 1));
   }
   C::sync();  // a block that has left can no longer be written to
 }

@@ -23,11 +23,13 @@ namespace {
 // Room for 400 candidates lets twelve rows of 1024 chunks onto a multiprocessor, for 512 eleven.
 // Where a block has more than 2048 chunks, k up to kMostBudget leaves about 2000 candidates.
 constexpr Demand quick_demand(int64_t bytes) {
-  return {1, 65536, {32, 32, 128}, {400, 400, bytes > 2048 * 16 ? 2048 : 1024}, 2304};
+  return {1, kAnyPart, 3, {32, 32, 128}, {400, 400, bytes > 2048 * 16 ? 2048 : 1024}, 2304};
 }
-// The candidates of a large k are a share of the elements: 16384 of those are a part.
+// The candidates of a large k are a share of the elements, and so parts of 16 bits small.
 constexpr Demand careful_demand(int64_t size) {
-  return {1, 16384 * size, {64, 64, 128}, {1024, size == 2 ? 2304 : 1024, 2304}, 2176};
+  return {
+      1,   size == 2 ? 51200 : kAnyPart, 3, {64, 64, 128}, {1024, size == 2 ? 2304 : 1024, 2304},
+      2176};
 }
 
 template <class S, class L>

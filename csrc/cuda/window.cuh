@@ -59,7 +59,7 @@ __device__ __forceinline__ void keys_of_maxima(const ResidentRow<H>& row,
 
 // Whether the maxima of a thread's groups are kept as they are stored, in pairs of 16 bits.
 template <class H>
-inline constexpr bool kPaired = H::threads == 32 && sizeof(typename H::S) == 2 && !H::ragged;
+inline constexpr bool kPaired = H::threads == 32 && sizeof(typename H::S) == 2;
 
 // The maxima of N groups as keys. Groups are counted as bits: half the instructions of a sum.
 template <int N>
