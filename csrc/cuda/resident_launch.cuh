@@ -32,10 +32,11 @@ struct Demand {
 };
 
 // How many blocks share a row, a power of two: speed follows the bytes of rows that a
-// multiprocessor holds, for while one block works on its row the others' come. (Forward, float32, a
-// fraction of the floor: 192 KiB 0.76 to 0.86, 160 0.71 to 0.74, 144 0.63 to 0.69, 120 0.56.) Of
-// equals the fewest blocks. Clusters of 3, 5 or 7 do not fill the chip, and those of 6 were no
-// better.
+// multiprocessor holds, for while one block works on its row the others' come. Forward, float32,
+// alpha = 1e-2, as a fraction of the floor: 192 KiB 0.75 to 0.87, 160 0.71 to 0.74, 144 0.63 to
+// 0.69, 120 0.56. So a row of 24576 is one block's (0.87; two blocks' 0.70), and one of 50256 two
+// blocks' (0.76; four blocks' 0.63). Of equals the fewest blocks. Clusters of 3, 5 or 7 do not fill
+// the chip (50256 in three blocks: 0.57), those of 6 were no better than of 4.
 inline Plan plan_resident(int64_t n, int64_t size, const Demand& demand, const Device& device) {
   constexpr int64_t kOther = 2304;  // bytes of shared memory that a block has besides
   const int64_t chunks = (n * size + 15) / 16;

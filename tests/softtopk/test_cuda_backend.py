@@ -127,10 +127,17 @@ def test_where_shared_memory_ends(cuda, dtype, arrays):
         assert_right(cuda, *inputs(3, n, dtype))
 
 
-@pytest.mark.parametrize("n", [32769, 65536, 65537, 131072, 131073, 262144, 458753, 524288, 524289])
+@pytest.mark.parametrize(
+    "n",
+    [
+        *(12288, 24576, 24577, 28672, 28673, 32769, 40960, 50256, 50257, 57344, 65536, 65537, 98304),
+        *(131072, 131073, 196608, 262144, 458753, 524288, 524289),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_clusters_grow_and_end(cuda, dtype, n):
-    """A row shared out over 2, 4, 8 and 16 blocks, and the first that no cluster holds."""
+    """A row in a block that has a multiprocessor for itself or shares it, shared out over 2, 4, 8 and 16, and
+    the first that no cluster holds."""
     assert_right(cuda, *inputs(3, n, dtype))
 
 
@@ -191,7 +198,7 @@ def test_alignment_changes_no_bit(cuda, dtype, n):
     assert_same(everything(cuda, x, k, alpha, v), want)  # rows of stride n
 
 
-@pytest.mark.parametrize("n", [3, 250, 1001, 5000, 70001])
+@pytest.mark.parametrize("n", [3, 250, 1001, 4095, 5000, 24577, 50257, 70001])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_position_changes_no_bit(cuda, dtype, n):
     x, k, alpha, v = inputs(9, n, dtype)
@@ -202,7 +209,7 @@ def test_position_changes_no_bit(cuda, dtype, n):
     assert_same(shuffled, [t[order] for t in want])
 
 
-@pytest.mark.parametrize("n", [2056, 5000, 21000])
+@pytest.mark.parametrize("n", [2056, 4095, 5000, 21000, 21001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_row_leaves_behind(cuda, dtype, n):
     """Negative rows that share a block's memory with earlier rows, of lengths that do not fill it."""
