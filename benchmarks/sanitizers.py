@@ -3,6 +3,7 @@
     python -m benchmarks.sanitizers                     # writes results/sanitizers-GPU.json
     python -m benchmarks.sanitizers --tools racecheck --processes 30   # the slowest alone: CPU-bound
     python -m benchmarks.sanitizers --tools racecheck --continue       # what ran out of --seconds
+    python -m benchmarks.sanitizers --backends cuda     # where the other's kernels are as they were
 
 memcheck and initcheck run without torch's caching allocator, whose blocks would hide an access
 beyond a tensor or memory that was never written, and so without the tests that capture a CUDA graph;
@@ -20,6 +21,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +34,7 @@ LEFT_OUT = (
     *("many_rows", "long_rows", "two_billion", "stream", "compile_without", "without_a_gpu"),
     *("cpu", "reference", "without_clusters", "clusters_grow"),
 )
+BACKENDS = ("cuda", "triton")
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # Tool -> environment, tests left out besides, options of pytest.
 TOOLS = {
@@ -41,9 +44,10 @@ TOOLS = {
 }
 
 
-def collect(tool: str) -> list[str]:
+def collect(tool: str, backends: Sequence[str]) -> list[str]:
     """The names of the tests that a tool runs."""
-    chosen = " and ".join(["(cuda or triton)", *(f"not {name}" for name in (*LEFT_OUT, *TOOLS[tool][1]))])
+    left_out = (*LEFT_OUT, *TOOLS[tool][1], *(name for name in BACKENDS if name not in backends))
+    chosen = " and ".join([f"({' or '.join(backends)})", *(f"not {name}" for name in left_out)])
     files = [f"tests/softtopk/test_{name}.py" for name in FILES]
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
     listed = subprocess.run([*command, *files, "-k", chosen], cwd=ROOT, capture_output=True, text=True)
@@ -79,10 +83,11 @@ def run(tool: str, tests: list[str], seconds: float, gpu: int) -> dict:
     }
 
 
-def together(tool: str, parts: list[dict]) -> dict:
+def together(tool: str, backends: Sequence[str], parts: list[dict]) -> dict:
     """One row of several parts; what was stopped (exit code None) is left to --continue."""
     return {
         "tool": tool,
+        "backends": [*backends],
         "exit_codes": sorted({part["exit_code"] for part in parts} - {None}),
         "tests": dict(sum((Counter(part["tests"]) for part in parts), Counter())),
         "errors": sum(part["errors"] for part in parts),
@@ -99,6 +104,10 @@ def continued(before: dict, row: dict) -> dict:
     }
 
 
+def key(row: dict) -> tuple:
+    return row["tool"], *row.get("backends", BACKENDS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -106,6 +115,7 @@ def main() -> None:
     parser.add_argument(
         "--tools", nargs="+", default=list(TOOLS), choices=TOOLS, help="others keep their rows in the file"
     )
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--processes", type=int, default=4, help="of each tool, side by side")
     parser.add_argument("--seconds", type=float, default=3600, help="limit of each process")
     parser.add_argument(
@@ -116,16 +126,18 @@ def main() -> None:
     args = parser.parse_args()
     gpus = args.gpus or range(torch.cuda.device_count())
     path = args.out or RESULTS / f"sanitizers-{device_label('cuda')}.json"
-    before = {row["tool"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    before = {key(row): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    keys = {tool: (tool, *args.backends) for tool in args.tools}
     if args.go_on:
         for tool in args.tools:
-            if before.get(tool, {}).get("commit") != commit():
+            if before.get(keys[tool], {}).get("commit") != commit():
                 parser.error(f"{path} has no row of {tool} at commit {commit()} to continue")
     with ThreadPoolExecutor(len(TOOLS) * args.processes) as pool:
         if args.go_on:
-            tests = {tool: before[tool]["unfinished"] for tool in args.tools}
+            tests = {tool: before[keys[tool]]["unfinished"] for tool in args.tools}
         else:
-            tests = dict(zip(args.tools, pool.map(collect, args.tools), strict=True))
+            listed = pool.map(collect, args.tools, [args.backends] * len(args.tools))
+            tests = dict(zip(args.tools, listed, strict=True))
         running = {
             tool: [
                 pool.submit(run, tool, names[i :: args.processes], args.seconds, gpus[i % len(gpus)])
@@ -133,12 +145,16 @@ def main() -> None:
             ]
             for tool, names in tests.items()
         }
-        rows = [together(tool, [part.result() for part in parts]) for tool, parts in running.items()]
+        rows = [
+            together(tool, args.backends, [part.result() for part in parts])
+            for tool, parts in running.items()
+        ]
     if args.go_on:
-        rows = [continued(before[row["tool"]], row) for row in rows]
+        rows = [continued(before[key(row)], row) for row in rows]
     for row in rows:
         print({**row, "unfinished": len(row["unfinished"])})
-    write(path, [*(row for tool, row in before.items() if tool not in args.tools), *rows])
+    kept = [row for known, row in before.items() if known not in keys.values()]
+    write(path, [*kept, *rows])
     sys.exit(any(row["exit_codes"] != [0] or row["errors"] or row["unfinished"] for row in rows))
 
 
