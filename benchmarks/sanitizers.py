@@ -83,7 +83,7 @@ def run(tool: str, tests: list[str], seconds: float, gpu: int) -> dict:
     }
 
 
-def together(tool: str, backends: Sequence[str], parts: list[dict]) -> dict:
+def together(tool: str, parts: list[dict], backends: Sequence[str] = BACKENDS) -> dict:
     """One row of several parts; what was stopped (exit code None) is left to --continue."""
     return {
         "tool": tool,
@@ -146,7 +146,7 @@ def main() -> None:
             for tool, names in tests.items()
         }
         rows = [
-            together(tool, args.backends, [part.result() for part in parts])
+            together(tool, [part.result() for part in parts], args.backends)
             for tool, parts in running.items()
         ]
     if args.go_on:
