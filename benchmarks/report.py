@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks import plots, speed_tables
@@ -111,39 +112,34 @@ def estimators() -> str:
     return markdown(header, body) + f"\n\n{caption(data['environment'])}"
 
 
-def sweep() -> str:
-    """Every architecture at three k, at the best of its learning rates, and the frontier; per machine."""
-    parts = []
-    for path in sorted(RESULTS.glob("sweep-*.json")):
-        data = json.loads(path.read_text())
-        body = []
-        for r in data["rows"]:
-            if r.get("error"):
-                body.append([r["name"], r["error"], *[""] * 6])
-            elif r["best"]:
-                body.append(
-                    [
-                        r["group"],
-                        f"{r['lr']:.3g}" if "lr" in r else "",
-                        f"{r['explained_variance']:.4f}",
-                        f"{r['l0_mean']:.1f} ± {r['l0_sd']:.1f}",
-                        str(r["dead_latents"]),
-                        *(f"{r[name]:.4f}" if r[name] is not None else "" for name in RECOVERED),
-                        f"{r['samples_per_second']:,.0f}" if "samples_per_second" in r else "",
-                    ]
-                )
-        header = ["", "learning rate", "explained variance", "L0", "dead", "recovered",
-                  "all positions replaced", "samples per second"]  # fmt: skip
-        trained = next(r for r in data["rows"] if "steps" in r)
-        sizes = (
-            f"n = {trained['n']}, {trained['steps']} steps of {trained['config']['train']['batch_size']};"
-            f" {data['samples']:,} {data['part']} activations"
-        )
-        picture = f"![explained variance against L0](benchmarks/results/{path.stem}.png)"
-        parts.append(
-            "\n\n".join([markdown(header, body), f"{sizes}. {caption(data['environment'])}", picture])
-        )
-    return "\n\n".join(parts) or "Not measured yet."
+def sweep(device: str, pictures: str) -> str:
+    """Every architecture at three k, at the best of its learning rates, and the frontier."""
+    data = load(f"sweep-{device}.json")
+    body = []
+    for r in data["rows"]:
+        if r.get("error"):
+            body.append([r["name"], r["error"], *[""] * 6])
+        elif r["best"]:
+            body.append(
+                [
+                    r["group"],
+                    f"{r['lr']:.3g}" if "lr" in r else "",
+                    f"{r['explained_variance']:.4f}",
+                    f"{r['l0_mean']:.1f} ± {r['l0_sd']:.1f}",
+                    str(r["dead_latents"]),
+                    *(f"{r[name]:.4f}" if r[name] is not None else "" for name in RECOVERED),
+                    f"{r['samples_per_second']:,.0f}" if "samples_per_second" in r else "",
+                ]
+            )
+    header = ["", "learning rate", "explained variance", "L0", "dead", "recovered",
+              "all positions replaced", "samples per second"]  # fmt: skip
+    trained = next(r for r in data["rows"] if "steps" in r)
+    sizes = (
+        f"n = {trained['n']}, {trained['steps']} steps of {trained['config']['train']['batch_size']};"
+        f" {data['samples']:,} {data['part']} activations"
+    )
+    picture = f"![explained variance against L0]({pictures}/sweep-{device}.png)"
+    return "\n\n".join([markdown(header, body), f"{sizes}. {caption(data['environment'])}", picture])
 
 
 def peers_accuracy() -> str:
@@ -184,7 +180,8 @@ TABLES = {
     "peers-features": peers_features,
     "estimators": estimators,
     "demo": demo,
-    "sweep": sweep,
+    "sweep": partial(sweep, "h200", "benchmarks/results"),
+    "sweep-cpu": partial(sweep, "cpu", "results"),
     "accuracy": accuracy,
     "fuzz": fuzz,
     "transformer": transformer,
