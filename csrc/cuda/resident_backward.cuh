@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
     const bool one_origin = origin.serves && fabsf(shift) <= 8;
     if (!x_fed(r)) x_row.copy(x_at(r), args.wide_x);
     if (!v_fed(r)) v_row.copy(v_at(r), args.wide_v);
-    // Which of them is fed is the same for all rows but the last.
+    // Which of them is fed is the same for all rows but the last, so that every turn is a phase.
     if (x_fed(r)) x_row.template wait<kTogether>(turn & 1);
     if (v_fed(r)) v_row.template wait<kTogether>(turn & 1);
     if (!args.x.largest) x_row.negate();
@@ -207,6 +207,7 @@ __global__ void __launch_bounds__(H::threads, kBackwardBlocks<H>)
         for (int item = first_items; item < items; ++item) weighty |= weighs(item);
       }
       const auto for_weighty = [&](auto f) {
+        // Half as many at a time as elsewhere: with x and v there are no registers for more.
         if (dense) return x_row.template for_each<sizeof(S) == 4 ? 2 : 1>(f);
         for (uint32_t left = weighty; left != 0; left &= left - 1) f(__ffs(int(left)) - 1);
       };
