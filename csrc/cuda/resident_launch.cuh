@@ -19,7 +19,7 @@ struct Plan {
   int64_t shared = 0;  // bytes of dynamic shared memory
 };
 
-constexpr int64_t kAnyPart = int64_t(1) << 40;
+constexpr int64_t kAnyPart = int64_t(1) << 40;  // bytes: more than any part has
 
 // What a kernel asks of its plan.
 struct Demand {
@@ -55,6 +55,7 @@ inline Plan plan_resident(int64_t n, int64_t size, const Demand& demand, const D
     const int64_t part = demand.arrays * each * 16;
     const int64_t resident =
         std::min<int64_t>(demand.resident, device.shared_limit / (shared + kOther));
+    // Where no part is as small as is asked for, the smallest will do.
     const int64_t on_chip = part > demand.part ? 0 : resident * part;
     if (on_chip > most || most == 0) {
       plan = {blocks, threads, room, shared};

@@ -25,11 +25,11 @@ namespace {
 constexpr Demand quick_demand(int64_t bytes) {
   return {1, kAnyPart, 3, {32, 32, 128}, {400, 400, bytes > 2048 * 16 ? 2048 : 1024}, 2304};
 }
-// The candidates of a large k are a share of the elements, and so parts of 16 bits small.
+// The candidates of a large k are a share of the elements: of 16-bit ones a part has at most 25600.
 constexpr Demand careful_demand(int64_t size) {
-  return {
-      1,   size == 2 ? 51200 : kAnyPart, 3, {64, 64, 128}, {1024, size == 2 ? 2304 : 1024, 2304},
-      2176};
+  const int64_t part = size == 2 ? 51200 : kAnyPart;
+  const int room = size == 2 ? 2304 : 1024;
+  return {1, part, 3, {64, 64, 128}, {1024, room, 2304}, 2176};
 }
 
 template <class S, class L>
