@@ -2,9 +2,10 @@
 //
 // A launcher takes numbers alone, in the order of its prototype: pointers and streams are integers,
 // a batch of rows is (data, type, rows, n, stride, largest), a per-row argument (data, type,
-// stride, number); softtopk/backends/native.py makes them from tensors that Python has checked.
-// They are read from the interpreter's own array of arguments (METH_FASTCALL): for a small call
-// pybind11's conversions take as long as the kernel. The GIL is released around every launcher.
+// stride, number), other structs their members; softtopk/backends/native.py and native_sparse.py
+// make them from tensors that Python has checked. They are read from the interpreter's own array of
+// arguments (METH_FASTCALL): for a small call pybind11's conversions take as long as the kernel.
+// The GIL is released around every launcher.
 #include <tuple>
 #include <type_traits>
 
@@ -15,6 +16,8 @@ namespace py = pybind11;
 
 namespace {
 
+using softtopk::Activation;
+using softtopk::Code;
 using softtopk::PerRow;
 using softtopk::Rows;
 
@@ -31,6 +34,11 @@ class Arguments {
               take<int64_t>(),     take<int64_t>(),        take<bool>()};
     } else if constexpr (std::is_same_v<T, PerRow>) {
       return {take<const void*>(), take<softtopk::Type>(), take<int64_t>(), take<double>()};
+    } else if constexpr (std::is_same_v<T, Activation>) {
+      return {take<const void*>(), take<const float*>(), take<double>()};
+    } else if constexpr (std::is_same_v<T, Code>) {
+      return {take<void*>(),    take<int32_t*>(), take<void*>(),
+              take<int32_t*>(), take<void*>(),    take<int64_t>()};
     } else {
       if (left_-- <= 0) return {};
       PyObject* const given = *next_++;
@@ -58,6 +66,17 @@ class Arguments {
 template <auto launcher>
 struct Call;
 
+// A number that Python asks for.
+template <typename... A, int64_t (*function)(A...)>
+struct Call<function> {
+  static PyObject* from_python(PyObject*, PyObject* const* first, Py_ssize_t count) {
+    Arguments arguments(first, count);
+    const std::tuple<std::decay_t<A>...> taken{arguments.take<std::decay_t<A>>()...};
+    if (!arguments.complete()) return nullptr;
+    return softtopk::for_python([&] { return PyLong_FromLongLong(std::apply(function, taken)); });
+  }
+};
+
 template <typename... A, void (*launcher)(A...)>
 struct Call<launcher> {
   static PyObject* from_python(PyObject*, PyObject* const* first, Py_ssize_t count) {
@@ -81,12 +100,19 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, nullptr};
 }
 
-#define SOFTTOPK_LAUNCHERS(device)                                                        \
-  {                                                                                       \
-    method<&softtopk::device::soft_topk_forward>("soft_topk_forward"),                    \
-        method<&softtopk::device::soft_topk_backward>("soft_topk_backward"),              \
-        method<&softtopk::device::hard_topk_mask>("hard_topk_mask"),                      \
-        method<&softtopk::device::hard_topk_indices>("hard_topk_indices"), PyMethodDef {} \
+#define SOFTTOPK_LAUNCHERS(device)                                                      \
+  {                                                                                     \
+    method<&softtopk::device::soft_topk_forward>("soft_topk_forward"),                  \
+        method<&softtopk::device::soft_topk_backward>("soft_topk_backward"),            \
+        method<&softtopk::device::hard_topk_mask>("hard_topk_mask"),                    \
+        method<&softtopk::device::hard_topk_indices>("hard_topk_indices"),              \
+        method<&softtopk::device::code_forward>("code_forward"),                        \
+        method<&softtopk::device::code_backward>("code_backward"),                      \
+        method<&softtopk::device::transpose_workspace>("transpose_workspace"),          \
+        method<&softtopk::device::transpose>("transpose"),                              \
+        method<&softtopk::device::decode>("decode"),                                    \
+        method<&softtopk::device::gradients_workspace>("gradients_workspace"),          \
+        method<&softtopk::device::latent_gradients>("latent_gradients"), PyMethodDef {} \
   }
 
 void define(py::module_ m, PyMethodDef* launchers) {

@@ -35,6 +35,29 @@ struct PerRow {
   double number;
 };
 
+// What becomes of the pre-activations z of a row before the selection: z + bias, rounded to its
+// type, where that is above the threshold, else 0.
+struct Activation {
+  const void* bias;         // (n,) in z's type, or null
+  const float* thresholds;  // (n,) or null
+  double threshold;         // >= 0, where thresholds is null
+};
+
+// What a code's entries are worth: activation times p; activation where the hard mask is 1; that,
+// with no other entries.
+enum class Selecting : int { soft = 0, straight_through = 1, hard = 2 };
+
+// A sparse code (softtopk/sparse.py): values, active (rows, max_active) and state (rows, 7) of the
+// compute type, indices (rows, max_active), counts (rows,). There is no state of a hard selection.
+struct Code {
+  void* values;
+  int32_t* indices;
+  void* active;
+  int32_t* counts;
+  void* state;
+  int64_t max_active;
+};
+
 namespace cpu {
 
 // out (rows, n) in x's type; solution (rows, 5) = r_A, r_B, P, Q, D, not written where it is null.
@@ -54,6 +77,43 @@ void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int threads);
 void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* indices,
                        void* values, int64_t* counts, int threads);
 
+// The code of every row of pre-activations z; z.largest is not read.
+void code_forward(const Rows& z, const PerRow& k, const PerRow& alpha, const Activation& activation,
+                  Selecting mode, const Code& code, int threads);
+
+// From g, the gradient of a code's values: grad_active (rows, max_active), grad_k and grad_alpha
+// (rows,), all of the type `compute`. `values` is null but where the selection was
+// straight-through.
+void code_backward(Type compute, int64_t rows, int64_t max_active, const void* active,
+                   const void* values, const int32_t* counts, const void* state,
+                   const PerRow& alpha, const void* g, double selection_gradient, void* grad_active,
+                   void* grad_k, void* grad_alpha, int threads);
+
+// The entries of a code by latent: offsets (n + 1,), and in entries (rows * max_active,) the places
+// row * max_active + j of latent l from offsets[l] to offsets[l + 1], ascending.
+int64_t transpose_workspace(int64_t rows, int64_t max_active, int64_t n);  // bytes
+void transpose(const int32_t* indices, const int32_t* counts, int64_t rows, int64_t max_active,
+               int64_t n, int32_t* offsets, int32_t* entries, void* workspace, int threads);
+
+// out (rows, d) = sum_j values_j weight[indices_j] + bias; weight (n, d), bias (d,) or null and out
+// of one type, values of its compute type.
+void decode(const void* values, const int32_t* indices, const int32_t* counts, int64_t rows,
+            int64_t max_active, const void* weight, Type type, int64_t n, int64_t d,
+            const void* bias, void* out, int threads);
+
+// For every latent l with its entries e, in their order: grad[l] = sum_e scale_e y[row of e] (n, d)
+// of out_type; with a weight (n, d), dots_e = <weight[l], y[row of e]> (rows, max_active), 0 in
+// unused places, and with `project` grad[l] without its part along weight[l], which has unit norm;
+// where not null, sums[l] = sum_e scale_e and squares[l] = |grad[l]|^2. A latent without entries
+// has grad[l] = 0, or without `zero_silent` its place in grad is left alone. y (rows, d) and weight
+// are of `type`; scale, dots, sums and squares of its compute type.
+int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t n, int64_t d);  // bytes
+void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,
+                      int64_t rows, int64_t max_active, int64_t n, int64_t d, const void* y,
+                      const void* weight, Type type, Type out_type, bool project, bool zero_silent,
+                      void* grad, void* dots, void* sums, void* squares, void* workspace,
+                      int threads);
+
 }  // namespace cpu
 
 namespace cuda {
@@ -70,6 +130,44 @@ void hard_topk_mask(const Rows& x, const PerRow& k, void* mask, int device, void
 
 void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* indices,
                        void* values, int64_t* counts, int device, void* stream);
+
+// The code of every row of pre-activations z; z.largest is not read.
+void code_forward(const Rows& z, const PerRow& k, const PerRow& alpha, const Activation& activation,
+                  Selecting mode, const Code& code, int device, void* stream);
+
+// From g, the gradient of a code's values: grad_active (rows, max_active), grad_k and grad_alpha
+// (rows,), all of the type `compute`. `values` is null but where the selection was
+// straight-through.
+void code_backward(Type compute, int64_t rows, int64_t max_active, const void* active,
+                   const void* values, const int32_t* counts, const void* state,
+                   const PerRow& alpha, const void* g, double selection_gradient, void* grad_active,
+                   void* grad_k, void* grad_alpha, int device, void* stream);
+
+// The entries of a code by latent: offsets (n + 1,), and in entries (rows * max_active,) the places
+// row * max_active + j of latent l from offsets[l] to offsets[l + 1], ascending.
+int64_t transpose_workspace(int64_t rows, int64_t max_active, int64_t n);  // bytes
+void transpose(const int32_t* indices, const int32_t* counts, int64_t rows, int64_t max_active,
+               int64_t n, int32_t* offsets, int32_t* entries, void* workspace, int device,
+               void* stream);
+
+// out (rows, d) = sum_j values_j weight[indices_j] + bias; weight (n, d), bias (d,) or null and out
+// of one type, values of its compute type.
+void decode(const void* values, const int32_t* indices, const int32_t* counts, int64_t rows,
+            int64_t max_active, const void* weight, Type type, int64_t n, int64_t d,
+            const void* bias, void* out, int device, void* stream);
+
+// For every latent l with its entries e, in their order: grad[l] = sum_e scale_e y[row of e] (n, d)
+// of out_type; with a weight (n, d), dots_e = <weight[l], y[row of e]> (rows, max_active), 0 in
+// unused places, and with `project` grad[l] without its part along weight[l], which has unit norm;
+// where not null, sums[l] = sum_e scale_e and squares[l] = |grad[l]|^2. A latent without entries
+// has grad[l] = 0, or without `zero_silent` its place in grad is left alone. y (rows, d) and weight
+// are of `type`; scale, dots, sums and squares of its compute type.
+int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t n, int64_t d);  // bytes
+void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,
+                      int64_t rows, int64_t max_active, int64_t n, int64_t d, const void* y,
+                      const void* weight, Type type, Type out_type, bool project, bool zero_silent,
+                      void* grad, void* dots, void* sums, void* squares, void* workspace,
+                      int device, void* stream);
 
 }  // namespace cuda
 
