@@ -229,16 +229,18 @@ void code_backward(Type compute, int64_t rows, int64_t max_active, const void* a
                    void* grad_k, void* grad_alpha, int threads) {
   with_compute_type(compute, [&](auto zero) {
     using T = decltype(zero);
-    for_tasks(rows, 1 + 1024 / std::max<int64_t>(max_active, 1), rows * max_active, threads, [&](int64_t i, int) {
-      const int64_t first = i * max_active, count = std::min<int64_t>(counts[i], max_active);
-      T* const grad = static_cast<T*>(grad_active) + first;
-      std::fill(grad + count, grad + max_active, T(0));
-      backward_row<T>({static_cast<const T*>(active) + first, count, false},
-                      values == nullptr ? nullptr : static_cast<const T*>(values) + first,
-                      static_cast<const T*>(state) + 7 * i, scale_in<T>(value_at(alpha, i)),
-                      static_cast<const T*>(g) + first, static_cast<T>(selection_gradient), grad,
-                      static_cast<T*>(grad_k) + i, static_cast<T*>(grad_alpha) + i);
-    });
+    for_tasks(
+        rows, 1 + 1024 / std::max<int64_t>(max_active, 1), rows * max_active, threads,
+        [&](int64_t i, int) {
+          const int64_t first = i * max_active, count = std::min<int64_t>(counts[i], max_active);
+          T* const grad = static_cast<T*>(grad_active) + first;
+          std::fill(grad + count, grad + max_active, T(0));
+          backward_row<T>({static_cast<const T*>(active) + first, count, false},
+                          values == nullptr ? nullptr : static_cast<const T*>(values) + first,
+                          static_cast<const T*>(state) + 7 * i, scale_in<T>(value_at(alpha, i)),
+                          static_cast<const T*>(g) + first, static_cast<T>(selection_gradient),
+                          grad, static_cast<T*>(grad_k) + i, static_cast<T*>(grad_alpha) + i);
+        });
   });
 }
 
