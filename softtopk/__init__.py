@@ -3,13 +3,29 @@
 from softtopk.dispatch import BackendUnavailable, available_backends
 from softtopk.functional import hard_topk, log_soft_topk, soft_topk
 from softtopk.modules import SoftTopK
+from softtopk.sparse import (
+    encode_hard_topk,
+    encode_soft_topk,
+    hard_topk_code,
+    soft_topk_code,
+    soft_topk_decode,
+    sparse_decode,
+)
+from softtopk.sparse_code import SparseCode
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "SoftTopK",
+    "SparseCode",
     "available_backends",
+    "encode_hard_topk",
+    "encode_soft_topk",
     "hard_topk",
+    "hard_topk_code",
     "log_soft_topk",
     "soft_topk",
+    "soft_topk_code",
+    "soft_topk_decode",
+    "sparse_decode",
 ]

@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -15,6 +16,12 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "triton": ("softtopk.backends.triton", ("cuda",)),
     "cpu": ("softtopk.backends.cpu", ("cpu",)),
     "reference": ("softtopk.backends.reference", None),
+}
+
+# Where a backend's functions for sparse codes are a module of their own; elsewhere they are its `sparse`.
+SPARSE_MODULES = {
+    "triton": "softtopk.backends.triton.sparse",
+    "reference": "softtopk.backends.reference_sparse",
 }
 
 
@@ -84,3 +91,13 @@ def module(name: str) -> ModuleType:
 def kernels(backend: str | None, device: torch.device) -> ModuleType:
     """The module that runs a call; raises as `choose` does."""
     return module(choose(backend, device))
+
+
+def sparse_kernels(backend: str | None, device: torch.device) -> Any:
+    """What has the functions of backends/reference_sparse.py of the backend that `kernels` would choose."""
+    return sparse_part(choose(backend, device))
+
+
+@functools.cache
+def sparse_part(name: str) -> Any:
+    return importlib.import_module(SPARSE_MODULES[name]) if name in SPARSE_MODULES else module(name).sparse

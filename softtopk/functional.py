@@ -190,28 +190,28 @@ def refuse_flags(**flags: bool):
 class Rows:
     """A checked x with `dim` moved to the end, and the arguments that have one value per row of it."""
 
-    __slots__ = "given", "dim", "n", "last", "x"
+    __slots__ = "given", "dim", "name", "n", "last", "x"
 
-    def __init__(self, x: Tensor, dim: int, backend: str | None):
+    def __init__(self, x: Tensor, dim: int, backend: str | None, name: str = "x"):
         if not (backend is None or isinstance(backend, str)):
             raise TypeError(f"backend={backend!r} must be a string or None")
         if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
         if x.dtype not in FLOATS:
-            raise TypeError(f"x has dtype {x.dtype}; float16, bfloat16, float32 or float64 is needed")
+            raise TypeError(f"{name} has dtype {x.dtype}; float16, bfloat16, float32 or float64 is needed")
         if x.layout != torch.strided:
-            raise TypeError(f"x has layout {x.layout}; a strided tensor is needed")
+            raise TypeError(f"{name} has layout {x.layout}; a strided tensor is needed")
         shape = x.shape
         rank = len(shape)
         if rank == 0:
-            raise ValueError("x has shape (): at least one dimension is needed")
+            raise ValueError(f"{name} has shape (): at least one dimension is needed")
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise TypeError(f"dim={dim!r} must be an integer")
         if not -rank <= dim < rank:
-            raise IndexError(f"dim={dim} is out of range for x of shape {tuple(shape)}")
+            raise IndexError(f"dim={dim} is out of range for {name} of shape {tuple(shape)}")
         if shape[dim] == 0:
-            raise ValueError(f"x of shape {tuple(shape)} has no element along dim={dim}")
-        self.given, self.dim, self.n = x, dim, shape[dim]
+            raise ValueError(f"{name} of shape {tuple(shape)} has no element along dim={dim}")
+        self.given, self.dim, self.name, self.n = x, dim, name, shape[dim]
         self.last = dim == -1 or dim == rank - 1
         self.x = x if self.last else x.movedim(dim, -1)  # (*shape, n)
 
@@ -246,7 +246,7 @@ class Rows:
         if value.dtype not in FLOATS + INTEGERS:
             raise TypeError(f"{name} has dtype {value.dtype}; a float or integer dtype is needed")
         if value.device != self.x.device:
-            raise ValueError(f"{name} is on {value.device}, x on {self.x.device}")
+            raise ValueError(f"{name} is on {value.device}, {self.name} on {self.x.device}")
         shape = self.x.shape[:-1]
         same = value.shape == shape
         try:
@@ -256,7 +256,7 @@ class Rows:
         if not fits:
             raise ValueError(
                 f"{name} of shape {tuple(value.shape)} does not broadcast to {tuple(shape)},"
-                f" the shape of x, {tuple(self.given.shape)}, without dim={self.dim}"
+                f" the shape of {self.name}, {tuple(self.given.shape)}, without dim={self.dim}"
             )
         if value.dtype != torch.float32 and value.dtype != torch.float64:
             half = value.dtype in (torch.float16, torch.bfloat16)

@@ -1,10 +1,18 @@
 """The C++ backend: csrc/cpu, on torch's number of threads."""
 
 import torch
+from torch import Tensor
 
 from softtopk.backends.native import _C, Kernels, reads
+from softtopk.backends.native_sparse import SparseKernels
 
-kernels = Kernels(_C.cpu, lambda x: (torch.get_num_threads(),), log_needs_solution=False)
+
+def threads(x: Tensor) -> tuple[int]:
+    return (torch.get_num_threads(),)
+
+
+kernels = Kernels(_C.cpu, threads, log_needs_solution=False)
+sparse = SparseKernels(_C.cpu, threads)
 __all__ = ["hard_topk_indices", "hard_topk_mask", "reads", "soft_topk_backward", "soft_topk_forward"]
 soft_topk_forward = kernels.soft_topk_forward
 soft_topk_backward = kernels.soft_topk_backward

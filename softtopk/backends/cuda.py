@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from softtopk.backends.native import _C, Kernels, reads
+from softtopk.backends.native_sparse import SparseKernels
 
 
 def reason() -> str | None:
@@ -48,6 +49,7 @@ def device_and_stream(x: Tensor) -> tuple[int, int]:
 
 
 kernels = Kernels(_C.cuda, device_and_stream, log_needs_solution=True)
+sparse = SparseKernels(_C.cuda, device_and_stream)
 __all__ = ["hard_topk_indices", "hard_topk_mask", "reads", "soft_topk_backward", "soft_topk_forward"]
 soft_topk_forward = kernels.soft_topk_forward
 soft_topk_backward = kernels.soft_topk_backward
