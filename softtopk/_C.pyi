@@ -123,13 +123,15 @@ class cuda:
         k: int, k_type: int, k_stride: int, k_number: float,
         alpha: int, alpha_type: int, alpha_stride: int, alpha_number: float,
         bias: int, thresholds: int, threshold: float, mode: int,
-        values: int, indices: int, active: int, counts: int, state: int, max_active: int, device: int, stream: int, /,
+        values: int, indices: int, active: int, counts: int, state: int, max_active: int,
+        device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
     def code_backward(
         compute: int, rows: int, max_active: int, active: int, values: int, counts: int, state: int,
         alpha: int, alpha_type: int, alpha_stride: int, alpha_number: float,
-        g: int, selection_gradient: float, grad_active: int, grad_k: int, grad_alpha: int, device: int, stream: int, /,
+        g: int, selection_gradient: float, grad_active: int, grad_k: int, grad_alpha: int,
+        device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
     def transpose_workspace(rows: int, max_active: int, n: int, /) -> int: ...  # bytes
