@@ -18,7 +18,7 @@ from torch import Tensor
 from softtopk import dispatch
 from softtopk.backends.reference import compute_dtype
 from softtopk.functional import Rows
-from softtopk.sparse_autograd import Decode, Encode, Select, Selecting, Weighting
+from softtopk.sparse_autograd import Decode, Encode, Select, Selecting, Weighting, untraced
 from softtopk.sparse_checks import (
     arithmetic,
     check_flags,
@@ -31,6 +31,7 @@ from softtopk.sparse_checks import (
 from softtopk.sparse_code import SparseCode, Transposition
 
 
+@untraced
 def soft_topk_code(
     pre: Tensor,
     k: float | Tensor,
@@ -47,8 +48,8 @@ def soft_topk_code(
     """The code of relu(pre + bias) * soft_topk(relu(pre + bias), k, alpha), without its dense tensors.
 
     With a = z = pre + bias (rounded to pre's dtype) where z is above the threshold, else 0, and p the soft
-    top-k of a whole row, whose zeros take part in the budget, the entries are those with a > 0 and p or its
-    derivative's share q at least 2^-24; their value is a p.
+    top-k of a whole row, whose zeros take part in the budget, the entries are those with a > 0 and p, or its
+    share q of the gradient of k, at least 2^-24. Their value is a p, or 0 where p itself is below 2^-24.
 
     Args:
         pre: (..., n) float16, bfloat16, float32 or float64: the pre-activations.
@@ -88,6 +89,7 @@ def soft_topk_code(
     return selected(rows, k, alpha, bias, how)
 
 
+@untraced
 def hard_topk_code(
     pre: Tensor,
     k: float | Tensor,
@@ -111,6 +113,7 @@ def hard_topk_code(
     return selected(rows, k, None, bias, how)
 
 
+@untraced
 def encode_soft_topk(
     x: Tensor,
     weight: Tensor,
@@ -155,6 +158,7 @@ def encode_soft_topk(
     return encoded(x, weight, bias, k, alpha, selection, copy, squares, sparse_gradient, backend)
 
 
+@untraced
 def encode_hard_topk(
     x: Tensor,
     weight: Tensor,
@@ -175,6 +179,7 @@ def encode_hard_topk(
     return encoded(x, weight, bias, k, None, selection, copy, squares, sparse_gradient, backend)
 
 
+@untraced
 def sparse_decode(
     code: SparseCode,
     weight: Tensor,
@@ -213,6 +218,7 @@ def sparse_decode(
     return out.view(*code.shape[:-1], weight.shape[1])
 
 
+@untraced
 def soft_topk_decode(
     pre: Tensor,
     k: float | Tensor,

@@ -1,9 +1,11 @@
-"""The autograd rules of the sparse path, of reverse mode, once: selection, with an encoder or not; decoder."""
+"""The autograd rules of the sparse path, for reverse mode: selection, selection after an encoder, decoder."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +14,7 @@ from torch.autograd.function import Function, once_differentiable
 from softtopk.sparse_code import Transposition, scattered
 
 
-@dataclass(frozen=True)
-class Selecting:
+class Selecting(NamedTuple):
     """What a selection needs besides pre, bias, k and alpha."""
 
     kernels: Any  # of the backend: backends/reference_sparse.py
@@ -25,8 +26,7 @@ class Selecting:
     transposition: Transposition  # of the code
 
 
-@dataclass(frozen=True)
-class Weighting:
+class Weighting(NamedTuple):
     """What becomes of a weight's gradient."""
 
     kernels: Any
@@ -34,6 +34,22 @@ class Weighting:
     squares: Tensor | None
     sparse: bool
     transposition: Transposition
+
+
+def untraced(function: Callable) -> Callable:
+    """The function, which torch.compile does not trace but runs as it is, with all that it calls."""
+
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        # torch.compiler.disable imports the compiler, which takes a second.
+        compiler_is_there = "torch._dynamo" in sys.modules
+        return (disabled() if compiler_is_there else function)(*arguments, **options)
+
+    @functools.cache
+    def disabled() -> Callable:
+        return torch.compiler.disable(function)
+
+    return call
 
 
 class Once(Function):

@@ -7,9 +7,9 @@ with n in unused places; `active` (rows, C), the activations there, and `values`
 From pre-activations z = pre + bias, a = z where z > threshold, else 0, and p = soft_topk(a, k, alpha)
 over the whole row, whose zeros take part in the budget. With h and q = h / sum(h) as in reference.py an
 entry is kept where a > 0 and (p >= 2^-24 or q >= 2^-24): the second clause matters for an integer k,
-where the first element below the threshold has p near 0 and half of q. Its value is a p;
-straight-through it is a where the hard mask is 1, else 0, and those of the mask are kept as well; of a
-hard code those alone, with the value a.
+where the first element below the threshold has p near 0 and half of q. Its value is a p, or 0 where
+p < 2^-24, so that exactly the active latents have values other than 0; straight-through it is a where the
+hard mask is 1, else 0, and those of the mask are kept as well; of a hard code those alone, with the value a.
 
 Every backend has the five functions below, with the same signatures, on 2-D tensors of unit stride along
 the last dimension. What is computed is float64 for float64, else float32 (T below). k and alpha are
@@ -72,7 +72,7 @@ def code_forward(
         p, q, _ = weights(a, row, factors, scale)
         kept = (p >= SMALLEST) | (q >= SMALLEST)
         bad = row.D.isnan()
-        values = torch.where(p == 0, 0, a * p)
+        values = torch.where(p < SMALLEST, 0, a * p)
         if mode == "straight_through":
             mask = hard_topk_mask(a, k) == 1
             kept, values = kept | mask, torch.where(mask, a, 0)
