@@ -58,8 +58,6 @@ __device__ __forceinline__ void write_unused(const IndicesArgs& args, int64_t r,
 }
 
 inline constexpr int64_t kLeftCount = -2;  // marks a row, in the place of its count
-inline constexpr int kMaxima = 256;        // a bound for few is among so many
-inline constexpr int kMostOfMaxima = 96;   // and so many at most reach it
 
 template <int WARPS>
 struct HardShared {
@@ -78,22 +76,6 @@ struct HardShared {
   float2 bounds_of_blocks[2][kMostBlocks];
   int32_t counts_of_blocks[kMostBlocks];
 };
-
-// By one warp: a bound that at least `need` of the maxima, and not many more, reach; and the
-// greatest of them.
-__device__ __forceinline__ float2 bound_of_maxima(const uint4* maxima, int need) {
-  const int lane = int(threadIdx.x) % 32;
-  const uint4 a = maxima[lane], b = maxima[32 + lane];
-  const uint32_t key[kMaxima / 32] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-  // The least of 128 maxima of two: so many reach it.
-  const uint32_t pairs[4] = {max(a.x, b.x), max(a.y, b.y), max(a.z, b.z), max(a.w, b.w)};
-  const uint32_t least = min(min(pairs[0], pairs[1]), min(pairs[2], pairs[3]));
-  const uint32_t most = max(max(pairs[0], pairs[1]), max(pairs[2], pairs[3]));
-  uint32_t bound = __reduce_min_sync(~0u, least);
-  const uint32_t high = __reduce_max_sync(~0u, most);
-  bisect(key, need, need + need / 4 + 1, bound, high, kMaxima);
-  return make_float2(value_of(bound), value_of(high));
-}
 
 // By all threads: lists the groups whose keys reach the bound, thread + threads * number, in any
 // order, and counts them. `groups` has room for kMostRanked.

@@ -1,0 +1,153 @@
+// What one warp does with the few candidates of a row, in the order of their indices: the search
+// for the threshold, or the hard mask, and the code.
+#pragma once
+
+#include "few.cuh"
+#include "few_largest.cuh"
+#include "select.cuh"
+
+namespace softtopk::cuda {
+
+// The elements of a row that may be in its code, in the order of their indices. All others lie far
+// below the threshold, or are the `zeros`, which take part in the budget.
+struct Few {
+  const float* values;
+  const int32_t* indices;
+  int32_t count, zeros;
+  float least, most;  // no value lies below or above
+};
+
+// Which of few elements are in the hard mask: those with a key above the bound, and of those with
+// the bound for a key the first `ties`.
+struct MaskCut {
+  uint32_t bound;
+  int32_t ties;
+};
+
+// By one warp: the cut after the k largest of them, or after all.
+template <uint32_t GRAIN>
+__device__ __forceinline__ MaskCut mask_cut(const Few& few, int32_t k) {
+  const int lane = int(threadIdx.x) % 32;
+  const auto reach = [&](uint32_t least) {
+    int32_t reached = 0;
+    for (int32_t i = lane; i < few.count; i += 32) {
+      reached += key_of(few.values[i]) / GRAIN >= least;
+    }
+    return __reduce_add_sync(~0u, reached);
+  };
+  uint32_t low = key_of(few.least) / GRAIN, high = key_of(few.most) / GRAIN;
+  int32_t reached_low = few.count;
+#pragma unroll 1
+  while (low < high && reached_low > k) {
+    const uint32_t middle = low + (high - low) / 2 + 1;
+    const int32_t reached = reach(middle);
+    if (reached >= k) {
+      low = middle;
+      reached_low = reached;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return {low, reached_low <= k ? k : k - reach(low + 1)};
+}
+
+// Adds up what of them is in the mask, 32 at a time from the first on.
+template <uint32_t GRAIN>
+class Mask {
+ public:
+  __device__ explicit Mask(const MaskCut& cut) : cut_(cut) {}
+  // Whether the calling lane's value is, for all lanes of a warp.
+  __device__ __forceinline__ bool holds(float x) {
+    const uint32_t key = key_of(x) / GRAIN;
+    const uint32_t tied = __ballot_sync(~0u, key == cut_.bound);
+    const bool first = __popc(tied & lanes_below()) < cut_.ties;
+    cut_.ties -= __popc(tied);
+    return key > cut_.bound || (key == cut_.bound && first);
+  }
+  __device__ static uint32_t lanes_below() { return (1u << threadIdx.x % 32) - 1; }
+
+ private:
+  MaskCut cut_;
+};
+
+__device__ __forceinline__ int32_t hard_budget(const SelectArgs& args, int64_t r) {
+  return int32_t(std::floor(per_row(args.k, r) + 0.5));
+}
+
+// By one warp: writes the hard code of row r.
+template <uint32_t GRAIN>
+__device__ __forceinline__ void write_hard(const SelectArgs& args, int64_t r, const Few& few) {
+  const int lane = int(threadIdx.x) % 32;
+  Mask<GRAIN> mask(mask_cut<GRAIN>(few, hard_budget(args, r)));
+  int32_t kept = 0;
+#pragma unroll 1
+  for (int32_t i = lane; i - lane < few.count; i += 32) {
+    const float x = i < few.count ? few.values[i] : -infinity<float>;
+    const bool keep = mask.holds(x);
+    const uint32_t all = __ballot_sync(~0u, keep);
+    const int32_t place = kept + __popc(all & Mask<GRAIN>::lanes_below());
+    if (keep) write_entry(args.code, r, place, few.indices[i], x, x);
+    kept += __popc(all);
+  }
+  write_rest<float>(args.code, r, kept, int32_t(args.x.n), lane, 32);
+}
+
+// By one warp: solves row r and writes its code, or returns false: it must be left. L is above the
+// elements left out by so much that they weigh nothing beside it.
+template <uint32_t GRAIN>
+__device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, const Few& few,
+                                           float L, const Budget& k, float alpha, float rate) {
+  const int lane = int(threadIdx.x) % 32;
+  int32_t right;
+  const Solution<float> s =
+      FewSearch<GRAIN>(few.values, {L, few.most}, few.count, float(few.zeros), k, alpha, rate)
+          .solve(right);
+  if (!right) return false;
+  const Densities<float> d = quick_densities(s, rate);
+  const float larger = fmaxf(d.h_B, d.q_B);
+  const bool masked = args.mode == Selecting::straight_through;
+  Mask<GRAIN> mask({0, 0});
+  if (masked) mask = Mask<GRAIN>(mask_cut<GRAIN>(few, hard_budget(args, r)));
+  constexpr float kLn2 = 0.6931471805599453f;
+  int32_t kept = 0;
+  float Q_out = 0, M_out = 0;
+#pragma unroll 1
+  for (int32_t i = lane; i - lane < few.count; i += 32) {
+    const float x = i < few.count ? few.values[i] : -infinity<float>;
+    const bool above = x >= s.r_A;
+    const float t = (x - (above ? s.r_A : s.r_B)) * rate, e = faster_exp2(-fabsf(t));
+    bool keep = above || larger * e >= kLeastKept;
+    float value = x * (above ? fmaf(-d.h_A, e, 1.0f) : d.h_B * e);
+    if (masked) {
+      const bool in_mask = mask.holds(x);
+      keep = keep || in_mask;
+      value = in_mask ? x : 0;
+    }
+    const uint32_t all = __ballot_sync(~0u, keep);
+    const int32_t place = kept + __popc(all & Mask<GRAIN>::lanes_below());
+    if (keep) write_entry(args.code, r, place, few.indices[i], value, x);
+    if (i < few.count && !(keep && place < args.code.max_active)) {
+      const float q = (above ? d.q_A : d.q_B) * e;
+      // Relative to r_B, or to r_A where there is none below.
+      const float far = above && s.r_B > -infinity<float> ? (x - s.r_B) * rate : t;
+      Q_out += q;
+      if (q > 0) M_out = fmaf(q, far, M_out);
+    }
+    kept += __popc(all);
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    Q_out += __shfl_xor_sync(~0u, Q_out, lanes);
+    M_out += __shfl_xor_sync(~0u, M_out, lanes);
+  }
+  const float zeros = float(few.zeros) * d.q_B * faster_exp2(-s.r_B * rate);
+  if (zeros > 0) {
+    Q_out += zeros;
+    M_out = fmaf(-zeros, s.r_B * rate, M_out);
+  }
+  if (lane == 0) write_state(args.code, r, s, Q_out, M_out * kLn2);
+  write_rest<float>(args.code, r, kept, int32_t(args.x.n), lane, 32);
+  return true;
+}
+
+}  // namespace softtopk::cuda

@@ -1,0 +1,77 @@
+// The code of every row of pre-activations: which activations are kept, and what they are worth
+// (softtopk/sparse.py).
+//
+// Bytes: a row is read once where it fits on chip and few of its elements lie near the threshold or
+// above it (quick_select.cuh), on every sweep of the search otherwise; 12 bytes are written for
+// each of the max_active places.
+#include "quick_select.cuh"
+#include "resident_launch.cuh"
+
+namespace softtopk::cuda {
+namespace {
+
+constexpr Demand kQuick = {1, kAnyPart, 3, {64, 128, 128}, {800, 1024, 1024}, 2048};
+
+// The rows that select_quick has left, or all.
+template <class S>
+__global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2)
+    select_careful(const SelectArgs args) {
+  __shared__ typename Block<256>::Storage storage;
+  Block<256> group(storage);
+  const int64_t step = gridDim.x;
+  for (int64_t first = blockIdx.x; first < args.x.rows; first += 32 * step) {
+    const int64_t mine = first + int(threadIdx.x) % 32 * step;
+    uint32_t left =
+        __ballot_sync(~0u, mine < args.x.rows && (args.all || args.code.counts[mine] == kLeftRow));
+    if (left != 0) __syncthreads();  // all have looked before one is done
+    for (; left != 0; left &= left - 1) {
+      select_row<S>(args, first + (__ffs(int(left)) - 1) * step, group);
+    }
+  }
+}
+
+template <class S>
+void select_rows(SelectArgs args, const Device& device, void* stream) {
+  const Rows& x = args.x;
+  if constexpr (sizeof(S) <= 4) {
+    const Plan plan = plan_resident(x.n, sizeof(S), kQuick, device);
+    if (x.n * sizeof(S) > 256 * 16 && plan.blocks > 0) {
+      args.all = false;
+      args.room = plan.room;
+      with_sharing<S, 64, 128, 256>(plan, x.n, [&](auto sharing) {
+        using H = decltype(sharing);
+        const auto kernel =
+            args.mode == Selecting::hard ? select_quick<H, false> : select_quick<H, true>;
+        launch_resident(kernel, args, x.rows, plan, device, stream);
+      });
+    }
+  }
+  launch_resident(select_careful<S>, args, x.rows, Plan{1, 256, 0, 0}, device, stream);
+}
+
+}  // namespace
+
+void code_forward(const Rows& z, const PerRow& k, const PerRow& alpha, const Activation& activation,
+                  Selecting mode, const Code& code, int device, void* stream) {
+  check_length(z.n);
+  const DeviceGuard guard(device);
+  with_type(z.type, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    const bool wide_bias = is_wide(activation.bias, 1, 0, sizeof(S));
+    const Device& gpu = device_at(device);
+    const SelectArgs args = {z,
+                             k,
+                             alpha,
+                             activation,
+                             mode,
+                             code,
+                             is_wide(z.data, z.rows, z.stride, sizeof(S)),
+                             wide_bias,
+                             gpu.fed(),
+                             true,
+                             0};
+    select_rows<S>(args, gpu, stream);
+  });
+}
+
+}  // namespace softtopk::cuda
