@@ -1,0 +1,169 @@
+// x_hat[r] = sum_j values[r, j] weight[indices[r, j]] + bias: the decoder's rows that a code chooses.
+//
+// Bytes: every entry reads a row of the weight, from the L2 cache where that holds what is being
+// read. So the columns are cut into tiles, and all rows are decoded for one tile before the next:
+// n elements of a tile are to fit in the cache. A warp has a row and a tile; where the tile is
+// narrow, parts of the warp take entries in turn and are summed up at the end, in the same order
+// every time.
+//
+// The ladder, in ms (H200, bfloat16, (rows, k, d, n) = (4096, 64, 768, 24576) | (4096, 64, 2304,
+// 16384) | (4096, 64, 2304, 65536) | (8192, 32, 4096, 131072)):
+//   LADDER
+#include <cstdlib>
+
+#include "layout.cuh"
+#include "launch.cuh"
+
+namespace softtopk::cuda {
+namespace {
+
+struct DecodeArgs {
+  const void* values;
+  const int32_t* indices;
+  const int32_t* counts;
+  int64_t rows, max_active;
+  const void* weight;
+  int64_t d;
+  const void* bias;
+  void* out;
+};
+
+constexpr int kThreads = 128;
+
+// LANES of a warp take an entry, each VECTORS chunks of it, LANES chunks apart. WIDE: all rows start
+// on 16 bytes.
+template <class S, int LANES, int VECTORS, bool WIDE>
+__global__ void __launch_bounds__(kThreads) decode_rows(const DecodeArgs args) {
+  using T = Compute<S>;
+  using Raw = typename Element<S>::Raw;
+  constexpr int kSize = Chunk<S>::size, kParts = 32 / LANES;
+  constexpr int kTogether = 8 / VECTORS;  // entries of a part that are asked for at once
+  const int lane = int(threadIdx.x) % 32, part = lane / LANES;
+  const int64_t r = int64_t(blockIdx.x) * (kThreads / 32) + int(threadIdx.x) / 32;
+  if (r >= args.rows) return;
+  const int64_t d = args.d;
+  const int64_t first = (int64_t(blockIdx.y) * LANES * VECTORS + lane % LANES) * kSize;
+  const Raw* const weight = static_cast<const Raw*>(args.weight);
+  const auto load = [&](const Raw* row, int vector) {
+    const int64_t column = first + vector * LANES * kSize;
+    Chunk<S> chunk{};
+    if constexpr (WIDE) {
+      if (column < d) chunk.words = __ldg(reinterpret_cast<const uint4*>(row + column));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (column + i < d) chunk.set_raw(i, row[column + i]);
+      }
+    }
+    return chunk;
+  };
+  T sum[VECTORS][kSize] = {};
+  const int32_t count = int32_t(min(int64_t(args.counts[r]), args.max_active));
+  const int64_t place = r * args.max_active;
+  for (int32_t base = 0; base < count; base += 32) {
+    const int32_t here = min(32, count - base);
+    int32_t latent = 0;
+    T value = 0;
+    if (lane < here) {
+      latent = args.indices[place + base + lane];
+      value = static_cast<const T*>(args.values)[place + base + lane];
+    }
+#pragma unroll 1
+    for (int start = 0; start < here; start += kTogether * kParts) {
+      Chunk<S> chunk[kTogether][VECTORS];
+      T scale[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int entry = start + i * kParts + part;  // beyond 31: none
+        const int32_t chosen = __shfl_sync(~0u, latent, entry % 32);
+        scale[i] = __shfl_sync(~0u, value, entry % 32);
+        const bool any = entry < here;
+        if (!any) scale[i] = 0;
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+          chunk[i][v] = Chunk<S>{};
+          if (any) chunk[i][v] = load(weight + chosen * d, v);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+          T w[kSize];
+          chunk[i][v].read(w);
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) sum[v][j] = fma(scale[i], w[j], sum[v][j]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+    for (int mask = LANES; mask < 32; mask *= 2) {
+#pragma unroll
+      for (T& element : sum[v]) element += __shfl_xor_sync(~0u, element, mask);
+    }
+    if (part != 0) continue;
+    const int64_t column = first + v * LANES * kSize;
+    if (args.bias != nullptr) {
+      T bias[kSize];
+      load(static_cast<const Raw*>(args.bias), v).read(bias);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) sum[v][j] += bias[j];
+    }
+    const Chunk<S> chunk = Chunk<S>::of(sum[v]);
+    Raw* const out = static_cast<Raw*>(args.out) + r * d + column;
+    if constexpr (WIDE) {
+      if (column < d) store_global(out, chunk.words);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (column + i < d) out[i] = chunk.raw(i);
+      }
+    }
+  }
+}
+
+// Of the weight, that a tile of its columns is to have at most.
+int64_t tile_bytes() {
+  const char* asked = std::getenv("SOFTTOPK_TILE_MB");
+  return (asked != nullptr ? std::atoi(asked) : 20) * int64_t(1) << 20;
+}
+
+template <class S, int LANES, int VECTORS>
+void launch_decode(DecodeArgs args, bool wide, void* stream) {
+  constexpr int64_t kTile = LANES * VECTORS * Chunk<S>::size;
+  const auto kernel =
+      wide ? decode_rows<S, LANES, VECTORS, true> : decode_rows<S, LANES, VECTORS, false>;
+  constexpr int64_t kRowsOfBlock = kThreads / 32;
+  const dim3 grid(unsigned((args.rows + kRowsOfBlock - 1) / kRowsOfBlock),
+                  unsigned((args.d + kTile - 1) / kTile));
+  void* pointers[] = {&args};
+  check(cudaLaunchKernel(kernel, grid, dim3(kThreads), pointers, 0,
+                         static_cast<cudaStream_t>(stream)),
+        "kernel launch");
+}
+
+}  // namespace
+
+void decode(const void* values, const int32_t* indices, const int32_t* counts, int64_t rows,
+            int64_t max_active, const void* weight, Type type, int64_t n, int64_t d,
+            const void* bias, void* out, int device, void* stream) {
+  if (rows == 0 || d == 0) return;
+  const DeviceGuard guard(device);
+  with_type(type, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    const DecodeArgs args = {values, indices, counts, rows, max_active, weight, d, bias, out};
+    const bool wide = is_wide(weight, n, d, sizeof(S)) && is_wide(out, rows, d, sizeof(S)) &&
+                      is_wide(bias, 1, 0, sizeof(S)) && d * sizeof(S) % 16 == 0;
+    // The columns of a tile in units of 16 bytes.
+    const int64_t fits = tile_bytes() / (n * 16), whole = (d * int64_t(sizeof(S)) + 15) / 16;
+    if (fits >= 64 && whole > 32) return launch_decode<S, 32, 2>(args, wide, stream);
+    if (fits >= 32 && whole > 16) return launch_decode<S, 32, 1>(args, wide, stream);
+    if (fits >= 16 && whole > 8) return launch_decode<S, 16, 1>(args, wide, stream);
+    launch_decode<S, 8, 1>(args, wide, stream);
+  });
+}
+
+}  // namespace softtopk::cuda

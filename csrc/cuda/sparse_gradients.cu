@@ -1,0 +1,519 @@
+// The gradients of a code's weights, latent by latent (softtopk.h): grad[l] = sum_e scale_e
+// y[row of e], and of its values: dots_e = <weight[l], y[row of e]>, from one gather of y.
+//
+// Bytes: every entry reads a row of y, from the L2 cache where that holds y; weight is read and grad
+// written once. The entries, in the order of their latents, are shared out among blocks in pieces of
+// kPiece, so that a latent which fires everywhere is as good as any other: latents of up to kPiece
+// entries belong to the piece where they begin, and the pieces of longer ones leave partial sums
+// that a second kernel adds up, in order. All threads of a block are at one entry, each at its
+// columns; rows of y and of the weight are asked for some entries ahead.
+//
+// The ladder, in ms, dW and dots in bfloat16 with the transposition (H200, (rows, k, d, n) = (4096,
+// 64, 768, 24576) | (4096, 64, 2304, 16384) | (4096, 64, 2304, 65536) | (8192, 32, 4096, 131072)):
+//   LADDER
+#include "layout.cuh"
+#include "launch.cuh"
+
+namespace softtopk::cuda {
+namespace {
+
+constexpr int kPiece = 64;         // entries
+constexpr int kMost = 2 * kPiece;  // of a block: the last latent may reach beyond its piece
+constexpr int kMostWarps = 16;
+constexpr int kFinishing = 256;    // threads of a block that adds up or clears
+constexpr int kLatents = 64;       // that such a block looks at
+
+struct GradientArgs {
+  const void* scale;
+  const int32_t* offsets;
+  const int32_t* entries;
+  int64_t max_active;
+  int32_t n;
+  int64_t d;
+  const void* y;
+  const void* weight;  // or null
+  bool project, zero_silent;
+  void* grad;
+  void* dots;
+  void* sums;
+  void* squares;
+  // The workspace.
+  void* partial;         // (pieces, 2, d), where a piece begins or ends within a long latent
+  void* partial_sums;    // (pieces, 2)
+  int32_t* first;        // (pieces,) the latent that has a piece's first entry
+};
+
+// Marks every piece with the latent that has its first entry.
+__global__ void __launch_bounds__(kFinishing) find_pieces(const GradientArgs args) {
+  const int64_t latent = int64_t(blockIdx.x) * kFinishing + threadIdx.x;
+  if (latent >= args.n) return;
+  const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
+  for (int32_t piece = (begin + kPiece - 1) / kPiece; piece * kPiece < end; ++piece) {
+    args.first[piece] = int32_t(latent);
+  }
+}
+
+// The entries of a piece, in shared memory.
+struct Piece {
+  int32_t row[kMost], latent[kMost], entry[kMost];
+};
+
+template <class T>
+__device__ __forceinline__ T sum_of_warp(T value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(~0u, value, mask);
+  return value;
+}
+
+// Of four values of every lane the sums over a warp: in lanes 0, 8, 16, 24.
+template <class T>
+__device__ __forceinline__ T sum_of_four(const T (&values)[4]) {
+  const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
+  const T a = (upper ? values[2] : values[0]) +
+              __shfl_xor_sync(~0u, upper ? values[0] : values[2], 16);
+  const T b = (upper ? values[3] : values[1]) +
+              __shfl_xor_sync(~0u, upper ? values[1] : values[3], 16);
+  T sum = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 8);
+#pragma unroll
+  for (int mask = 4; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+  return sum;
+}
+
+// A thread's columns of a row: VECTORS chunks, as many threads apart as a block has.
+template <class S, int VECTORS, bool WIDE>
+struct Columns {
+  using Raw = typename Element<S>::Raw;
+  static constexpr int size = Chunk<S>::size;
+
+  __device__ __forceinline__ static int64_t column(int vector) {
+    return (int64_t(vector) * blockDim.x + threadIdx.x) * size;
+  }
+  __device__ __forceinline__ static Chunk<S> load(const void* data, int64_t row, int64_t d,
+                                                  int vector) {
+    const int64_t at = column(vector);
+    const Raw* const from = static_cast<const Raw*>(data) + row * d + at;
+    Chunk<S> chunk{};
+    if constexpr (WIDE) {
+      if (at < d) chunk.words = __ldg(reinterpret_cast<const uint4*>(from));
+    } else {
+#pragma unroll
+      for (int i = 0; i < size; ++i) {
+        if (at + i < d) chunk.set_raw(i, from[i]);
+      }
+    }
+    return chunk;
+  }
+  template <class T>
+  __device__ __forceinline__ static void read(const T* row, int64_t d, int vector, T (&x)[size]) {
+    const int64_t at = column(vector);
+#pragma unroll
+    for (int i = 0; i < size; ++i) x[i] = at + i < d ? row[at + i] : T(0);
+  }
+  template <class O, class T>
+  __device__ __forceinline__ static void store(O* row, int64_t d, int vector, const T (&x)[size]) {
+    using RawOut = typename Element<O>::Raw;
+    constexpr int kOut = Chunk<O>::size;
+    const int64_t at = column(vector);
+    RawOut* const to = reinterpret_cast<RawOut*>(row) + at;
+    if constexpr (WIDE && size % kOut == 0) {
+      if (at >= d) return;
+#pragma unroll
+      for (int part = 0; part < size / kOut; ++part) {
+        Compute<O> own[kOut];
+#pragma unroll
+        for (int i = 0; i < kOut; ++i) own[i] = Compute<O>(x[part * kOut + i]);
+        store_global(to + part * kOut, Chunk<O>::of(own).words);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < size; ++i) {
+        if (at + i < d) to[i] = Element<O>::raw(Compute<O>(x[i]));
+      }
+    }
+  }
+};
+
+// What a warp adds to the sums of a block: of each entry its dot, of each latent its square.
+template <class T>
+struct WarpSums {
+  T dots[kMostWarps][kMost];
+  T squares[kMostWarps][kMost];
+  T along[2][kMostWarps];  // <grad, weight> of two latents in turn
+};
+
+// Whether the segment is one that several pieces share.
+__device__ __forceinline__ bool is_long(int32_t begin, int32_t end) { return end - begin > kPiece; }
+
+template <class S, class O, int VECTORS, bool WIDE, bool DOTS>
+__global__ void __launch_bounds__(kMostWarps * 32) add_pieces(const GradientArgs args) {
+  using T = Compute<S>;
+  using Own = Columns<S, VECTORS, WIDE>;
+  constexpr int kSize = Chunk<S>::size, kTogether = 4;
+  __shared__ Piece piece;
+  __shared__ T scales[kMost];
+  __shared__ std::conditional_t<DOTS, WarpSums<T>, T[kMostWarps][kMost]> of_warps;
+  __shared__ int32_t segment_latent[kMost];
+  const int t = int(threadIdx.x), warp = t / 32, lane = t % 32, warps = int(blockDim.x) / 32;
+  const int32_t total = args.offsets[args.n], begin = int32_t(blockIdx.x) * kPiece;
+  if (begin >= total) return;
+
+  // Which entries: from the first that belongs to nobody else, to the end of the last short latent.
+  const int32_t head = args.first[blockIdx.x];
+  int32_t from = begin, to = min(begin + kPiece, total);
+  if (args.offsets[head] < begin && !is_long(args.offsets[head], args.offsets[head + 1])) {
+    from = args.offsets[head + 1];
+  }
+  int32_t tail = args.n - 1;
+  if (begin + kPiece < total) {
+    tail = args.first[blockIdx.x + 1];
+    const int32_t start = args.offsets[tail], end = args.offsets[tail + 1];
+    if (start < to && !is_long(start, end)) to = max(end, from);
+  }
+  const int32_t count = to - from;  // may be 0
+  for (int i = t; i < count; i += int(blockDim.x)) {
+    const int32_t entry = args.entries[from + i];
+    int32_t low = head, high = tail;  // the last latent that begins at or before the entry
+    while (low < high) {
+      const int32_t middle = low + (high - low + 1) / 2;
+      if (args.offsets[middle] <= from + i) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    piece.row[i] = entry / int32_t(args.max_active);
+    piece.latent[i] = low;
+    piece.entry[i] = entry;
+    scales[i] = static_cast<const T*>(args.scale)[entry];
+  }
+  __syncthreads();
+
+  T sum[VECTORS][kSize] = {}, along = 0, of_scales = 0;
+  int segments = 0, turn = 0;
+  Chunk<S> w[kTogether][VECTORS];
+  // The sums of the latent that ends before entry i, to where they belong.
+  const auto finish = [&](int i, const Chunk<S>(&row)[VECTORS]) {
+    const int32_t latent = piece.latent[i - 1];
+    const int32_t start = args.offsets[latent], end = args.offsets[latent + 1];
+    if (is_long(start, end)) {
+      const int64_t slot = int64_t(blockIdx.x) * 2 + (start > begin);
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        Columns<S, VECTORS, false>::store(static_cast<T*>(args.partial) + slot * args.d, args.d, v,
+                                          sum[v]);
+      }
+      if (t == 0) static_cast<T*>(args.partial_sums)[slot] = of_scales;
+    } else {
+      if constexpr (DOTS) {
+        if (args.project) {
+          const T own = sum_of_warp(along);
+          if (lane == 0) of_warps.along[turn][warp] = own;
+          __syncthreads();
+          T all = 0;
+          for (int other = 0; other < warps; ++other) all += of_warps.along[turn][other];
+          turn ^= 1;
+#pragma unroll
+          for (int v = 0; v < VECTORS; ++v) {
+            T x[kSize];
+            row[v].read(x);
+#pragma unroll
+            for (int j = 0; j < kSize; ++j) sum[v][j] -= all * x[j];
+          }
+        }
+      }
+      O* const out = static_cast<O*>(args.grad) + int64_t(latent) * args.d;
+      T square = 0;
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        Own::store(out, args.d, v, sum[v]);
+#pragma unroll
+        for (const T x : sum[v]) square += x * x;
+      }
+      if (args.squares != nullptr) {
+        square = sum_of_warp(square);
+        if (lane == 0) {
+          if constexpr (DOTS) {
+            of_warps.squares[warp][segments] = square;
+          } else {
+            of_warps[warp][segments] = square;
+          }
+        }
+      }
+      if (t == 0) {
+        segment_latent[segments] = latent;
+        if (args.sums != nullptr) static_cast<T*>(args.sums)[latent] = of_scales;
+      }
+      ++segments;
+    }
+    along = of_scales = 0;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+      for (T& x : sum[v]) x = 0;
+    }
+  };
+
+#pragma unroll 1
+  for (int base = 0; base < count; base += kTogether) {
+    Chunk<S> y[kTogether][VECTORS];
+    Chunk<S> last[VECTORS];
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) last[v] = w[kTogether - 1][v];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const bool any = base + i < count;
+      // The last entry again, with the scale 0, where there is none.
+      const int at = any ? base + i : count - 1;
+      const bool fresh = DOTS && (at == 0 || piece.latent[at] != piece.latent[at - 1]);
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        y[i][v] = Own::load(args.y, piece.row[at], args.d, v);
+        if constexpr (DOTS) {
+          w[i][v] = i == 0 ? last[v] : w[i > 0 ? i - 1 : 0][v];
+          if (fresh) w[i][v] = Own::load(args.weight, piece.latent[at], args.d, v);
+        }
+      }
+    }
+    T dots[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int at = base + i;
+      dots[i] = 0;
+      if (at >= count) continue;
+      if (at > 0 && piece.latent[at] != piece.latent[at - 1]) {
+        if (i == 0) {
+          finish(at, last);
+        } else {
+          finish(at, w[i > 0 ? i - 1 : 0]);
+        }
+      }
+      const T scale = scales[at];
+      of_scales += scale;
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        T x[kSize], u[kSize];
+        y[i][v].read(x);
+        if constexpr (DOTS) w[i][v].read(u);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          sum[v][j] = fma(scale, x[j], sum[v][j]);
+          if constexpr (DOTS) dots[i] = fma(u[j], x[j], dots[i]);
+        }
+      }
+      if constexpr (DOTS) along = fma(scale, dots[i], along);
+    }
+    if constexpr (DOTS) {
+      const T four = sum_of_four(dots);
+      if (lane % 8 == 0 && base + lane / 8 < count) of_warps.dots[warp][base + lane / 8] = four;
+    }
+  }
+  if (count > 0) finish(count, w[(kTogether - 1)]);
+  if (!DOTS && args.squares == nullptr) return;
+  __syncthreads();
+  for (int i = t; i < count; i += int(blockDim.x)) {
+    if constexpr (DOTS) {
+      T dot = 0;
+      for (int other = 0; other < warps; ++other) dot += of_warps.dots[other][i];
+      static_cast<T*>(args.dots)[piece.entry[i]] = dot;
+    }
+    if (args.squares == nullptr || i >= segments) continue;
+    T square = 0;
+    for (int other = 0; other < warps; ++other) {
+      if constexpr (DOTS) {
+        square += of_warps.squares[other][i];
+      } else {
+        square += of_warps[other][i];
+      }
+    }
+    static_cast<T*>(args.squares)[segment_latent[i]] = square;
+  }
+}
+
+// The sum of a value over a block of kFinishing threads, in all of them.
+template <class T>
+__device__ __forceinline__ T sum_of_block(T value, T (&of_warps)[kFinishing / 32]) {
+  value = sum_of_warp(value);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  T total = 0;
+#pragma unroll
+  for (const T of_warp : of_warps) total += of_warp;
+  return total;
+}
+
+// Adds up the partial sums of the long latents, and clears those of the silent ones.
+template <class S, class O>
+__global__ void __launch_bounds__(kFinishing) finish_latents(const GradientArgs args) {
+  using T = Compute<S>;
+  __shared__ T of_warps[kFinishing / 32];
+  __shared__ int32_t which[kLatents];
+  const int t = int(threadIdx.x);
+  // Neighbours, which may all be long, go to different blocks.
+  for (int i = t; i < kLatents; i += kFinishing) {
+    const int64_t latent = blockIdx.x + int64_t(i) * gridDim.x;
+    int32_t kind = -1;
+    if (latent < args.n) {
+      const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
+      if (begin == end || is_long(begin, end)) kind = int32_t(latent);
+    }
+    which[i] = kind;
+  }
+  __syncthreads();
+  for (int i = 0; i < kLatents; ++i) {
+    const int32_t latent = which[i];
+    if (latent < 0) continue;
+    const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
+    O* const out = static_cast<O*>(args.grad) + int64_t(latent) * args.d;
+    if (begin == end) {
+      if (t == 0 && args.sums != nullptr) static_cast<T*>(args.sums)[latent] = 0;
+      if (t == 0 && args.squares != nullptr) static_cast<T*>(args.squares)[latent] = 0;
+      if (!args.zero_silent) continue;
+      // As many whole 16 bytes as there are, then the rest.
+      unsigned char* const bytes = reinterpret_cast<unsigned char*>(out);
+      const int64_t size = args.d * int64_t(sizeof(O));
+      const bool wide = reinterpret_cast<uintptr_t>(bytes) % 16 == 0;
+      const int64_t chunks = wide ? size / 16 : 0;
+      for (int64_t at = t; at < chunks; at += kFinishing) {
+        store_global(bytes + 16 * at, make_uint4(0, 0, 0, 0));
+      }
+      for (int64_t at = 16 * chunks + t; at < size; at += kFinishing) bytes[at] = 0;
+      continue;
+    }
+    // The first piece has it last, but where it begins with it; the others have it first.
+    const int32_t first = begin / kPiece, last = (end - 1) / kPiece;
+    const auto slot = [&](int32_t piece) {
+      return int64_t(piece) * 2 + (piece == first && begin > first * kPiece);
+    };
+    const auto total = [&](int64_t column) {
+      T sum = 0;
+#pragma unroll 4
+      for (int32_t piece = first; piece <= last; ++piece) {
+        sum += static_cast<const T*>(args.partial)[slot(piece) * args.d + column];
+      }
+      return sum;
+    };
+    const auto* const weight = static_cast<const typename Element<S>::Raw*>(args.weight) +
+                               (args.project ? int64_t(latent) * args.d : 0);
+    T along = 0;
+    T* const row = static_cast<T*>(args.partial) + slot(first) * args.d;
+    for (int64_t column = t; column < args.d; column += kFinishing) {
+      const T sum = total(column);
+      row[column] = sum;  // this thread's from here on
+      if (args.project) along = fma(sum, Element<S>::value(weight[column]), along);
+    }
+    if (args.project) along = sum_of_block(along, of_warps);
+    T square = 0;
+    for (int64_t column = t; column < args.d; column += kFinishing) {
+      T sum = row[column];
+      if (args.project) sum -= along * Element<S>::value(weight[column]);
+      reinterpret_cast<typename Element<O>::Raw*>(out)[column] =
+          Element<O>::raw(Compute<O>(sum));
+      square = fma(sum, sum, square);
+    }
+    if (args.squares != nullptr) {
+      square = sum_of_block(square, of_warps);
+      if (t == 0) static_cast<T*>(args.squares)[latent] = square;
+    }
+    if (args.sums != nullptr && t == 0) {
+      T sum = 0;
+      for (int32_t piece = first; piece <= last; ++piece) {
+        sum += static_cast<const T*>(args.partial_sums)[slot(piece)];
+      }
+      static_cast<T*>(args.sums)[latent] = sum;
+    }
+  }
+}
+
+int64_t pieces_of(int64_t rows, int64_t max_active) {
+  return (rows * max_active + kPiece - 1) / kPiece;
+}
+
+void run(void (*kernel)(GradientArgs), GradientArgs args, int64_t blocks, int64_t threads,
+         void* stream) {
+  if (blocks == 0) return;
+  void* pointers[] = {&args};
+  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0,
+                         static_cast<cudaStream_t>(stream)),
+        "kernel launch");
+}
+
+template <class S, class O, int VECTORS, bool WIDE>
+void add(const GradientArgs& args, int64_t pieces, int64_t threads, void* stream) {
+  if (args.weight != nullptr) {
+    run(add_pieces<S, O, VECTORS, WIDE, true>, args, pieces, threads, stream);
+  } else {
+    run(add_pieces<S, O, VECTORS, WIDE, false>, args, pieces, threads, stream);
+  }
+}
+
+template <class S, class O>
+void gradients(const GradientArgs& args, int64_t rows, void* stream) {
+  constexpr int64_t kSize = Chunk<S>::size, kMostThreads = kMostWarps * 32;
+  const int64_t d = args.d, pieces = pieces_of(rows, args.max_active);
+  const bool wide = is_wide(args.y, rows, d, sizeof(S)) &&
+                    is_wide(args.weight, args.n, d, sizeof(S)) &&
+                    is_wide(args.grad, args.n, d, sizeof(O)) && d % kSize == 0;
+  const int64_t chunks = (d + kSize - 1) / kSize;
+  const int64_t vectors = (chunks + kMostThreads - 1) / kMostThreads;
+  const auto threads = [&](int64_t each) {
+    return ((chunks + each - 1) / each + 31) / 32 * 32;
+  };
+  if (vectors > 4) {
+    throw std::runtime_error("softtopk: d=" + std::to_string(d) +
+                             " is more than the CUDA backend's gradients take, " +
+                             std::to_string(4 * kMostThreads * kSize));
+  }
+  run(find_pieces, args, (args.n + kFinishing - 1) / kFinishing, kFinishing, stream);
+  if (!wide) {
+    add<S, O, 4, false>(args, pieces, threads(4), stream);
+  } else if (vectors <= 1) {
+    add<S, O, 1, true>(args, pieces, threads(1), stream);
+  } else {
+    add<S, O, 4, true>(args, pieces, threads(4), stream);
+  }
+  run(finish_latents<S, O>, args, (args.n + kLatents - 1) / kLatents, kFinishing, stream);
+}
+
+}  // namespace
+
+int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t, int64_t d) {
+  const int64_t pieces = pieces_of(rows, max_active);
+  return pieces * (2 * 8 * (d + 1) + 4);
+}
+
+void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,
+                      int64_t rows, int64_t max_active, int64_t n, int64_t d, const void* y,
+                      const void* weight, Type type, Type out_type, bool project,
+                      bool zero_silent, void* grad, void* dots, void* sums, void* squares,
+                      void* workspace, int device, void* stream) {
+  check_length(n);
+  check_length(rows * max_active);
+  const DeviceGuard guard(device);
+  const auto on = static_cast<cudaStream_t>(stream);
+  const int64_t pieces = pieces_of(rows, max_active), size = type == Type::float64 ? 8 : 4;
+  unsigned char* const bytes = static_cast<unsigned char*>(workspace);
+  void* const partial_sums = bytes + pieces * 2 * size * d;
+  void* const first = bytes + pieces * 2 * size * (d + 1);
+  if (dots != nullptr) {
+    check(cudaMemsetAsync(dots, 0, size_t(rows * max_active * size), on), "cudaMemsetAsync");
+  }
+  const GradientArgs args = {scale,       offsets,     entries, max_active, int32_t(n),
+                             d,           y,           weight,  project,    zero_silent,
+                             grad,        dots,        sums,    squares,    workspace,
+                             partial_sums, static_cast<int32_t*>(first)};
+  with_type(type, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    if constexpr (sizeof(S) == 8) {
+      gradients<S, S>(args, rows, stream);
+    } else if (out_type == Type::float32) {
+      gradients<S, float>(args, rows, stream);
+    } else if (out_type == type) {
+      gradients<S, S>(args, rows, stream);
+    } else {
+      throw std::runtime_error("softtopk: a gradient is of float32 or of the type of y");
+    }
+  });
+}
+
+}  // namespace softtopk::cuda
