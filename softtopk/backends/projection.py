@@ -40,7 +40,7 @@ class Projection:
         mask = x.new_empty(len(x), (len(weight) + 7) // 8, dtype=torch.uint8)
         chunks, buffer = columns_at_a_time(x, weight)
         for part in chunks:
-            z = columns_of(buffer, part)
+            z = columns_of(buffer, len(x), part)
             torch.addmm(bias[part], x, weight[part].t(), out=z)
             self.steps.relu_dot(z, w2[part], part.start > 0, scores, mask[:, part.start // 8 :])
         return scores, mask
@@ -65,7 +65,7 @@ class Projection:
         grad_x = x.new_zeros(x.shape, dtype=w2.dtype) if want_x else None
         chunks, buffer = columns_at_a_time(x, weight)
         for part in chunks:
-            expanded = columns_of(buffer, part)
+            expanded = columns_of(buffer, len(x), part)
             sums = self.steps.expand_mask(mask[:, part.start // 8 :], g, expanded)
             for inner in products_at_a_time(part, weight, w2.dtype):
                 place = slice(inner.start - part.start, inner.stop - part.start)
@@ -103,11 +103,10 @@ def products_at_a_time(part: slice, weight: Tensor, dtype: torch.dtype) -> Itera
     return (slice(i, min(i + columns, part.stop)) for i in range(part.start, part.stop, columns))
 
 
-def columns_of(buffer: Tensor, part: slice) -> Tensor:
-    """The buffer as (B, columns of the part), rows on 16 bytes."""
+def columns_of(buffer: Tensor, rows: int, part: slice) -> Tensor:
+    """The buffer as (rows, columns of the part), rows on 16 bytes."""
     columns = part.stop - part.start
     stride = round_up(columns, 8)
-    rows = len(buffer) // stride if stride else 0
     return buffer[: rows * stride].view(rows, stride)[:, :columns]
 
 
