@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(32 * kWarps) scale_gradient_kernel(const Scale
   if (j >= args.columns) return;
   const T* sums = static_cast<const T*>(args.sums) + j;
   Sum<T> gamma{0}, dot{0};
-  for (int64_t part = lane; part < args.parts; part += 32) gamma.value += sums[part * args.sums_stride];
+  for (int64_t part = lane; part < args.parts; part += 32)
+    gamma.value += sums[part * args.sums_stride];
   const auto* products = static_cast<const Pack<T, WIDTH>*>(args.products) + j * (args.d / WIDTH);
   const auto* weight = static_cast<const Pack<S, WIDTH>*>(args.weight) + j * (args.d / WIDTH);
   auto* to = static_cast<Pack<OUT, WIDTH>*>(args.grad_weight) + j * (args.d / WIDTH);
@@ -238,12 +239,12 @@ void expand_mask(const uint8_t* mask, int64_t mask_stride, int64_t rows, int64_t
 }
 
 void scale_gradient(const void* products, const void* weight, Type type, const void* bias,
-                    const void* w2, const void* sums, int64_t sums_stride, int64_t parts, int64_t columns, int64_t d,
-                    void* grad_weight, Type out_type, void* grad_bias, void* grad_w2, int device,
-                    void* stream) {
+                    const void* w2, const void* sums, int64_t sums_stride, int64_t parts,
+                    int64_t columns, int64_t d, void* grad_weight, Type out_type, void* grad_bias,
+                    void* grad_w2, int device, void* stream) {
   const DeviceGuard guard(device);
-  const ScaleArgs args = {products,    weight,    bias,    w2,      sums,
-                          grad_weight, grad_bias, grad_w2, columns, d, sums_stride, parts};
+  const ScaleArgs args = {products,  weight,  bias,    w2, sums,        grad_weight,
+                          grad_bias, grad_w2, columns, d,  sums_stride, parts};
   const auto by_four = [&](const void* data, int64_t size) {
     return reinterpret_cast<uintptr_t>(data) % std::min<int64_t>(16, 4 * size) == 0;
   };
