@@ -67,26 +67,30 @@ class Projection:
         for part in chunks:
             expanded = columns_of(buffer, len(x), part)
             sums = self.steps.expand_mask(mask[:, part.start // 8 :], g, expanded)
-            for inner in products_at_a_time(part, weight, w2.dtype):
-                place = slice(inner.start - part.start, inner.stop - part.start)
-                products = grad_weight[inner]
-                if out_dtype != w2.dtype:
-                    products = torch.empty_like(products, dtype=w2.dtype)
-                multiply(expanded[:, place].t(), gx, products)
-                self.steps.scale_gradient(
-                    products,
-                    weight[inner],
-                    bias[inner],
-                    w2[inner],
-                    sums[:, place],
-                    grad_weight[inner],
-                    grad_bias[inner],
-                    grad_w2[inner],
-                )
+            self.chunk_gradients(part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2)
             if want_x:
                 scaled = torch.mul(weight[part], w2[part, None], out=torch.empty_like(weight[part]))
                 grad_x += multiply(expanded, scaled, torch.empty_like(grad_x))
         return grad_weight, grad_bias, grad_w2, None if grad_x is None else grad_x.mul_(g[:, None])
+
+    def chunk_gradients(self, part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2):
+        """The rows `part` of the gradients: the products, and what is done with them in the cache."""
+        for inner in products_at_a_time(part, weight, w2.dtype):
+            place = slice(inner.start - part.start, inner.stop - part.start)
+            products = grad_weight[inner]
+            if products.dtype != w2.dtype:
+                products = torch.empty_like(products, dtype=w2.dtype)
+            multiply(expanded[:, place].t(), gx, products)
+            self.steps.scale_gradient(
+                products,
+                weight[inner],
+                bias[inner],
+                w2[inner],
+                sums[:, place],
+                grad_weight[inner],
+                grad_bias[inner],
+                grad_w2[inner],
+            )
 
 
 def columns_at_a_time(x: Tensor, weight: Tensor) -> tuple[Iterator[slice], Tensor]:
