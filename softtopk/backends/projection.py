@@ -38,7 +38,7 @@ class Projection:
         """The scores, and the mask (B, ceil(n / 8)) of bits."""
         scores = x.new_zeros(len(x), dtype=w2.dtype)
         mask = x.new_empty(len(x), (len(weight) + 7) // 8, dtype=torch.uint8)
-        chunks, buffer = columns_at_a_time(x, weight)
+        chunks, buffer = columns_at_a_time(x, len(weight), self.chunk_columns(x, weight))
         for part in chunks:
             z = columns_of(buffer, len(x), part)
             torch.addmm(bias[part], x, weight[part].t(), out=z)
@@ -63,7 +63,7 @@ class Projection:
         grad_weight = weight.new_empty(weight.shape, dtype=out_dtype)
         grad_bias, grad_w2 = torch.empty_like(w2), torch.empty_like(w2)
         grad_x = x.new_zeros(x.shape, dtype=w2.dtype) if want_x else None
-        chunks, buffer = columns_at_a_time(x, weight)
+        chunks, buffer = columns_at_a_time(x, len(weight), self.chunk_columns(x, weight))
         for part in chunks:
             expanded = columns_of(buffer, len(x), part)
             sums = self.steps.expand_mask(mask[:, part.start // 8 :], g, expanded)
@@ -72,6 +72,9 @@ class Projection:
                 scaled = torch.mul(weight[part], w2[part, None], out=torch.empty_like(weight[part]))
                 grad_x += multiply(expanded, scaled, torch.empty_like(grad_x))
         return grad_weight, grad_bias, grad_w2, None if grad_x is None else grad_x.mul_(g[:, None])
+
+    def chunk_columns(self, x: Tensor, weight: Tensor) -> int:
+        return even(len(weight), CHUNK_BYTES // (x.element_size() * max(len(x), 1)))
 
     def chunk_gradients(self, part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2):
         """The rows `part` of the gradients: the products, and what is done with them in the cache."""
@@ -93,11 +96,8 @@ class Projection:
             )
 
 
-def columns_at_a_time(x: Tensor, weight: Tensor) -> tuple[Iterator[slice], Tensor]:
-    """The chunks of the hidden layer's columns, and a buffer for any of them."""
-    n = len(weight)
-    row = x.element_size() * max(len(x), 1)
-    columns = even(n, CHUNK_BYTES // row)
+def columns_at_a_time(x: Tensor, n: int, columns: int) -> tuple[Iterator[slice], Tensor]:
+    """The chunks of the hidden layer's n columns, and a buffer for any of them."""
     buffer = x.new_empty(len(x) * min(columns, round_up(n, 8)))
     return (slice(i, min(i + columns, n)) for i in range(0, n, columns)), buffer
 

@@ -114,22 +114,22 @@ def backward_kernel(
     latent = first * BLOCK_M + tl.arange(0, BLOCK_M)
     column = second * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    expanded += k.to(tl.int64)[:, None] * stride + tl.minimum(latent, columns - 1)[None, :]
-    gx += k.to(tl.int64)[:, None] * d + tl.minimum(column, d - 1)[None, :]
+    there, within = latent < columns, column < d
+    expanded += k.to(tl.int64)[:, None] * stride + latent[None, :]
+    gx += k.to(tl.int64)[:, None] * d + column[None, :]
     products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(STEPS):
-        if WHOLE:
-            a, b = tl.load(expanded), tl.load(gx)
-        else:
+        a_mask, b_mask = there[None, :], within[None, :]
+        if not WHOLE:
             left = (k < rows - step * BLOCK_K)[:, None]
-            a, b = tl.load(expanded, mask=left, other=0.0), tl.load(gx, mask=left, other=0.0)
+            a_mask, b_mask = a_mask & left, b_mask & left
+        a, b = tl.load(expanded, mask=a_mask, other=0.0), tl.load(gx, mask=b_mask, other=0.0)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         products = tl.dot(tl.trans(a), b, products)
         expanded += BLOCK_K * stride.to(tl.int64)
         gx += BLOCK_K * d
-    there = latent < columns
-    fits = there[:, None] & (column < d)[None, :]
+    fits = there[:, None] & within[None, :]
     place = latent.to(tl.int64)[:, None] * d + column[None, :]
     w = tl.load(weight + place, mask=fits, other=0.0).to(tl.float32)
     of_latent = tl.load(w2 + latent, mask=there, other=0.0)
@@ -169,6 +169,16 @@ class TritonProjection(projection.Projection):
                 GROUP=GROUP, **steps(d, tile), **tile,
             )  # fmt: skip
         return parts.sum(0), mask
+
+    def chunk_columns(self, x, weight):
+        """Where it is a matter of the backward's tiles, whole waves of them."""
+        if x.dtype not in SIXTEEN_BITS or not x.is_cuda:
+            return super().chunk_columns(x, weight)
+        tile = tiles(x.device)
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+        wave = max(programs // triton.cdiv(weight.shape[1], tile["BLOCK_N"]), 1) * tile["BLOCK_M"]
+        row = x.element_size() * max(len(x), 1)
+        return max(projection.CHUNK_BYTES // (row * wave), 1) * wave
 
     def chunk_gradients(self, part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2):
         rows, columns = expanded.shape
