@@ -8,8 +8,6 @@ namespace softtopk::cuda {
 inline constexpr int kMostRanked = 512;  // candidates
 inline constexpr int kMostOfWarp = 64;   // more are put in order by all warps
 inline constexpr int32_t kLast = 0x3fffffff;
-inline constexpr int kMaxima = 256;       // a bound for few is among so many
-inline constexpr int kMostOfMaxima = 96;  // and so many at most reach it
 
 // An element that may be selected: the one with the larger key first, then the one with the larger
 // `order`, which is the one with the lower index. Of equal keys are -0 and +0: which it is, is the
@@ -45,22 +43,6 @@ __device__ __forceinline__ int bisect(const uint32_t (&key)[N], int wanted, int 
     }
   }
   return reached_low;
-}
-
-// By one warp: a bound that at least `need` of the maxima, and not many more, reach; and the
-// greatest of them.
-__device__ __forceinline__ float2 bound_of_maxima(const uint4* maxima, int need) {
-  const int lane = int(threadIdx.x) % 32;
-  const uint4 a = maxima[lane], b = maxima[32 + lane];
-  const uint32_t key[kMaxima / 32] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-  // The least of 128 maxima of two: so many reach it.
-  const uint32_t pairs[4] = {max(a.x, b.x), max(a.y, b.y), max(a.z, b.z), max(a.w, b.w)};
-  const uint32_t least = min(min(pairs[0], pairs[1]), min(pairs[2], pairs[3]));
-  const uint32_t most = max(max(pairs[0], pairs[1]), max(pairs[2], pairs[3]));
-  uint32_t bound = __reduce_min_sync(~0u, least);
-  const uint32_t high = __reduce_max_sync(~0u, most);
-  bisect(key, need, need + need / 4 + 1, bound, high, kMaxima);
-  return make_float2(value_of(bound), value_of(high));
 }
 
 // By one warp: moves the k largest of `count` candidates, at most 32 N, to the front. All lie

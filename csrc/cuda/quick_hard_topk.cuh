@@ -19,7 +19,7 @@
 //   0.80 | 0.93 | 0.92, 0.58 | 0.86 | 0.92   blocks of 64 for the shortest rows
 #pragma once
 
-#include "few_largest.cuh"
+#include "maxima.cuh"
 
 namespace softtopk::cuda {
 
@@ -58,22 +58,20 @@ __device__ __forceinline__ void write_unused(const IndicesArgs& args, int64_t r,
 }
 
 inline constexpr int64_t kLeftCount = -2;  // marks a row, in the place of its count
+inline constexpr int kFewMaxima = 96;      // as many at most reach a bound that one warp finds
 
-template <int WARPS>
+template <class H>
 struct HardShared {
   uint64_t barrier;
   union {
     uint4 maxima[kMaxima / 4];     // keys
     uint16_t groups[kMostRanked];  // that reach the bound
   };
-  float2 limits;  // the bound and the maximum
+  LimitsShared<H> limits;
   int32_t listed;
   int32_t kept;
-  BoundShared<WARPS> bound;
-  // What the blocks of a cluster tell each other; bounds of two rows, as a block may be ahead by
-  // one.
-  uint64_t mailboxes[4];
-  float2 bounds_of_blocks[2][kMostBlocks];
+  // What the blocks of a cluster tell the first.
+  uint64_t mailboxes[2];
   int32_t counts_of_blocks[kMostBlocks];
 };
 
@@ -137,15 +135,16 @@ __device__ __forceinline__ int32_t collect(const ResidentRow<H>& row, float boun
 }
 
 template <class H>
-__global__ void __launch_bounds__(H::threads, H::threads <= 128 ? 1280 / H::threads : 4)
+__global__ void __launch_bounds__(H::threads, H::C::many          ? 3
+                                              : H::threads <= 128 ? 1280 / H::threads
+                                                                  : 4)
     hard_quick(const IndicesArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ HardShared<H::threads / 32> shared;
+  __shared__ HardShared<H> shared;
   using S = typename H::S;
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
   constexpr int kWarps = H::threads / 32, kKeys = kGroupsOf<H>;
-  constexpr int kEach = kMaxima / H::threads;  // maxima of a thread
   static_assert(kKeys * H::threads <= 0x10000);
   const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
   const int warp = t / 32, lane = t % 32;
@@ -154,8 +153,8 @@ __global__ void __launch_bounds__(H::threads, H::threads <= 128 ? 1280 / H::thre
   // Those of a cluster's blocks lie one after the other in the first block.
   Candidate* candidates = reinterpret_cast<Candidate*>(memory + (row.slot_bytes() + 15) / 16 * 16);
   const int32_t room = args.room / 2 / C::size();
-  Mailbox<2> bounds(&shared.mailboxes[0]);
-  Mailbox<> counts(&shared.mailboxes[2]), values(&shared.mailboxes[3]);
+  Mailbox<2> bounds(shared.limits.mailboxes);
+  Mailbox<> counts(&shared.mailboxes[0]), values(&shared.mailboxes[1]);
   C::sync();
 
   const int step = int(gridDim.x) / C::size();
@@ -195,44 +194,18 @@ __global__ void __launch_bounds__(H::threads, H::threads <= 128 ? 1280 / H::thre
     if (k > 0) {
       if (!args.x.largest) row.negate();
       Maxima<kKeys> maxima;
-      auto& key = maxima.key;
-      keys_of_maxima(row, key);
-      const int need = (k - 1) / C::size() + 1;
-      float2 limits;
-      if (need <= kMostOfMaxima) {
-        uint32_t most[kEach];
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-          most[i] = key[i];
-#pragma unroll
-          for (int j = i + kEach; j < kKeys; j += kEach) most[i] = max(most[i], key[j]);
-          reinterpret_cast<uint32_t*>(shared.maxima)[i * H::threads + t] = most[i];
-        }
-        H::sync();
-        if (in_turn) limits = bound_of_maxima(shared.maxima, need);
-      } else {
-        limits = bound_of_block<kWarps>(maxima, need, kWarps > 1, shared.bound);
-      }
-      if (in_turn) {
-        if constexpr (C::many) {
-          float2* of_blocks = shared.bounds_of_blocks[bounds.place()];
-          if (t < C::size()) bounds.send(&of_blocks[C::rank()], t, limits);
-          bounds.receive(C::size() * sizeof(float2));
-          limits = of_blocks[0];
-          for (int i = 1; i < C::size(); ++i) limits = widest(limits, of_blocks[i]);
-        }
-        if (lane == 0) {
-          shared.limits = limits;
-          shared.listed = 0;
-        }
-      }
+      keys_of_maxima(row, maxima.key);
+      find_limits(maxima, (k - 1) / C::size() + 1, kFewMaxima, in_turn, shared.maxima,
+                  shared.limits, bounds);
+      if (in_turn && lane == 0) shared.listed = 0;
       H::sync();
       // Not where there is NaN or an infinite element.
-      usual = shared.limits.x > -infinity<float> && shared.limits.y < infinity<float>;
-      if (usual) list_groups<H>(key, shared.limits.x, shared.groups, &shared.listed);
+      const float2 limits = shared.limits.limits;
+      usual = limits.x > -infinity<float> && limits.y < infinity<float>;
+      if (usual) list_groups<H>(maxima.key, limits.x, shared.groups, &shared.listed);
     }
     H::sync();  // the row has been read, but for the groups listed
-    const float2 limits = shared.limits;
+    const float2 limits = shared.limits.limits;
     int32_t count = 0;
     if (in_turn) {
       if (usual) {

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "few_select.cuh"
+#include "maxima.cuh"
 
 namespace softtopk::cuda {
 
@@ -39,12 +40,9 @@ struct SelectShared {
       uint16_t listed[kMostListed];
     };
   };
-  float2 limits;  // the bound and the maximum
-  BoundShared<warps> bound;
-  // What the blocks of a cluster tell each other; bounds of two rows, as a block may be ahead by
-  // one.
-  uint64_t mailboxes[4];
-  float2 bounds_of_blocks[2][H::C::many ? kMostBlocks : 1];
+  LimitsShared<H> limits;
+  // What the blocks of a cluster tell the first.
+  uint64_t mailboxes[2];
   int32_t counts_of_blocks[H::C::many ? kMostBlocks : 1];
 };
 
@@ -158,7 +156,6 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
   using C = typename H::C;
   using Raw = typename Element<S>::Raw;
   constexpr int kWarps = H::threads / 32, kKeys = kGroupsOf<H>;
-  constexpr int kEach = kMaxima / H::threads;  // maxima of a thread
   constexpr float kLog2e = 1.4426950408889634f;
   static_assert(kKeys <= 32 && kMostItems * H::threads <= 0x10000);
   const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
@@ -171,8 +168,8 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
   int32_t* const few_indices = reinterpret_cast<int32_t*>(few_values + most);
   Entry* const sent = reinterpret_cast<Entry*>(few_indices + most);
   const int32_t room = C::many ? kMostFew / C::size() : most;
-  Mailbox<2> bounds(&shared.mailboxes[0]);
-  Mailbox<> counts(&shared.mailboxes[2]), entries(&shared.mailboxes[3]);
+  Mailbox<2> bounds(shared.limits.mailboxes);
+  Mailbox<> counts(&shared.mailboxes[0]), entries(&shared.mailboxes[1]);
   C::sync();
 
   const int step = int(gridDim.x) / C::size();
@@ -226,40 +223,15 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
         row.release();
       }
       Maxima<kKeys> maxima;
-      auto& key = maxima.key;
-      keys_of_maxima(row, key);
-      const int need = (now.wanted - 1) / C::size() + 1;
-      float2 limits;
-      if (need <= kMostOfMaxima) {
-        uint32_t most[kEach];
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-          most[i] = key[i];
-#pragma unroll
-          for (int j = i + kEach; j < kKeys; j += kEach) most[i] = max(most[i], key[j]);
-          reinterpret_cast<uint32_t*>(shared.maxima)[i * H::threads + t] = most[i];
-        }
-        H::sync();
-        if (in_turn) limits = bound_of_maxima(shared.maxima, need);
-      } else {
-        limits = bound_of_block<kWarps>(maxima, need, kWarps > 1, shared.bound);
-      }
-      if (in_turn) {
-        if constexpr (C::many) {
-          float2* of_blocks = shared.bounds_of_blocks[bounds.place()];
-          if (t < C::size()) bounds.send(&of_blocks[C::rank()], t, limits);
-          bounds.receive(C::size() * sizeof(float2));
-          limits = of_blocks[0];
-          for (int i = 1; i < C::size(); ++i) limits = widest(limits, of_blocks[i]);
-        }
-        if (lane == 0) shared.limits = limits;
-      }
+      keys_of_maxima(row, maxima.key);
+      find_limits(maxima, (now.wanted - 1) / C::size() + 1, kMaxima / 2, in_turn, shared.maxima,
+                  shared.limits, bounds);
       H::sync();
-      L = shared.limits.x, maximum = shared.limits.y;
+      L = shared.limits.limits.x, maximum = shared.limits.limits.y;
       usual = maximum < infinity<float>;  // neither is NaN
       least = SOFT ? L - kReach * now.alpha : L;
       if (!(least > threshold)) least = value_of(key_of(threshold) + 1);
-      mark_groups<H>(key, least, shared.marks);
+      mark_groups<H>(maxima.key, least, shared.marks);
     }
     H::sync();  // the row has been read, but for the groups marked
     int32_t count = 0;
