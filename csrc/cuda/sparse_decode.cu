@@ -1,4 +1,5 @@
-// x_hat[r] = sum_j values[r, j] weight[indices[r, j]] + bias: the decoder's rows that a code chooses.
+// x_hat[r] = sum_j values[r, j] weight[indices[r, j]] + bias: the decoder's rows that a code
+// chooses.
 //
 // Bytes: every entry reads a row of the weight, from the L2 cache where that holds what is being
 // read. So the columns are cut into tiles, and all rows are decoded for one tile before the next:
@@ -11,8 +12,8 @@
 //   LADDER
 #include <cstdlib>
 
-#include "layout.cuh"
 #include "launch.cuh"
+#include "layout.cuh"
 
 namespace softtopk::cuda {
 namespace {
@@ -30,8 +31,8 @@ struct DecodeArgs {
 
 constexpr int kThreads = 128;
 
-// LANES of a warp take an entry, each VECTORS chunks of it, LANES chunks apart. WIDE: all rows start
-// on 16 bytes.
+// LANES of a warp take an entry, each VECTORS chunks of it, LANES chunks apart. WIDE: all rows
+// start on 16 bytes.
 template <class S, int LANES, int VECTORS, bool WIDE>
 __global__ void __launch_bounds__(kThreads) decode_rows(const DecodeArgs args) {
   using T = Compute<S>;

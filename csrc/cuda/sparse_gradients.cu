@@ -1,27 +1,27 @@
 // The gradients of a code's weights, latent by latent (softtopk.h): grad[l] = sum_e scale_e
 // y[row of e], and of its values: dots_e = <weight[l], y[row of e]>, from one gather of y.
 //
-// Bytes: every entry reads a row of y, from the L2 cache where that holds y; weight is read and grad
-// written once. The entries, in the order of their latents, are shared out among blocks in pieces of
-// kPiece, so that a latent which fires everywhere is as good as any other: latents of up to kPiece
-// entries belong to the piece where they begin, and the pieces of longer ones leave partial sums
-// that a second kernel adds up, in order. All threads of a block are at one entry, each at its
-// columns; rows of y and of the weight are asked for some entries ahead.
+// Bytes: every entry reads a row of y, from the L2 cache where that holds y; weight is read and
+// grad written once. The entries, in the order of their latents, are shared out among blocks in
+// pieces of kPiece, so that a latent which fires everywhere is as good as any other: latents of up
+// to kPiece entries belong to the piece where they begin, and the pieces of longer ones leave
+// partial sums that a second kernel adds up, in order. All threads of a block are at one entry,
+// each at its columns; rows of y and of the weight are asked for some entries ahead.
 //
 // The ladder, in ms, dW and dots in bfloat16 with the transposition (H200, (rows, k, d, n) = (4096,
 // 64, 768, 24576) | (4096, 64, 2304, 16384) | (4096, 64, 2304, 65536) | (8192, 32, 4096, 131072)):
 //   LADDER
-#include "layout.cuh"
+#include <cstdlib>
+
 #include "launch.cuh"
+#include "layout.cuh"
 
 namespace softtopk::cuda {
 namespace {
 
 constexpr int kPiece = 64;         // entries
 constexpr int kMost = 2 * kPiece;  // of a block: the last latent may reach beyond its piece
-constexpr int kMostWarps = 16;
-constexpr int kFinishing = 256;    // threads of a block that adds up or clears
-constexpr int kLatents = 64;       // that such a block looks at
+constexpr int kFinishing = 256;    // threads of a block of the other kernels
 
 struct GradientArgs {
   const void* scale;
@@ -38,12 +38,16 @@ struct GradientArgs {
   void* sums;
   void* squares;
   // The workspace.
-  void* partial;         // (pieces, 2, d), where a piece begins or ends within a long latent
-  void* partial_sums;    // (pieces, 2)
-  int32_t* first;        // (pieces,) the latent that has a piece's first entry
+  void* partial;       // (pieces, 2, d), where a piece begins or ends within a long latent
+  void* partial_sums;  // (pieces, 2)
+  int32_t* first;      // (pieces,) the latent that has a piece's first entry
+  int32_t* longs;      // how many latents are long, and which, in any order
 };
 
-// Marks every piece with the latent that has its first entry.
+// Whether pieces share a latent's entries.
+__device__ __forceinline__ bool is_long(int32_t begin, int32_t end) { return end - begin > kPiece; }
+
+// Marks every piece with the latent that has its first entry, and lists the long latents.
 __global__ void __launch_bounds__(kFinishing) find_pieces(const GradientArgs args) {
   const int64_t latent = int64_t(blockIdx.x) * kFinishing + threadIdx.x;
   if (latent >= args.n) return;
@@ -51,11 +55,20 @@ __global__ void __launch_bounds__(kFinishing) find_pieces(const GradientArgs arg
   for (int32_t piece = (begin + kPiece - 1) / kPiece; piece * kPiece < end; ++piece) {
     args.first[piece] = int32_t(latent);
   }
+  if (is_long(begin, end)) args.longs[1 + atomicAdd(args.longs, 1)] = int32_t(latent);
 }
 
-// The entries of a piece, in shared memory.
-struct Piece {
-  int32_t row[kMost], latent[kMost], entry[kMost];
+// What a block has to know of an entry.
+enum Flags : int32_t {
+  kFresh = 1,   // the block's first of its latent
+  kLast = 2,    // the block's last of it
+  kShared = 4,  // other blocks have entries of the latent
+  kInside = 8,  // the latent begins after the first entry of the piece
+};
+template <class T>
+struct alignas(16) Entry {
+  int32_t row, flags;
+  T scale;
 };
 
 template <class T>
@@ -69,10 +82,10 @@ __device__ __forceinline__ T sum_of_warp(T value) {
 template <class T>
 __device__ __forceinline__ T sum_of_four(const T (&values)[4]) {
   const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
-  const T a = (upper ? values[2] : values[0]) +
-              __shfl_xor_sync(~0u, upper ? values[0] : values[2], 16);
-  const T b = (upper ? values[3] : values[1]) +
-              __shfl_xor_sync(~0u, upper ? values[1] : values[3], 16);
+  const T a =
+      (upper ? values[2] : values[0]) + __shfl_xor_sync(~0u, upper ? values[0] : values[2], 16);
+  const T b =
+      (upper ? values[3] : values[1]) + __shfl_xor_sync(~0u, upper ? values[1] : values[3], 16);
   T sum = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 8);
 #pragma unroll
   for (int mask = 4; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
@@ -133,26 +146,28 @@ struct Columns {
   }
 };
 
-// What a warp adds to the sums of a block: of each entry its dot, of each latent its square.
-template <class T>
-struct WarpSums {
-  T dots[kMostWarps][kMost];
-  T squares[kMostWarps][kMost];
-  T along[2][kMostWarps];  // <grad, weight> of two latents in turn
+// What the warps add to the sums of a block: to the dot of each entry, to the square of each
+// latent.
+template <class T, int WARPS>
+struct OfWarps {
+  T dots[WARPS][kMost], squares[WARPS][kMost];
+  T along[2][WARPS];  // <grad, weight> of two latents in turn
 };
 
-// Whether the segment is one that several pieces share.
-__device__ __forceinline__ bool is_long(int32_t begin, int32_t end) { return end - begin > kPiece; }
+// Blocks of VECTORS = 1 have up to 512 threads, the others up to 256.
+template <int VECTORS>
+inline constexpr int kMostWarps = VECTORS == 1 ? 16 : 8;
 
 template <class S, class O, int VECTORS, bool WIDE, bool DOTS>
-__global__ void __launch_bounds__(kMostWarps * 32) add_pieces(const GradientArgs args) {
+__global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS == 4 ? 1 : 2)
+    add_pieces(const GradientArgs args) {
   using T = Compute<S>;
   using Own = Columns<S, VECTORS, WIDE>;
-  constexpr int kSize = Chunk<S>::size, kTogether = 4;
-  __shared__ Piece piece;
-  __shared__ T scales[kMost];
-  __shared__ std::conditional_t<DOTS, WarpSums<T>, T[kMostWarps][kMost]> of_warps;
-  __shared__ int32_t segment_latent[kMost];
+  constexpr int kSize = Chunk<S>::size, kTogether = 4, kWarps = kMostWarps<VECTORS>;
+  __shared__ Entry<T> piece[kMost];
+  __shared__ int32_t places[kMost], latents[kMost];  // of entries; of the block's latents in turn
+  __shared__ OfWarps<T, kWarps> of_warps;
+  __shared__ int32_t known;  // how many latents
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32, warps = int(blockDim.x) / 32;
   const int32_t total = args.offsets[args.n], begin = int32_t(blockIdx.x) * kPiece;
   if (begin >= total) return;
@@ -169,82 +184,91 @@ __global__ void __launch_bounds__(kMostWarps * 32) add_pieces(const GradientArgs
     const int32_t start = args.offsets[tail], end = args.offsets[tail + 1];
     if (start < to && !is_long(start, end)) to = max(end, from);
   }
-  const int32_t count = to - from;  // may be 0
-  for (int i = t; i < count; i += int(blockDim.x)) {
-    const int32_t entry = args.entries[from + i];
-    int32_t low = head, high = tail;  // the last latent that begins at or before the entry
-    while (low < high) {
-      const int32_t middle = low + (high - low + 1) / 2;
-      if (args.offsets[middle] <= from + i) {
-        low = middle;
-      } else {
-        high = middle - 1;
+  const int32_t count = to - from;
+  if (count == 0) return;
+  if (warp == 0) {
+    int32_t before = 0;
+    for (int i = lane; i - lane < count; i += 32) {
+      const int32_t place = i < count ? args.entries[from + i] : 0;
+      int32_t low = head, high = tail;  // the last latent that begins at or before the entry
+      while (low < high) {
+        const int32_t middle = low + (high - low + 1) / 2;
+        if (args.offsets[middle] <= from + i) {
+          low = middle;
+        } else {
+          high = middle - 1;
+        }
       }
+      const int32_t start = args.offsets[low], end = args.offsets[low + 1];
+      const bool fresh = i < count && (i == 0 || start == from + i);
+      const uint32_t all = __ballot_sync(~0u, fresh);
+      if (fresh) latents[before + __popc(all & ((1u << lane) - 1))] = low;
+      before += __popc(all);
+      if (i >= count) break;
+      piece[i].row = place / int32_t(args.max_active);
+      piece[i].flags = (fresh ? kFresh : 0) | (i + 1 == count || from + i + 1 == end ? kLast : 0) |
+                       (is_long(start, end) ? kShared : 0) | (start > begin ? kInside : 0);
+      piece[i].scale = static_cast<const T*>(args.scale)[place];
+      places[i] = place;
     }
-    piece.row[i] = entry / int32_t(args.max_active);
-    piece.latent[i] = low;
-    piece.entry[i] = entry;
-    scales[i] = static_cast<const T*>(args.scale)[entry];
+    if (lane == 0) known = before;
   }
   __syncthreads();
 
-  T sum[VECTORS][kSize] = {}, along = 0, of_scales = 0;
-  int segments = 0, turn = 0;
-  Chunk<S> w[kTogether][VECTORS];
-  // The sums of the latent that ends before entry i, to where they belong.
-  const auto finish = [&](int i, const Chunk<S>(&row)[VECTORS]) {
-    const int32_t latent = piece.latent[i - 1];
-    const int32_t start = args.offsets[latent], end = args.offsets[latent + 1];
-    if (is_long(start, end)) {
-      const int64_t slot = int64_t(blockIdx.x) * 2 + (start > begin);
+  T sum[VECTORS][kSize] = {}, w[VECTORS][kSize] = {}, along = 0, of_scales = 0;
+  int latent = 0;  // of latents[]
+  // The weight of the next latent is asked for when the one before begins.
+  Chunk<S> next[VECTORS];
+  const auto ask = [&](int which) {
+    if constexpr (DOTS) {
+      const int32_t row = latents[min(which, known - 1)];
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) next[v] = Own::load(args.weight, row, args.d, v);
+    }
+  };
+  ask(0);
+  // The sums of a latent, to where they belong.
+  const auto finish = [&](int32_t flags) {
+    if (flags & kShared) {
+      const int64_t slot = int64_t(blockIdx.x) * 2 + ((flags & kInside) != 0);
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
-        Columns<S, VECTORS, false>::store(static_cast<T*>(args.partial) + slot * args.d, args.d, v,
-                                          sum[v]);
+        Own::store(static_cast<T*>(args.partial) + slot * args.d, args.d, v, sum[v]);
       }
       if (t == 0) static_cast<T*>(args.partial_sums)[slot] = of_scales;
     } else {
       if constexpr (DOTS) {
         if (args.project) {
           const T own = sum_of_warp(along);
-          if (lane == 0) of_warps.along[turn][warp] = own;
+          if (lane == 0) of_warps.along[latent % 2][warp] = own;
           __syncthreads();
           T all = 0;
-          for (int other = 0; other < warps; ++other) all += of_warps.along[turn][other];
-          turn ^= 1;
+          for (int other = 0; other < warps; ++other) all += of_warps.along[latent % 2][other];
 #pragma unroll
           for (int v = 0; v < VECTORS; ++v) {
-            T x[kSize];
-            row[v].read(x);
 #pragma unroll
-            for (int j = 0; j < kSize; ++j) sum[v][j] -= all * x[j];
+            for (int j = 0; j < kSize; ++j) sum[v][j] -= all * w[v][j];
           }
         }
       }
-      O* const out = static_cast<O*>(args.grad) + int64_t(latent) * args.d;
-      T square = 0;
+      O* const out = static_cast<O*>(args.grad) + int64_t(latents[latent]) * args.d;
 #pragma unroll
-      for (int v = 0; v < VECTORS; ++v) {
-        Own::store(out, args.d, v, sum[v]);
-#pragma unroll
-        for (const T x : sum[v]) square += x * x;
-      }
+      for (int v = 0; v < VECTORS; ++v) Own::store(out, args.d, v, sum[v]);
       if (args.squares != nullptr) {
-        square = sum_of_warp(square);
-        if (lane == 0) {
-          if constexpr (DOTS) {
-            of_warps.squares[warp][segments] = square;
-          } else {
-            of_warps[warp][segments] = square;
-          }
+        T square = 0;
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+          for (const T x : sum[v]) square += x * x;
         }
+        square = sum_of_warp(square);
+        if (lane == 0) of_warps.squares[warp][latent] = square;
       }
-      if (t == 0) {
-        segment_latent[segments] = latent;
-        if (args.sums != nullptr) static_cast<T*>(args.sums)[latent] = of_scales;
+      if (args.sums != nullptr && t == 0) {
+        static_cast<T*>(args.sums)[latents[latent]] = of_scales;
       }
-      ++segments;
     }
+    ++latent;
     along = of_scales = 0;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
@@ -256,76 +280,57 @@ __global__ void __launch_bounds__(kMostWarps * 32) add_pieces(const GradientArgs
 #pragma unroll 1
   for (int base = 0; base < count; base += kTogether) {
     Chunk<S> y[kTogether][VECTORS];
-    Chunk<S> last[VECTORS];
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) last[v] = w[kTogether - 1][v];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const bool any = base + i < count;
-      // The last entry again, with the scale 0, where there is none.
-      const int at = any ? base + i : count - 1;
-      const bool fresh = DOTS && (at == 0 || piece.latent[at] != piece.latent[at - 1]);
+      const int32_t row = piece[min(base + i, count - 1)].row;
 #pragma unroll
-      for (int v = 0; v < VECTORS; ++v) {
-        y[i][v] = Own::load(args.y, piece.row[at], args.d, v);
-        if constexpr (DOTS) {
-          w[i][v] = i == 0 ? last[v] : w[i > 0 ? i - 1 : 0][v];
-          if (fresh) w[i][v] = Own::load(args.weight, piece.latent[at], args.d, v);
-        }
-      }
+      for (int v = 0; v < VECTORS; ++v) y[i][v] = Own::load(args.y, row, args.d, v);
     }
     T dots[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int at = base + i;
       dots[i] = 0;
-      if (at >= count) continue;
-      if (at > 0 && piece.latent[at] != piece.latent[at - 1]) {
-        if (i == 0) {
-          finish(at, last);
-        } else {
-          finish(at, w[i > 0 ? i - 1 : 0]);
-        }
+      if (base + i >= count) continue;
+      const Entry<T> entry = piece[base + i];
+      if (DOTS && entry.flags & kFresh) {
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) next[v].read(w[v]);
+        ask(latent + 1);
       }
-      const T scale = scales[at];
-      of_scales += scale;
+      of_scales += entry.scale;
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
-        T x[kSize], u[kSize];
+        T x[kSize];
         y[i][v].read(x);
-        if constexpr (DOTS) w[i][v].read(u);
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          sum[v][j] = fma(scale, x[j], sum[v][j]);
-          if constexpr (DOTS) dots[i] = fma(u[j], x[j], dots[i]);
+          sum[v][j] = fma(entry.scale, x[j], sum[v][j]);
+          if constexpr (DOTS) dots[i] = fma(w[v][j], x[j], dots[i]);
         }
       }
-      if constexpr (DOTS) along = fma(scale, dots[i], along);
+      if constexpr (DOTS) along = fma(entry.scale, dots[i], along);
+      if (entry.flags & kLast) finish(entry.flags);
     }
     if constexpr (DOTS) {
       const T four = sum_of_four(dots);
       if (lane % 8 == 0 && base + lane / 8 < count) of_warps.dots[warp][base + lane / 8] = four;
     }
   }
-  if (count > 0) finish(count, w[(kTogether - 1)]);
   if (!DOTS && args.squares == nullptr) return;
   __syncthreads();
   for (int i = t; i < count; i += int(blockDim.x)) {
     if constexpr (DOTS) {
       T dot = 0;
       for (int other = 0; other < warps; ++other) dot += of_warps.dots[other][i];
-      static_cast<T*>(args.dots)[piece.entry[i]] = dot;
+      static_cast<T*>(args.dots)[places[i]] = dot;
     }
-    if (args.squares == nullptr || i >= segments) continue;
+    if (!(piece[i].flags & kLast) || piece[i].flags & kShared || args.squares == nullptr) continue;
+    // Which of the block's latents this is.
+    int which = -1;
+    for (int before = 0; before <= i; ++before) which += piece[before].flags & kFresh;
     T square = 0;
-    for (int other = 0; other < warps; ++other) {
-      if constexpr (DOTS) {
-        square += of_warps.squares[other][i];
-      } else {
-        square += of_warps[other][i];
-      }
-    }
-    static_cast<T*>(args.squares)[segment_latent[i]] = square;
+    for (int other = 0; other < warps; ++other) square += of_warps.squares[other][which];
+    static_cast<T*>(args.squares)[latents[which]] = square;
   }
 }
 
@@ -342,86 +347,71 @@ __device__ __forceinline__ T sum_of_block(T value, T (&of_warps)[kFinishing / 32
   return total;
 }
 
-// Adds up the partial sums of the long latents, and clears those of the silent ones.
+// Clears what belongs to silent latents.
+template <class T, class O>
+__global__ void __launch_bounds__(kFinishing) clear_silent(const GradientArgs args) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int64_t first = (int64_t(blockIdx.x) * (kFinishing / 32) + warp) * 32;
+  const int64_t mine = first + lane;
+  const bool silent = mine < args.n && args.offsets[mine] == args.offsets[mine + 1];
+  if (silent && args.sums != nullptr) static_cast<T*>(args.sums)[mine] = 0;
+  if (silent && args.squares != nullptr) static_cast<T*>(args.squares)[mine] = 0;
+  if (!args.zero_silent) return;
+  for (uint32_t left = __ballot_sync(~0u, silent); left != 0; left &= left - 1) {
+    const int64_t latent = first + __ffs(int(left)) - 1, size = args.d * int64_t(sizeof(O));
+    unsigned char* const bytes = static_cast<unsigned char*>(args.grad) + latent * size;
+    // As many whole 16 bytes as there are, then the rest.
+    const int64_t chunks = reinterpret_cast<uintptr_t>(bytes) % 16 == 0 ? size / 16 : 0;
+    for (int64_t at = lane; at < chunks; at += 32) {
+      store_global(bytes + 16 * at, make_uint4(0, 0, 0, 0));
+    }
+    for (int64_t at = 16 * chunks + lane; at < size; at += 32) bytes[at] = 0;
+  }
+}
+
+// Adds up the partial sums of the long latents, one to a block.
 template <class S, class O>
-__global__ void __launch_bounds__(kFinishing) finish_latents(const GradientArgs args) {
+__global__ void __launch_bounds__(kFinishing) add_partial(const GradientArgs args) {
   using T = Compute<S>;
   __shared__ T of_warps[kFinishing / 32];
-  __shared__ int32_t which[kLatents];
   const int t = int(threadIdx.x);
-  // Neighbours, which may all be long, go to different blocks.
-  for (int i = t; i < kLatents; i += kFinishing) {
-    const int64_t latent = blockIdx.x + int64_t(i) * gridDim.x;
-    int32_t kind = -1;
-    if (latent < args.n) {
-      const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
-      if (begin == end || is_long(begin, end)) kind = int32_t(latent);
+  if (int32_t(blockIdx.x) >= *args.longs) return;
+  const int32_t latent = args.longs[1 + blockIdx.x];
+  const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
+  // The first piece has it last, but where it begins with it; the others have it first.
+  const int32_t first = begin / kPiece, last = (end - 1) / kPiece;
+  const int64_t start = int64_t(first) * 2 + (begin > first * kPiece);
+  T* const partial = static_cast<T*>(args.partial);
+  const auto* const weight = static_cast<const typename Element<S>::Raw*>(args.weight) +
+                             (args.project ? int64_t(latent) * args.d : 0);
+  T along = 0;
+  for (int64_t column = t; column < args.d; column += kFinishing) {
+    T sum = partial[start * args.d + column];
+#pragma unroll 8
+    for (int32_t piece = first + 1; piece <= last; ++piece) {
+      sum += partial[int64_t(piece) * 2 * args.d + column];
     }
-    which[i] = kind;
+    partial[start * args.d + column] = sum;  // this thread's from here on
+    if (args.project) along = fma(sum, Element<S>::value(weight[column]), along);
   }
-  __syncthreads();
-  for (int i = 0; i < kLatents; ++i) {
-    const int32_t latent = which[i];
-    if (latent < 0) continue;
-    const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
-    O* const out = static_cast<O*>(args.grad) + int64_t(latent) * args.d;
-    if (begin == end) {
-      if (t == 0 && args.sums != nullptr) static_cast<T*>(args.sums)[latent] = 0;
-      if (t == 0 && args.squares != nullptr) static_cast<T*>(args.squares)[latent] = 0;
-      if (!args.zero_silent) continue;
-      // As many whole 16 bytes as there are, then the rest.
-      unsigned char* const bytes = reinterpret_cast<unsigned char*>(out);
-      const int64_t size = args.d * int64_t(sizeof(O));
-      const bool wide = reinterpret_cast<uintptr_t>(bytes) % 16 == 0;
-      const int64_t chunks = wide ? size / 16 : 0;
-      for (int64_t at = t; at < chunks; at += kFinishing) {
-        store_global(bytes + 16 * at, make_uint4(0, 0, 0, 0));
-      }
-      for (int64_t at = 16 * chunks + t; at < size; at += kFinishing) bytes[at] = 0;
-      continue;
-    }
-    // The first piece has it last, but where it begins with it; the others have it first.
-    const int32_t first = begin / kPiece, last = (end - 1) / kPiece;
-    const auto slot = [&](int32_t piece) {
-      return int64_t(piece) * 2 + (piece == first && begin > first * kPiece);
-    };
-    const auto total = [&](int64_t column) {
-      T sum = 0;
-#pragma unroll 4
-      for (int32_t piece = first; piece <= last; ++piece) {
-        sum += static_cast<const T*>(args.partial)[slot(piece) * args.d + column];
-      }
-      return sum;
-    };
-    const auto* const weight = static_cast<const typename Element<S>::Raw*>(args.weight) +
-                               (args.project ? int64_t(latent) * args.d : 0);
-    T along = 0;
-    T* const row = static_cast<T*>(args.partial) + slot(first) * args.d;
-    for (int64_t column = t; column < args.d; column += kFinishing) {
-      const T sum = total(column);
-      row[column] = sum;  // this thread's from here on
-      if (args.project) along = fma(sum, Element<S>::value(weight[column]), along);
-    }
-    if (args.project) along = sum_of_block(along, of_warps);
-    T square = 0;
-    for (int64_t column = t; column < args.d; column += kFinishing) {
-      T sum = row[column];
-      if (args.project) sum -= along * Element<S>::value(weight[column]);
-      reinterpret_cast<typename Element<O>::Raw*>(out)[column] =
-          Element<O>::raw(Compute<O>(sum));
-      square = fma(sum, sum, square);
-    }
-    if (args.squares != nullptr) {
-      square = sum_of_block(square, of_warps);
-      if (t == 0) static_cast<T*>(args.squares)[latent] = square;
-    }
-    if (args.sums != nullptr && t == 0) {
-      T sum = 0;
-      for (int32_t piece = first; piece <= last; ++piece) {
-        sum += static_cast<const T*>(args.partial_sums)[slot(piece)];
-      }
-      static_cast<T*>(args.sums)[latent] = sum;
-    }
+  if (args.project) along = sum_of_block(along, of_warps);
+  auto* const out = static_cast<typename Element<O>::Raw*>(args.grad) + int64_t(latent) * args.d;
+  T square = 0;
+  for (int64_t column = t; column < args.d; column += kFinishing) {
+    T sum = partial[start * args.d + column];
+    if (args.project) sum -= along * Element<S>::value(weight[column]);
+    out[column] = Element<O>::raw(Compute<O>(sum));
+    square = fma(sum, sum, square);
+  }
+  if (args.squares != nullptr) {
+    square = sum_of_block(square, of_warps);
+    if (t == 0) static_cast<T*>(args.squares)[latent] = square;
+  }
+  if (args.sums != nullptr && t == 0) {
+    const T* const sums = static_cast<const T*>(args.partial_sums);
+    T sum = sums[start];
+    for (int32_t piece = first + 1; piece <= last; ++piece) sum += sums[int64_t(piece) * 2];
+    static_cast<T*>(args.sums)[latent] = sum;
   }
 }
 
@@ -449,44 +439,49 @@ void add(const GradientArgs& args, int64_t pieces, int64_t threads, void* stream
 
 template <class S, class O>
 void gradients(const GradientArgs& args, int64_t rows, void* stream) {
-  constexpr int64_t kSize = Chunk<S>::size, kMostThreads = kMostWarps * 32;
+  constexpr int64_t kSize = Chunk<S>::size;
   const int64_t d = args.d, pieces = pieces_of(rows, args.max_active);
   const bool wide = is_wide(args.y, rows, d, sizeof(S)) &&
                     is_wide(args.weight, args.n, d, sizeof(S)) &&
                     is_wide(args.grad, args.n, d, sizeof(O)) && d % kSize == 0;
   const int64_t chunks = (d + kSize - 1) / kSize;
-  const int64_t vectors = (chunks + kMostThreads - 1) / kMostThreads;
-  const auto threads = [&](int64_t each) {
-    return ((chunks + each - 1) / each + 31) / 32 * 32;
-  };
-  if (vectors > 4) {
+  const auto threads = [&](int64_t each) { return ((chunks + each - 1) / each + 31) / 32 * 32; };
+  if (threads(4) > 32 * kMostWarps<4>) {
     throw std::runtime_error("softtopk: d=" + std::to_string(d) +
                              " is more than the CUDA backend's gradients take, " +
-                             std::to_string(4 * kMostThreads * kSize));
+                             std::to_string(4 * 32 * kMostWarps<4> * kSize));
   }
   run(find_pieces, args, (args.n + kFinishing - 1) / kFinishing, kFinishing, stream);
+  const char* asked = std::getenv("SOFTTOPK_VECTORS");
+  const int vectors = asked != nullptr ? std::atoi(asked) : threads(1) > 512 ? 4 : 1;
   if (!wide) {
     add<S, O, 4, false>(args, pieces, threads(4), stream);
-  } else if (vectors <= 1) {
+  } else if (vectors == 1) {
     add<S, O, 1, true>(args, pieces, threads(1), stream);
+  } else if (vectors == 2) {
+    add<S, O, 2, true>(args, pieces, threads(2), stream);
+  } else if (vectors == 3) {
+    add<S, O, 3, true>(args, pieces, threads(3), stream);
   } else {
     add<S, O, 4, true>(args, pieces, threads(4), stream);
   }
-  run(finish_latents<S, O>, args, (args.n + kLatents - 1) / kLatents, kFinishing, stream);
+  run(add_partial<S, O>, args, std::min<int64_t>(pieces, args.n), kFinishing, stream);
+  run(clear_silent<Compute<S>, O>, args, (args.n + kFinishing - 1) / kFinishing, kFinishing,
+      stream);
 }
 
 }  // namespace
 
 int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t, int64_t d) {
   const int64_t pieces = pieces_of(rows, max_active);
-  return pieces * (2 * 8 * (d + 1) + 4);
+  return pieces * (2 * 8 * (d + 1) + 8) + 4;
 }
 
 void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,
                       int64_t rows, int64_t max_active, int64_t n, int64_t d, const void* y,
-                      const void* weight, Type type, Type out_type, bool project,
-                      bool zero_silent, void* grad, void* dots, void* sums, void* squares,
-                      void* workspace, int device, void* stream) {
+                      const void* weight, Type type, Type out_type, bool project, bool zero_silent,
+                      void* grad, void* dots, void* sums, void* squares, void* workspace,
+                      int device, void* stream) {
   check_length(n);
   check_length(rows * max_active);
   const DeviceGuard guard(device);
@@ -494,14 +489,14 @@ void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* 
   const int64_t pieces = pieces_of(rows, max_active), size = type == Type::float64 ? 8 : 4;
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
   void* const partial_sums = bytes + pieces * 2 * size * d;
-  void* const first = bytes + pieces * 2 * size * (d + 1);
+  int32_t* const first = reinterpret_cast<int32_t*>(bytes + pieces * 2 * size * (d + 1));
+  check(cudaMemsetAsync(first + pieces, 0, 4, on), "cudaMemsetAsync");
   if (dots != nullptr) {
     check(cudaMemsetAsync(dots, 0, size_t(rows * max_active * size), on), "cudaMemsetAsync");
   }
-  const GradientArgs args = {scale,       offsets,     entries, max_active, int32_t(n),
-                             d,           y,           weight,  project,    zero_silent,
-                             grad,        dots,        sums,    squares,    workspace,
-                             partial_sums, static_cast<int32_t*>(first)};
+  const GradientArgs args = {scale, offsets, entries,   max_active,   int32_t(n), d,
+                             y,     weight,  project,   zero_silent,  grad,       dots,
+                             sums,  squares, workspace, partial_sums, first,      first + pieces};
   with_type(type, [&](auto tag) {
     using S = typename decltype(tag)::type;
     if constexpr (sizeof(S) == 8) {

@@ -1,11 +1,11 @@
 // The entries of a code by latent (softtopk.h), for the gradients of encoder and decoder.
 //
 // A counting sort: count the entries of every latent, sum the counts up, put every entry somewhere
-// into its latent's segment, and each segment into order. The atomics are on integers, and what they
-// decide is undone by the last step: a latent occurs once in a row at most, so that an entry's place
-// in its segment is the number of rows before its own that have the latent. Short segments are
-// compared entry by entry in a warp; of a long one a bitmap of rows in shared memory is made and its
-// bits are counted, so that a latent which fires everywhere costs no more than others.
+// into its latent's segment, and each segment into order. The atomics are on integers, and what
+// they decide is undone by the last step: a latent occurs once in a row at most, so that an entry's
+// place in its segment is the number of rows before its own that have the latent. Short segments
+// are compared entry by entry in a warp; of a long one a bitmap of rows in shared memory is made
+// and its bits are counted, so that a latent which fires everywhere costs no more than others.
 //
 // Bytes: the code's indices are read twice, and 4 bytes an entry moved three times: all in the L2
 // cache.
@@ -15,9 +15,9 @@ namespace softtopk::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kScanned = 2048;    // counts that a block sums up
-constexpr int kShort = 64;        // entries that a warp puts in order
-constexpr int kRows = 1 << 16;    // of a bitmap
+constexpr int kScanned = 2048;  // counts that a block sums up
+constexpr int kShort = 64;      // entries that a warp puts in order
+constexpr int kRows = 1 << 16;  // of a bitmap
 constexpr int kWords = kRows / 32;
 
 struct TransposeArgs {
@@ -229,13 +229,12 @@ void transpose(const int32_t* indices, const int32_t* counts, int64_t rows, int6
   const DeviceGuard guard(device);
   int32_t* const next = static_cast<int32_t*>(workspace);
   int32_t* const sums = next + n;
-  const TransposeArgs args = {indices, counts, rows, max_active, int32_t(n),
-                              offsets, entries, next, sums, sums + scan_blocks(n)};
+  const TransposeArgs args = {indices, counts,  rows, max_active, int32_t(n),
+                              offsets, entries, next, sums,       sums + scan_blocks(n)};
   check(cudaMemsetAsync(next, 0, size_t(4 * n), static_cast<cudaStream_t>(stream)),
         "cudaMemsetAsync");
   const int64_t many = int64_t(device_at(device).multiprocessors) * 8;
-  const int64_t over_entries =
-      std::min((rows * max_active + kThreads - 1) / kThreads, many);
+  const int64_t over_entries = std::min((rows * max_active + kThreads - 1) / kThreads, many);
   if (rows * max_active > 0) run(count_entries, args, over_entries, stream);
   run(sum_counts, args, scan_blocks(n), stream);
   run(scan_counts, args, scan_blocks(n), stream);
