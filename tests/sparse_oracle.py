@@ -28,8 +28,8 @@ def dense(
     """The dense tensor of soft_topk_code, and by autograd its gradients; float64 pre (rows, n)."""
     a = activation(pre, bias, threshold)
     routed = a.clone()
-    if routed.requires_grad:
-        routed.register_hook(lambda g: g * selection_gradient)
+    if routed.requires_grad:  # the gradient of a is 0 where there is no entry
+        routed.register_hook(lambda g: torch.where(kept, g * selection_gradient, 0))
     p = soft_topk(routed, k, alpha, hard=hard, backend="reference")
     with torch.no_grad():
         budget = torch.as_tensor(k, dtype=torch.float64, device=pre.device).detach()
