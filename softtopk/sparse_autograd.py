@@ -38,16 +38,15 @@ class Weighting(NamedTuple):
 
 def untraced(function: Callable) -> Callable:
     """The function, which torch.compile does not trace but runs as it is, with all that it calls."""
+    disabled = None
 
     @functools.wraps(function)
     def call(*arguments, **options):
+        nonlocal disabled
         # torch.compiler.disable imports the compiler, which takes a second.
-        compiler_is_there = "torch._dynamo" in sys.modules
-        return (disabled() if compiler_is_there else function)(*arguments, **options)
-
-    @functools.cache
-    def disabled() -> Callable:
-        return torch.compiler.disable(function)
+        if disabled is None and "torch._dynamo" in sys.modules:
+            disabled = torch.compiler.disable(function)
+        return (disabled or function)(*arguments, **options)
 
     return call
 
