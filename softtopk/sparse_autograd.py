@@ -150,7 +150,6 @@ class Decode(Once):
     @staticmethod
     def forward(ctx, values, weight, bias, used, indices, counts, how: Weighting):
         given = None if bias is None else bias.detach().to(used.dtype)
-        # The gradients of values and weight come out of one pass.
         ctx.save_for_backward(values, indices, counts, used)
         ctx.how, ctx.dtype = how, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -162,7 +161,7 @@ class Decode(Once):
         values, indices, counts, used = ctx.saved_tensors
         to_values, to_weight, to_bias, *_ = ctx.needs_input_grad
         grad_values = grad_weight = grad_bias = None
-        if to_values or to_weight:
+        if to_values or to_weight:  # both come out of one pass
             rows = used if to_values or ctx.how.project else None
             grad_weight, grad_values, _ = weight_gradient(
                 ctx.how, indices, counts, values, g, rows, ctx.dtype, False

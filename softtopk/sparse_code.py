@@ -30,6 +30,8 @@ class Transposition:
 
     def __call__(self, indices: Tensor, counts: Tensor) -> Transposed:
         if self.made is None:
+            if indices.numel() >= 2**31:
+                raise ValueError(f"a code of {tuple(indices.shape)} places has more than 32 bits can number")
             self.made = Transposed(*self.kernels.transpose(indices, counts, self.n))
         return self.made
 
