@@ -28,8 +28,8 @@ def dense(
     """The dense tensor of soft_topk_code, and by autograd its gradients; float64 pre (rows, n)."""
     a = activation(pre, bias, threshold)
     routed = a.clone()
-    if routed.requires_grad:
-        routed.register_hook(lambda g: g * selection_gradient)
+    if routed.requires_grad:  # the gradient of a is 0 where there is no entry
+        routed.register_hook(lambda g: torch.where(kept, g * selection_gradient, 0))
     p = soft_topk(routed, k, alpha, hard=hard, backend="reference")
     with torch.no_grad():
         budget = torch.as_tensor(k, dtype=torch.float64, device=pre.device).detach()
@@ -77,3 +77,16 @@ def assert_values(code: SparseCode, want: Tensor, a: Tensor):
     error = torch.where(same, 0, (got - want).abs())
     bar = (1e-6 + 2.0**-23) * a.abs() + 2.0**-149
     assert (error <= bar).all(), f"{(error / bar).nan_to_num(posinf=torch.inf).max()} times the bar"
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def autoencoder(rows=8, d=6, n=24, seed=0, device="cpu", dtype=torch.float64):
+    """x, encoder weight and bias, decoder weight and bias, k, alpha; all float64."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(rows, d), (n, d), (n,), (n, d), (d,)]
+    tensors = [torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes]
+    k = 1 + 6 * torch.rand(rows, generator=draw, dtype=torch.float64)
+    return [t.to(device, dtype) for t in tensors] + [k.to(device), torch.tensor(0.2, device=device).double()]

@@ -35,11 +35,9 @@ struct SelectShared {
   uint64_t barrier;
   union {
     uint4 maxima[kMaxima / 4];  // keys
-    struct {
-      uint32_t marks[words];  // of groups that are looked at: item by item, a bit for each thread
-      uint16_t listed[kMostListed];
-    };
+    uint16_t listed[kMostListed];
   };
+  uint32_t marks[words];  // of groups that are looked at: item by item, a bit for each thread
   LimitsShared<H> limits;
   // What the blocks of a cluster tell the first.
   uint64_t mailboxes[2];

@@ -121,10 +121,13 @@ def test_the_first_below_a_gap_is_kept(backend, device):
 
 
 def test_active_entries_have_a_gate_of_2_to_the_minus_24(backend, device):
-    pre = make("relu", 8, 400, seed=5)
-    code = soft_topk_code(pre.to(device), 20, 0.05, backend=backend)
-    gate = (code.to_dense().cpu() / pre)[code.to_dense().cpu() != 0]
-    assert gate.min() >= 0.999 * 2.0**-24 and gate.min() < 1e-4  # some near the end of the range
+    """A gap of 28 alpha: the elements below it have p of 2^-23 and less, and all of them a share of q."""
+    x = gapped(gap=28, alpha=0.05, above=6, n=200, seed=3) + 4
+    code = soft_topk_code(x.to(device), 6, 0.05, backend=backend)
+    gate = code.to_dense().cpu() / x
+    entries = code.indices[0, : code.counts[0]].long()
+    assert gate[gate != 0].min() >= 0.999 * 2.0**-24
+    assert (gate[0, entries.cpu()] == 0).sum() > 3 and ((gate > 0) & (gate < 1e-5)).sum() > 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 40, 3000])
