@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -197,6 +202,17 @@ def test_errors():
             relu_projection(*wrong)
     with pytest.raises(ValueError, match="copy"):
         relu_projection(x, weight, bias, w2, copy=weight[:3])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton's ptxas is a Linux program")
+def test_kernels_compile_without_a_gpu(tmp_path):
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("compile_projection.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[2])}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("bytes") == 9
 
 
 @pytest.mark.gpu
