@@ -34,7 +34,9 @@ def compile_kernel(kernel, arch, element, whole, ones):
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     if kernel is projection.expand_kernel:
         options = {}
-    pointers = dict.fromkeys(("w2", "parts", "g", "sums", "grad_weight", "dots"), "*fp32") | {"mask": "*u8"}
+    pointers = dict.fromkeys(("w2", "parts", "g", "sums", "grad_weight", "dots", "squares"), "*fp32") | {
+        "mask": "*u8"
+    }
     pointers |= dict.fromkeys(("x", "weight", "bias", "expanded", "gx"), f"*{element}")
     signature = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
     free = [i for i, a in enumerate(kernel.arg_names) if a not in constants]

@@ -129,6 +129,15 @@ def test_only_the_gradients_that_are_asked_for(backend, device):
     torch.testing.assert_close(w2.grad, wanted[1])
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_squares(backend, device, kind, small_chunks):
+    x, weight, bias, w2 = problem((20, 9, 301), device)
+    squares = torch.full((301,), float("nan"), device=device)
+    copy = weight.detach().to(kind)
+    relu_projection(x, weight, bias, w2, copy=copy, squares=squares, backend=backend).sum().backward()
+    torch.testing.assert_close(squares, weight.grad.square().sum(1), rtol=1e-5, atol=0)
+
+
 def test_leading_dimensions_and_strides(backend, device):
     x, weight, bias, w2 = (t.detach() for t in problem((24, 6, 50), device))
     expected = dense(x, weight, bias, w2)
@@ -202,6 +211,9 @@ def test_errors():
             relu_projection(*wrong)
     with pytest.raises(ValueError, match="copy"):
         relu_projection(x, weight, bias, w2, copy=weight[:3])
+    for squares in (torch.zeros(5), torch.zeros(6, dtype=torch.float64), torch.zeros(12)[::2]):
+        with pytest.raises(ValueError, match="squares"):
+            relu_projection(x, weight, bias, w2, squares=squares)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton's ptxas is a Linux program")
