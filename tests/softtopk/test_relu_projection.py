@@ -67,7 +67,7 @@ def test_is_the_dense_layer(backend, device, shape, dtype, small_chunks):
 
 
 def test_several_products_of_a_chunk(backend, device, small_products):
-    arguments = problem((11, 6, 700), device, torch.float64)
+    arguments = problem((75, 6, 700), device, torch.float64)
     scores, expected = relu_projection(*arguments, backend=backend), dense(*arguments)
     torch.testing.assert_close(scores, expected)
     g = weights_of(scores)
