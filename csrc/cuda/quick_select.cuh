@@ -20,7 +20,7 @@
 namespace softtopk::cuda {
 
 inline constexpr int kMostFew = 512;      // candidates of a row
-inline constexpr int kMostListed = 128;   // groups of a warp that are looked at
+inline constexpr int kMostListed = 512;   // chunks looked at in one go
 inline constexpr float kReach = 32;       // alphas below L that candidates reach
 inline constexpr int kTooMany = 0x10000;  // is added to a count of candidates that is not complete
 
@@ -31,149 +31,109 @@ struct Entry {
 
 template <class H>
 struct SelectShared {
+  static constexpr int warps = H::threads / 32, words = kGroupsOf<H> * warps;
   uint64_t barrier;
   union {
-    uint4 maxima[kMaxima / 4];                      // keys
-    uint16_t listed[H::threads / 32][kMostListed];  // groups
+    uint4 maxima[kMaxima / 4];  // keys
+    uint16_t listed[kMostListed];
   };
-  int32_t found;  // candidates
-  bool missed;    // some were not looked at
+  uint32_t marks[words];  // of groups that are looked at: item by item, a bit for each thread
   LimitsShared<H> limits;
   // What the blocks of a cluster tell the first.
   uint64_t mailboxes[2];
   int32_t counts_of_blocks[H::C::many ? kMostBlocks : 1];
 };
 
-// By all threads: f(place, value, index) for the elements from `least` on, in any order. A warp
-// looks at the groups of its own threads that have any; 32 chunks at a time, as few threads have
-// one.
-template <class H, class F>
-__device__ __forceinline__ void collect(const ResidentRow<H>& row,
-                                        const uint32_t (&key)[kGroupsOf<H>], float least,
-                                        SelectShared<H>& shared, F f) {
-  constexpr int kSize = Chunk<typename H::S>::size, kGroups = kGroupsOf<H>;
+// By all threads: marks the groups whose keys reach `least`.
+template <class H>
+__device__ __forceinline__ void mark_groups(const uint32_t (&key)[kGroupsOf<H>], float least,
+                                            uint32_t* marks) {
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const uint32_t lanes_below = (1u << lane) - 1, bound = key_of(least);
-  uint16_t* const listed = shared.listed[warp];
-  int groups = 0;
+  const uint32_t bound = key_of(least);
+  uint32_t mine = 0;
 #pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    const bool reaches = key[i] >= bound;
-    const uint32_t lanes = __ballot_sync(~0u, reaches);
-    const int place = groups + __popc(lanes & lanes_below);
-    if (reaches && place < kMostListed) listed[place] = uint16_t(32 * i + lane);
-    groups += __popc(lanes);
+  for (int i = 0; i < kGroupsOf<H>; ++i) {
+    const uint32_t word = __ballot_sync(~0u, key[i] >= bound);
+    if (lane == i) mine = word;
   }
-  if (groups == 0) return;
-  if (groups > kMostListed) {
-    if (lane == 0) shared.missed = true;
-    return;
-  }
-  __syncwarp();
+  if (lane < kGroupsOf<H>) marks[lane * (H::threads / 32) + warp] = mine;
+}
+
+// By one warp: f(place, value, index) for the elements of the marked groups from `least` on, in the
+// order of their indices. Returns their number, and kTooMany if it has not looked at all.
+template <class H, class F>
+__device__ __forceinline__ int32_t collect_in_order(const ResidentRow<H>& row, float least,
+                                                    SelectShared<H>& shared, F f) {
+  constexpr int kSize = Chunk<typename H::S>::size, kWords = SelectShared<H>::words;
+  const int lane = int(threadIdx.x) % 32;
+  const uint32_t lanes_below = (1u << lane) - 1;
+  const int words = row.items() * SelectShared<H>::warps;
+  int32_t count = 0;
 #pragma unroll 1
-  for (int first = 0; first < groups; first += 32) {
-    const bool any = first + lane < groups;
-    const int group = any ? listed[first + lane] : 0, thread = 32 * warp + group % 32;
+  for (int first = 0; first < words; first += 32) {
+    const int word = first + lane;
+    uint32_t marked = word < words ? shared.marks[word % kWords] : 0;
+    const int upto = int(inclusive_scan<32>(unsigned(__popc(marked)), lane));
+    const int listed = __shfl_sync(~0u, upto, 31);
+    if (listed > kMostListed) return count + kTooMany;
+    uint16_t* to = shared.listed + (upto - __popc(marked));
+    for (; marked != 0; marked &= marked - 1) {
+      *to++ = uint16_t(word * 32 + __ffs(int(marked)) - 1);
+    }
+    __syncwarp();
 #pragma unroll 1
-    for (int item = group / 32; __any_sync(~0u, any && item < row.items()); item += kGroups) {
+    for (int start = 0; start < listed; start += 32) {
+      const bool any = start + lane < listed;
+      const int32_t chunk = any ? shared.listed[start + lane] : 0;
+      const int item = chunk / H::threads, thread = chunk % H::threads;
       uint32_t found = 0;
-      if (any && item < row.items()) {
-        float x[kSize];
-        row.read(item, x, thread);
+      float x[kSize];
+      row.read(item, x, thread);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) found |= uint32_t(x[i] >= least) << i;
-      }
+      for (int i = 0; i < kSize; ++i) found |= uint32_t(any && x[i] >= least) << i;
       const int mine = __popc(found);
-      int before = 0, all = 0;
+      int32_t place = count;
 #pragma unroll
       for (int bit = 1; bit <= kSize; bit *= 2) {
         const uint32_t lanes = __ballot_sync(~0u, mine & bit);
-        before += bit * __popc(lanes & lanes_below);
-        all += bit * __popc(lanes);
+        place += bit * __popc(lanes & lanes_below);
+        count += bit * __popc(lanes);
       }
-      if (all == 0) continue;
-      int32_t place = 0;
-      if (lane == 0) place = atomicAdd(&shared.found, all);
-      place = __shfl_sync(~0u, place, 0) + before;
       for (; found != 0; found &= found - 1) {
         const int32_t index = row.map().index(item, __ffs(int(found)) - 1, thread);
         f(place++, row.element(item, index), index);
       }
     }
+    __syncwarp();
   }
+  return count;
 }
 
-// By one warp: puts up to 128 elements in the order of their indices. `indices` is aligned to 16
-// bytes and has room for three more.
-__device__ __forceinline__ void put_few_in_order(float* values, int32_t* indices, int count) {
-  constexpr int kOwn = 4;
-  const int lane = int(threadIdx.x) % 32;
-  int32_t own[kOwn], place[kOwn];
-  float value[kOwn];
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j) {
-    const int i = 32 * j + lane;
-    own[j] = i < count ? indices[i] : 0x7fffffff;
-    value[j] = i < count ? values[i] : 0;
-    place[j] = 0;
-  }
-  if (lane < 3) indices[count + lane] = 0x7fffffff;
-  __syncwarp();
-#pragma unroll 1
-  for (int i = 0; i < count; i += 4) {
-    const int4 four = *reinterpret_cast<const int4*>(indices + i);
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      place[j] += int(four.x < own[j]) + int(four.y < own[j]);
-      place[j] += int(four.z < own[j]) + int(four.w < own[j]);
-    }
-  }
-  __syncwarp();
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j) {
-    if (32 * j + lane >= count) continue;
-    values[place[j]] = value[j];
-    indices[place[j]] = own[j];
-  }
-  __syncwarp();
-}
-// The same of any number, by a bitonic network whose comparators all point one way: what it would
-// compare with places beyond the end is left out.
-__device__ __forceinline__ void put_many_in_order(float* values, int32_t* indices, int count) {
-#pragma unroll 1
-  for (int size = 2; size < 2 * count; size *= 2) {
-#pragma unroll 1
-    for (int half = size / 2; half > 0; half /= 2) {
-      const int flip = half == size / 2 ? size - 1 : half;
-      for (int i = int(threadIdx.x) % 32; i < count; i += 32) {
-        const int other = i ^ flip;
-        if (other < i || other >= count) continue;
-        const int32_t a = indices[i], b = indices[other];
-        if (a < b) continue;
-        const float value = values[i];
-        indices[i] = b;
-        indices[other] = a;
-        values[i] = values[other];
-        values[other] = value;
-      }
-      __syncwarp();
-    }
-  }
-}
-
-// By one warp: the elements that a cluster's blocks have sent, `room` places for each, one after
-// the other.
+// By one warp: puts the entries of a cluster's blocks, each in order and in `room` places, in the
+// order of all.
 template <class C>
-__device__ __forceinline__ void join_blocks(const Entry* entries, const int32_t* counts,
-                                            int32_t room, float* values, int32_t* indices) {
-  int32_t before = 0;
+__device__ __forceinline__ void merge_blocks(const Entry* entries, const int32_t* counts,
+                                             int32_t room, float* values, int32_t* indices) {
   for (int b = 0; b < C::size(); ++b) {
     for (int32_t i = int(threadIdx.x) % 32; i < counts[b]; i += 32) {
       const Entry own = entries[b * room + i];
-      values[before + i] = own.value;
-      indices[before + i] = own.index;
+      int32_t place = i;
+      for (int other = 0; other < C::size(); ++other) {
+        if (other == b) continue;
+        int32_t low = 0, high = counts[other];  // those before own lie below `low`
+        while (low < high) {
+          const int32_t middle = (low + high) / 2;
+          if (entries[other * room + middle].index < own.index) {
+            low = middle + 1;
+          } else {
+            high = middle;
+          }
+        }
+        place += low;
+      }
+      values[place] = own.value;
+      indices[place] = own.index;
     }
-    before += counts[b];
   }
   __syncwarp();
 }
@@ -201,10 +161,10 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
   const Mapping<H> map{n};
   ResidentRow<H> row(memory, &shared.barrier, map);
   // The candidates of a row, then those that the blocks of a cluster have sent to the first.
-  const int32_t most = C::many ? kMostFew : min(kMostFew, (args.room - 4) / 2) / 4 * 4;
+  const int32_t most = C::many ? kMostFew : min(kMostFew, args.room / 2);
   float* const few_values = reinterpret_cast<float*>(memory + row.slot_bytes());
   int32_t* const few_indices = reinterpret_cast<int32_t*>(few_values + most);
-  Entry* const sent = reinterpret_cast<Entry*>(few_indices + most + 4);
+  Entry* const sent = reinterpret_cast<Entry*>(few_indices + most);
   const int32_t room = C::many ? kMostFew / C::size() : most;
   Mailbox<2> bounds(shared.limits.mailboxes);
   Mailbox<> counts(&shared.mailboxes[0]), entries(&shared.mailboxes[1]);
@@ -264,35 +224,34 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
       keys_of_maxima(row, maxima.key);
       find_limits(maxima, (now.wanted - 1) / C::size() + 1, kMaxima / 2, in_turn, shared.maxima,
                   shared.limits, bounds);
-      if (in_turn && lane == 0) shared.found = 0, shared.missed = false;
       H::sync();
       L = shared.limits.limits.x, maximum = shared.limits.limits.y;
       usual = maximum < infinity<float>;  // neither is NaN
       least = SOFT ? L - kReach * now.alpha : L;
       if (!(least > threshold)) least = value_of(key_of(threshold) + 1);
-      if (usual) {
-        collect(row, maxima.key, least, shared, [&](int32_t place, float value, int32_t index) {
-          if (place >= room) return;
-          if constexpr (C::many) {
-            entries.send(sent + C::rank() * room + place, 0, Entry{value, index});
-          } else {
-            few_values[place] = value;
-            few_indices[place] = index;
-          }
-        });
-      }
+      mark_groups<H>(maxima.key, least, shared.marks);
     }
-    H::sync();  // the row has been read
+    H::sync();  // the row has been read, but for the groups marked
     int32_t count = 0;
-    if (in_turn && now.wanted > 0) {
-      count = usual ? shared.found : 0;
-      usual = usual && !shared.missed;
-      if constexpr (C::many) {
-        if (lane == 0) {
-          counts.send(&shared.counts_of_blocks[C::rank()], 0, usual ? count : count + kTooMany);
-        }
-        __syncwarp();
+    if (in_turn) {
+      if (usual) {
+        count =
+            collect_in_order(row, least, shared, [&](int32_t place, float value, int32_t index) {
+              if (place >= room) return;
+              if constexpr (C::many) {
+                entries.send(sent + C::rank() * room + place, 0, Entry{value, index});
+              } else {
+                few_values[place] = value;
+                few_indices[place] = index;
+              }
+            });
       }
+      if constexpr (C::many) {
+        if (lane == 0 && now.wanted > 0) {
+          counts.send(&shared.counts_of_blocks[C::rank()], 0, count);
+        }
+      }
+      __syncwarp();
     }
     if (fed(r + step)) row.ask(data(r + step), in_turn);
     next = request(r + step);
@@ -311,15 +270,12 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
           count += of_block;
         }
         entries.receive(arriving * sizeof(Entry));
-        if (usual) join_blocks<C>(sent, shared.counts_of_blocks, room, few_values, few_indices);
+        if (usual) {
+          merge_blocks<C>(sent, shared.counts_of_blocks, room, few_values, few_indices);
+        }
       }
     }
     if (usual) {
-      if (count <= 128) {
-        put_few_in_order(few_values, few_indices, count);
-      } else {
-        put_many_in_order(few_values, few_indices, count);
-      }
       const bool with_zeros = !(L - kReach * now.alpha > threshold);
       const Few few = {few_values, few_indices, count, with_zeros ? n - count : 0, least, maximum};
       if constexpr (SOFT) {

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kExpanding) expand_mask_kernel(const ExpandArg
 
 struct ScaleArgs {
   const void *products, *weight, *bias, *w2, *sums;
-  void *grad_weight, *grad_bias, *grad_w2;
+  void *grad_weight, *grad_bias, *grad_w2, *squares;
   int64_t columns, d, sums_stride, parts;
 };
 
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(32 * kWarps) scale_gradient_kernel(const Scale
   const int lane = int(threadIdx.x) % 32;
   if (j >= args.columns) return;
   const T* sums = static_cast<const T*>(args.sums) + j;
-  Sum<T> gamma{0}, dot{0};
+  Sum<T> gamma{0}, dot{0}, square{0};
   for (int64_t part = lane; part < args.parts; part += 32)
     gamma.value += sums[part * args.sums_stride];
   const int64_t places = args.d / WIDTH;
@@ -218,6 +218,7 @@ __global__ void __launch_bounds__(32 * kWarps) scale_gradient_kernel(const Scale
       for (int e = 0; e < WIDTH; ++e) {
         const T p = Element<T>::value(product[b].raw[e]);
         dot.value += p * Element<S>::value(w[b].raw[e]);
+        square.value += w2 * p * (w2 * p);
         scaled.raw[e] = Element<OUT>::raw(w2 * p);
       }
       to[i] = scaled;
@@ -225,10 +226,12 @@ __global__ void __launch_bounds__(32 * kWarps) scale_gradient_kernel(const Scale
   }
   gamma = reduce_lanes<32>(gamma);
   dot = reduce_lanes<32>(dot);
+  square = reduce_lanes<32>(square);
   if (lane != 0) return;
   const T bias = Element<S>::value(static_cast<const typename Element<S>::Raw*>(args.bias)[j]);
   static_cast<T*>(args.grad_bias)[j] = w2 * gamma.value;
   static_cast<T*>(args.grad_w2)[j] = dot.value + bias * gamma.value;
+  if (args.squares != nullptr) static_cast<T*>(args.squares)[j] = square.value;
 }
 
 template <class Args>
@@ -272,10 +275,10 @@ void expand_mask(const uint8_t* mask, int64_t mask_stride, int64_t rows, int64_t
 void scale_gradient(const void* products, const void* weight, Type type, const void* bias,
                     const void* w2, const void* sums, int64_t sums_stride, int64_t parts,
                     int64_t columns, int64_t d, void* grad_weight, Type out_type, void* grad_bias,
-                    void* grad_w2, int device, void* stream) {
+                    void* grad_w2, void* squares, int device, void* stream) {
   const DeviceGuard guard(device);
-  const ScaleArgs args = {products,  weight,  bias,    w2, sums,        grad_weight,
-                          grad_bias, grad_w2, columns, d,  sums_stride, parts};
+  const ScaleArgs args = {products, weight,  bias,    w2, sums,        grad_weight, grad_bias,
+                          grad_w2,  squares, columns, d,  sums_stride, parts};
   const auto by_four = [&](const void* data, int64_t size) {
     return reinterpret_cast<uintptr_t>(data) % std::min<int64_t>(16, 4 * size) == 0;
   };

@@ -11,7 +11,7 @@ namespace softtopk::cuda {
 namespace {
 
 // Room for 416 candidates lets six rows of 2048 chunks onto a multiprocessor, for 512 five.
-constexpr Demand kQuick = {1, kAnyPart, 3, {64, 128, 128}, {836, 836, 836}, 2052};
+constexpr Demand kQuick = {1, kAnyPart, 3, {64, 128, 128}, {800, 832, 832}, 2048};
 
 // The rows that select_quick has left, or all.
 template <class S>

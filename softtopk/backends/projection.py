@@ -7,10 +7,11 @@ the cache. What a backend does with a chunk are three steps:
                                             j // 8 is z_j > 0
     expand_mask(mask, g, expanded)          expanded (B, columns) = 0 or 1; returns sums (parts, columns),
                                             whose total is gamma_j = sum_b g_b mask_bj
-    scale_gradient(products, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2)
+    scale_gradient(products, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares)
 
 With G_j = sum_b g_b mask_bj x_b, the products of the mask and g x, the gradients are w2_j G_j of the weight,
-w2_j gamma_j of the bias and <W_j, G_j> + c_j gamma_j of w2, since relu(z) = mask (x W^T + c).
+w2_j gamma_j of the bias and <W_j, G_j> + c_j gamma_j of w2, since relu(z) = mask (x W^T + c). squares, where
+wanted, are |w2_j G_j|^2.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ class Projection:
         w2: Tensor,
         out_dtype: torch.dtype,
         want_x: bool,
+        squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The gradients of weight (in out_dtype: x's or the compute dtype), bias, w2 and x (in the compute
-        dtype, the last only if wanted)."""
+        dtype, the last only if wanted). squares (n,), of the compute dtype, are written if given."""
         g = g.contiguous()
         gx = torch.mul(x, g[:, None], out=torch.empty_like(x))
         grad_weight = weight.new_empty(weight.shape, dtype=out_dtype)
@@ -67,7 +69,9 @@ class Projection:
         for part in chunks:
             expanded = columns_of(buffer, len(x), part)
             sums = self.steps.expand_mask(mask[:, part.start // 8 :], g, expanded)
-            self.chunk_gradients(part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2)
+            self.chunk_gradients(
+                part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
+            )
             if want_x:
                 scaled = torch.mul(weight[part], w2[part, None], out=torch.empty_like(weight[part]))
                 grad_x += multiply(expanded, scaled, torch.empty_like(grad_x))
@@ -76,7 +80,9 @@ class Projection:
     def chunk_columns(self, x: Tensor, weight: Tensor) -> int:
         return even(len(weight), CHUNK_BYTES // (x.element_size() * max(len(x), 1)))
 
-    def chunk_gradients(self, part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2):
+    def chunk_gradients(
+        self, part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
+    ):
         """The rows `part` of the gradients: the products, and what is done with them in the cache."""
         for inner in products_at_a_time(part, weight, w2.dtype):
             place = slice(inner.start - part.start, inner.stop - part.start)
@@ -93,6 +99,7 @@ class Projection:
                 grad_weight[inner],
                 grad_bias[inner],
                 grad_w2[inner],
+                None if squares is None else squares[inner],
             )
 
 
@@ -152,13 +159,15 @@ class TorchSteps:
         return torch.mv(expanded.t().to(g.dtype), g)[None]
 
     @staticmethod
-    def scale_gradient(products, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2) -> None:
+    def scale_gradient(products, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares) -> None:
         gamma = sums.sum(0)
         torch.addcmul(
             torch.linalg.vecdot(products, weight.to(w2.dtype)), bias.to(w2.dtype), gamma, out=grad_w2
         )
         torch.mul(w2, gamma, out=grad_bias)
         torch.mul(products, w2[:, None], out=grad_weight)
+        if squares is not None:
+            torch.sum(grad_weight.to(w2.dtype).square(), 1, out=squares)
 
 
 def pack(bits: Tensor) -> Tensor:

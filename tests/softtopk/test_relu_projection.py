@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,10 +20,15 @@ SHAPES = [(1, 1, 1), (5, 7, 3), (3, 12, 33), (9, 5, 257), (37, 8, 700), (17, 20,
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    """A chunk of as few columns as there may be."""
-    monkeypatch.setattr(projection, "CHUNK_BYTES", 1)
+def small_products(monkeypatch):
+    """Products of as few columns as there may be, of chunks that have more."""
     monkeypatch.setattr(projection, "PRODUCT_BYTES", 1)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch, small_products):
+    """Chunks of as few columns as there may be."""
+    monkeypatch.setattr(projection, "CHUNK_BYTES", 1)
 
 
 def problem(shape, device, dtype=torch.float32, seed=0) -> list[Tensor]:
@@ -56,10 +66,14 @@ def test_is_the_dense_layer(backend, device, shape, dtype, small_chunks):
         torch.testing.assert_close(got, want, rtol=exact, atol=exact * float(want.abs().max() + 1))
 
 
-def test_chunks_as_they_are(backend, device):
-    arguments = problem((11, 6, 500), device)
+def test_several_products_of_a_chunk(backend, device, small_products):
+    arguments = problem((75, 6, 700), device, torch.float64)
     scores, expected = relu_projection(*arguments, backend=backend), dense(*arguments)
-    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(scores, expected)
+    g = weights_of(scores)
+    gradients = torch.autograd.grad(scores, arguments, g)
+    for got, want in zip(gradients, torch.autograd.grad(expected, arguments, g), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 5), (3, 2, 260)], ids=str)
@@ -122,6 +136,15 @@ def test_only_the_gradients_that_are_asked_for(backend, device):
     wanted = torch.autograd.grad(dense(x, weight, bias, w2).sum(), (weight, w2))
     torch.testing.assert_close(weight.grad, wanted[0])
     torch.testing.assert_close(w2.grad, wanted[1])
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_squares(backend, device, kind, small_chunks):
+    x, weight, bias, w2 = problem((20, 9, 301), device)
+    squares = torch.full((301,), float("nan"), device=device)
+    copy = weight.detach().to(kind)
+    relu_projection(x, weight, bias, w2, copy=copy, squares=squares, backend=backend).sum().backward()
+    torch.testing.assert_close(squares, weight.grad.square().sum(1), rtol=1e-5, atol=0)
 
 
 def test_leading_dimensions_and_strides(backend, device):
@@ -197,6 +220,20 @@ def test_errors():
             relu_projection(*wrong)
     with pytest.raises(ValueError, match="copy"):
         relu_projection(x, weight, bias, w2, copy=weight[:3])
+    for squares in (torch.zeros(5), torch.zeros(6, dtype=torch.float64), torch.zeros(12)[::2]):
+        with pytest.raises(ValueError, match="squares"):
+            relu_projection(x, weight, bias, w2, squares=squares)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="triton's ptxas is a Linux program")
+def test_kernels_compile_without_a_gpu(tmp_path):
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("compile_projection.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parents[2])}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("bytes") == 9
 
 
 @pytest.mark.gpu

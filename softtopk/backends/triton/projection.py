@@ -103,13 +103,14 @@ def expand_kernel(
 
 @triton.jit
 def backward_kernel(
-    expanded, gx, weight, w2, grad_weight, dots,
+    expanded, gx, weight, w2, grad_weight, dots, squares,
     rows, columns, d, stride, dots_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter has no products of bfloat16
     STEPS: tl.constexpr, WHOLE: tl.constexpr,  # of BLOCK_K along the rows; no more than they are
 ):  # fmt: skip
-    """A tile of G = mask^T (g x): w2_j G_j, and dots[column tile, j] = <W_j, G_j> over the tile's columns."""
+    """A tile of G = mask^T (g x): w2_j G_j, and over its columns dots[column tile, j] = <W_j, G_j> and, where
+    there is a place for them, squares[column tile, j] = |w2_j G_j|^2."""
     first, second = tile_of(tl.program_id(0), tl.cdiv(columns, BLOCK_M), tl.cdiv(d, BLOCK_N), GROUP)
     latent = first * BLOCK_M + tl.arange(0, BLOCK_M)
     column = second * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -135,7 +136,10 @@ def backward_kernel(
     of_latent = tl.load(w2 + latent, mask=there, other=0.0)
     scaled = products * of_latent[:, None]
     tl.store(grad_weight + place, scaled.to(grad_weight.dtype.element_ty), mask=fits)
-    tl.store(dots + second.to(tl.int64) * dots_stride + latent, tl.sum(products * w, 1), mask=there)
+    to = second.to(tl.int64) * dots_stride + latent
+    tl.store(dots + to, tl.sum(products * w, 1), mask=there)
+    if squares is not None:
+        tl.store(squares + to, tl.sum(scaled * scaled, 1), mask=there)
 
 
 class TritonSteps(projection.TorchSteps):
@@ -180,24 +184,29 @@ class TritonProjection(projection.Projection):
         row = x.element_size() * max(len(x), 1)
         return max(projection.CHUNK_BYTES // (row * wave), 1) * wave
 
-    def chunk_gradients(self, part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2):
+    def chunk_gradients(
+        self, part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
+    ):
         rows, columns = expanded.shape
         d = weight.shape[1]
         if gx.dtype not in SIXTEEN_BITS or gx.numel() == 0:
             return super().chunk_gradients(
-                part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2
+                part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
             )
         tile = tiles(gx.device)
         dots = w2.new_empty(triton.cdiv(d, tile["BLOCK_N"]), columns)
+        parts = None if squares is None else torch.empty_like(dots)
         with on_device(gx):
             backward_kernel[(triton.cdiv(columns, tile["BLOCK_M"]) * len(dots),)](
-                expanded, gx, weight[part], w2[part], grad_weight[part], dots,
+                expanded, gx, weight[part], w2[part], grad_weight[part], dots, parts,
                 rows, columns, d, expanded.stride(0), dots.stride(0),
                 GROUP=GROUP, **steps(rows, tile), **tile,
             )  # fmt: skip
         gamma = sums.sum(0)
         torch.mul(w2[part], gamma, out=grad_bias[part])
         torch.addcmul(dots.sum(0), bias[part].to(w2.dtype), gamma, out=grad_w2[part])
+        if parts is not None:
+            torch.sum(parts, 0, out=squares[part])
 
 
 @functools.cache
