@@ -151,5 +151,5 @@ def scattered(values: Tensor, indices: Tensor, n: int) -> Tensor:
     starts = torch.arange(rows, device=values.device).unsqueeze(1) * n
     # One place more than needed takes what unused places hold.
     places = torch.where(indices < n, starts + indices, rows * n)
-    dense = values.new_zeros(rows * n + 1).scatter(0, places.flatten(), values.flatten())
+    dense = values.new_zeros(rows * n + 1).scatter_(0, places.flatten(), values.flatten())
     return dense[:-1].view(rows, n)
