@@ -131,7 +131,9 @@ void soft_row(const Sweeps<T>& table, const Row& row, double k, T alpha, bool st
   } else {
     table.probabilities({out.active, count, false}, scale, static_cast<T>(d.h_A),
                         static_cast<T>(d.h_B), out.values);
-    for (int64_t j = 0; j < count; ++j) out.values[j] *= out.active[j];
+    for (int64_t j = 0; j < count; ++j)
+      out.values[j] =
+          out.values[j] < static_cast<T>(kLeastShare) ? T(0) : out.values[j] * out.active[j];
   }
   const double state[] = {s.r_A, s.r_B, s.P, s.Q, s.D, kept.q, kept.t * kLn2};
   std::transform(state, state + 7, out.state, [](double x) { return static_cast<T>(x); });
