@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from softtopk.sparse_code import Transposition, scattered
 
@@ -53,11 +53,38 @@ def untraced(function: Callable) -> Callable:
 
 
 class Once(Function):
-    """A rule of reverse mode alone."""
+    """A rule of reverse mode alone, whose gradients cannot be differentiated again."""
 
     @staticmethod
     def jvp(ctx, *tangents):
         raise NotImplementedError("softtopk: sparse codes have no forward-mode derivatives")
+
+
+class NoSecondDerivative(Function):
+    """The identity, whose gradient is an error."""
+
+    @staticmethod
+    def forward(ctx, gradient):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("softtopk: sparse codes have no second derivatives")
+
+
+def once(backward: Callable) -> Callable:
+    """The backward of a rule, whose results raise where they are differentiated. (With once_differentiable
+    they would be constants wherever the incoming gradient is one.)"""
+
+    @functools.wraps(backward)
+    def first(ctx, *gradients):
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return results
+        return tuple(None if t is None else NoSecondDerivative.apply(t.requires_grad_()) for t in results)
+
+    return first
 
 
 class Select(Once):
@@ -73,7 +100,7 @@ class Select(Once):
         return values, indices, counts
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, g, *_):
         grad_active, grad_k, grad_alpha = of_active(ctx, g)
         to_pre, to_bias, *_ = ctx.needs_input_grad
@@ -101,7 +128,7 @@ class Encode(Once):
         return values, indices, counts
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, g, *_):
         grad_active, grad_k, grad_alpha = of_active(ctx, g)
         _, indices, counts, *_, x, used = ctx.saved_tensors
@@ -131,7 +158,7 @@ class Decode(Once):
         return how.kernels.decode(values, indices, counts, used, given)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, g):
         values, indices, counts, used = ctx.saved_tensors
         to_values, to_weight, to_bias, *_ = ctx.needs_input_grad
