@@ -124,6 +124,19 @@ def test_code(dtype, n, mode):
     assert n < 5 or seen > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sample_that_misleads(dtype):
+    """Far outliers make alpha look small against what is above a sample's quantile; the threshold lies below
+    them, among thousands of elements less than alpha apart."""
+    pre = 1 + torch.rand(4, 5000).to(dtype) / 100
+    pre[:, ::50] = 10
+    for alpha in (1e-2, 1e-3):
+        got = cpu.code_forward(pre, 150.0, alpha, None, 0.0, "soft", 5000)
+        want = reference.code_forward(pre, 150.0, alpha, None, 0.0, "soft", 5000)
+        assert (want[3] > 4900).all() and torch.equal(got[1], want[1])
+        torch.testing.assert_close(got[0], want[0], rtol=0, atol=TOLERANCES[dtype])
+
+
 @pytest.mark.parametrize("mode", MODES[:2])
 @pytest.mark.parametrize("n", [5, 31, 700])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
