@@ -38,16 +38,15 @@ class Weighting(NamedTuple):
 
 def untraced(function: Callable) -> Callable:
     """The function, which torch.compile does not trace but runs as it is, with all that it calls."""
+    disabled = None
 
     @functools.wraps(function)
     def call(*arguments, **options):
+        nonlocal disabled
         # torch.compiler.disable imports the compiler, which takes a second.
-        compiler_is_there = "torch._dynamo" in sys.modules
-        return (disabled() if compiler_is_there else function)(*arguments, **options)
-
-    @functools.cache
-    def disabled() -> Callable:
-        return torch.compiler.disable(function)
+        if disabled is None and "torch._dynamo" in sys.modules:
+            disabled = torch.compiler.disable(function)
+        return (disabled or function)(*arguments, **options)
 
     return call
 
@@ -151,7 +150,6 @@ class Decode(Once):
     @staticmethod
     def forward(ctx, values, weight, bias, used, indices, counts, how: Weighting):
         given = None if bias is None else bias.detach().to(used.dtype)
-        # The gradients of values and weight come out of one pass.
         ctx.save_for_backward(values, indices, counts, used)
         ctx.how, ctx.dtype = how, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -163,7 +161,7 @@ class Decode(Once):
         values, indices, counts, used = ctx.saved_tensors
         to_values, to_weight, to_bias, *_ = ctx.needs_input_grad
         grad_values = grad_weight = grad_bias = None
-        if to_values or to_weight:
+        if to_values or to_weight:  # both come out of one pass
             rows = used if to_values or ctx.how.project else None
             grad_weight, grad_values, _ = weight_gradient(
                 ctx.how, indices, counts, values, g, rows, ctx.dtype, False
@@ -203,11 +201,11 @@ def keep(ctx, k, alpha, how, values, indices, active, counts, state, *more) -> N
 
 def of_active(ctx, g: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """From the gradient of a code's values those of its activations, k and alpha."""
-    active, indices, counts, mask, state, alpha, *_ = ctx.saved_tensors
+    active, _, counts, mask, state, alpha, *_ = ctx.saved_tensors
     how = ctx.how
     g = torch.zeros_like(active) if g is None else g.contiguous()
     if how.mode == "hard":
-        return torch.where(indices < how.transposition.n, g, 0), None, None
+        return g, None, None  # what unused places hold is not read
     scale = ctx.alpha if alpha is None else alpha
     grad_active, grad_k, grad_alpha = how.kernels.code_backward(
         active, mask, counts, state, scale, g, how.selection_gradient

@@ -77,3 +77,16 @@ def assert_values(code: SparseCode, want: Tensor, a: Tensor):
     error = torch.where(same, 0, (got - want).abs())
     bar = (1e-6 + 2.0**-23) * a.abs() + 2.0**-149
     assert (error <= bar).all(), f"{(error / bar).nan_to_num(posinf=torch.inf).max()} times the bar"
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def autoencoder(rows=8, d=6, n=24, seed=0, device="cpu", dtype=torch.float64):
+    """x, encoder weight and bias, decoder weight and bias, k, alpha; all float64."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(rows, d), (n, d), (n,), (n, d), (d,)]
+    tensors = [torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes]
+    k = 1 + 6 * torch.rand(rows, generator=draw, dtype=torch.float64)
+    return [t.to(device, dtype) for t in tensors] + [k.to(device), torch.tensor(0.2, device=device).double()]

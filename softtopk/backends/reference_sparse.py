@@ -77,23 +77,32 @@ def code_forward(
             mask = hard_topk_mask(a, k) == 1
             kept, values = kept | mask, torch.where(mask, a, 0)
 
-    n = pre.shape[1]
-    latents = torch.arange(n, device=pre.device)
-    kept = torch.where(bad, latents == 0, kept & (a > 0))
+    first = torch.arange(pre.shape[1], device=pre.device) == 0
+    kept = torch.where(bad, first, kept & (a > 0))
+    indices, stored = compacted(kept, max_active)
     counts = kept.sum(1, dtype=torch.int32)
-    stored = kept & (kept.cumsum(1) <= max_active)
-    indices = torch.where(stored, latents, n).sort(1).values[:, :max_active]
-    indices = torch.nn.functional.pad(indices, (0, max_active - indices.shape[1]), value=n)
     a, values = torch.where(bad, torch.nan, a), torch.where(bad, torch.nan, values)
-    at = [torch.nn.functional.pad(t, (0, 1)).gather(1, indices) for t in (values, a)]
+    at = [torch.nn.functional.pad(t, (0, 1)).gather(1, indices.long()) for t in (values, a)]
     if mode == "hard":
-        return at[0], indices.int(), at[1], counts, None
+        return at[0], indices, at[1], counts, None
 
     q_out = torch.where(stored, 0, q)
     offset = torch.where(q_out == 0, 0, (a - anchor(row)) / scale)
     sums = [q_out.sum(1, keepdim=True), (q_out * offset).sum(1, keepdim=True)]
     state = torch.where(bad, torch.nan, torch.cat([*row, *sums], 1))
-    return at[0], indices.int(), at[1], counts, state
+    return at[0], indices, at[1], counts, state
+
+
+def compacted(kept: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """The indices (rows, places) int32 of the first kept elements of every row (rows, n), then n; and which
+    elements those are, (rows, n) bool."""
+    rows, n = kept.shape
+    rank = kept.cumsum(1) - 1
+    stored = kept & (rank < places)
+    latents = torch.arange(n, dtype=torch.int32, device=kept.device).expand(rows, n)
+    # One place more than needed takes the others.
+    indices = torch.full((rows, places + 1), n, dtype=torch.int32, device=kept.device)
+    return indices.scatter(1, torch.where(stored, rank, places), latents)[:, :places].contiguous(), stored
 
 
 def weights(a: Tensor, row: Solution, factors: Densities, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,9 +167,9 @@ def code_backward(
 
     direct = g * (p if values is None else torch.where(used, values, 0) != 0)
     through = torch.where(h == 0, 0, h * (dv - mean_v) / scale)
-    bad, bound = row.D.isnan(), (row.P == 0) & (row.Q == 0)
+    bad = row.D.isnan()
     grad_active = torch.where(used, torch.where(bad, torch.nan, direct + selection_gradient * through), 0)
-    grad_k = torch.where(bad, torch.nan, torch.where(bound, 0, v_pivot + mean_v))
+    grad_k = torch.where(bad, torch.nan, v_pivot + mean_v)  # 0 where k was clamped: there q = 0
     grad_alpha = torch.where(factors.R == 0, 0, -factors.R * covariance / scale)
     return grad_active, grad_k.squeeze(1), torch.where(bad, torch.nan, grad_alpha).squeeze(1)
 

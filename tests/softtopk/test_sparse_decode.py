@@ -17,14 +17,13 @@ def random_code(rows, n, active, device, dtype=torch.float32, seed=0, skewed=Fal
     distribution; and its dense tensor."""
     g = torch.Generator().manual_seed(seed)
     chance = 1 / torch.arange(1, n + 1).float() if skewed else torch.ones(n)
-    x = torch.zeros(rows, n, dtype=dtype)
-    for row in range(rows):
-        count = int(torch.randint(0, active + 1, (), generator=g))
-        if count:
-            x[row, chance.multinomial(count, generator=g)] = torch.randn(count, generator=g, dtype=dtype)
-        if skewed:
-            x[row, :2] = torch.randn(2, generator=g, dtype=dtype)
-    x = x.to(device)
+    # The order of the latents by exponential waiting times is a draw without replacement.
+    order = (torch.rand(rows, n, generator=g).log() / chance).topk(min(active, n)).indices
+    drawn = torch.arange(order.shape[1]) < torch.randint(0, active + 1, (rows, 1), generator=g)
+    x = torch.zeros(rows, n, dtype=dtype).scatter(1, order, drawn.to(dtype))
+    if skewed:
+        x[:, :2] = 1
+    x = (x * torch.randn(rows, n, generator=g, dtype=dtype)).to(device)
     return SparseCode.from_dense(x, room, backend=backend), x
 
 
