@@ -6,14 +6,30 @@
 // few latents that are active in every row.
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "rows.h"
 
 namespace softtopk::cpu {
 namespace {
+
+// The gradient of a whole weight is memory that has just been asked for: the page faults of 50 MB
+// take a core 19 ms, with pages of 2 MB 7 ms. Where the system has none, nothing changes.
+void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t size) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 1 << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + size) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 constexpr int64_t kEntriesPerTask = 512;
 constexpr int64_t kLatentsPerTask = 8;
@@ -191,6 +207,7 @@ void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* 
                       int threads) {
   with_compute_type(type, [&](auto zero) {
     using T = decltype(zero);
+    use_huge_pages(grad, n * d * element_size(out_type));
     if (weight != nullptr) std::fill_n(static_cast<T*>(dots), rows * max_active, T(0));
     gather<T>({static_cast<const T*>(scale), offsets, entries, max_active, d, y, weight, type,
                out_type, project, zero_silent, grad, static_cast<T*>(dots), static_cast<T*>(sums),
