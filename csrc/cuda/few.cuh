@@ -36,6 +36,7 @@ __device__ __forceinline__ float quick_hypot(float a, float b) {
 struct Budget {
   int32_t whole;
   float rest;
+  Budget() = default;
   __device__ explicit Budget(double k) : whole(int32_t(rint(k))), rest(float(k - whole)) {}
   __device__ float excess(int32_t count) const { return float(count - whole) - rest; }
 };

@@ -79,6 +79,7 @@ template <uint32_t GRAIN>
 __device__ __forceinline__ void write_hard(const SelectArgs& args, int64_t r, const Few& few) {
   const int lane = int(threadIdx.x) % 32;
   Mask<GRAIN> mask(mask_cut<GRAIN>(few, hard_budget(args, r)));
+  const CodeRow<float> to(args.code, r);
   int32_t kept = 0;
 #pragma unroll 1
   for (int32_t i = lane; i - lane < few.count; i += 32) {
@@ -86,10 +87,10 @@ __device__ __forceinline__ void write_hard(const SelectArgs& args, int64_t r, co
     const bool keep = mask.holds(x);
     const uint32_t all = __ballot_sync(~0u, keep);
     const int32_t place = kept + __popc(all & Mask<GRAIN>::lanes_below());
-    if (keep) write_entry(args.code, r, place, few.indices[i], x, x);
+    if (keep) to.write(place, few.indices[i], x, x);
     kept += __popc(all);
   }
-  write_rest<float>(args.code, r, kept, int32_t(args.x.n), lane, 32);
+  to.write_rest(kept, int32_t(args.x.n), lane, 32);
 }
 
 // By one warp: solves row r and writes its code, or returns false: it must be left. L is above the
@@ -109,6 +110,7 @@ __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, co
   Mask<GRAIN> mask({0, 0});
   if (masked) mask = Mask<GRAIN>(mask_cut<GRAIN>(few, hard_budget(args, r)));
   constexpr float kLn2 = 0.6931471805599453f;
+  const CodeRow<float> to(args.code, r);
   int32_t kept = 0;
   float Q_out = 0, M_out = 0;
 #pragma unroll 1
@@ -125,8 +127,8 @@ __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, co
     }
     const uint32_t all = __ballot_sync(~0u, keep);
     const int32_t place = kept + __popc(all & Mask<GRAIN>::lanes_below());
-    if (keep) write_entry(args.code, r, place, few.indices[i], value, x);
-    if (i < few.count && !(keep && place < args.code.max_active)) {
+    if (keep) to.write(place, few.indices[i], value, x);
+    if (i < few.count && !(keep && place < to.room())) {
       const float q = (above ? d.q_A : d.q_B) * e;
       // Relative to r_B, or to r_A where there is none below.
       const float far = above && s.r_B > -infinity<float> ? (x - s.r_B) * rate : t;
@@ -146,7 +148,7 @@ __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, co
     M_out = fmaf(-zeros, s.r_B * rate, M_out);
   }
   if (lane == 0) write_state(args.code, r, s, Q_out, M_out * kLn2);
-  write_rest<float>(args.code, r, kept, int32_t(args.x.n), lane, 32);
+  to.write_rest(kept, int32_t(args.x.n), lane, 32);
   return true;
 }
 

@@ -29,6 +29,13 @@ struct Entry {
   int32_t index;
 };
 
+// A row's numbers.
+struct Request {
+  Budget k;
+  float alpha;
+  int32_t wanted;  // maxima that reach the bound; 0: the row is not for this kernel
+};
+
 template <class H>
 struct SelectShared {
   static constexpr int warps = H::threads / 32, words = kGroupsOf<H> * warps;
@@ -37,6 +44,7 @@ struct SelectShared {
     uint4 maxima[kMaxima / 4];  // keys
     uint16_t listed[kMostListed];
   };
+  Request requests[2];    // of this row and the next, in turns
   uint32_t marks[words];  // of groups that are looked at: item by item, a bit for each thread
   LimitsShared<H> limits;
   // What the blocks of a cluster tell the first.
@@ -59,6 +67,37 @@ __device__ __forceinline__ void mark_groups(const uint32_t (&key)[kGroupsOf<H>],
   if (lane < kGroupsOf<H>) marks[lane * (H::threads / 32) + warp] = mine;
 }
 
+// Which elements of a chunk are from `least` > 0 on, as bits.
+template <class S>
+class Reaching {
+ public:
+  __device__ explicit Reaching(float least) : least_(least) {
+    if constexpr (sizeof(S) == 2) {
+      uint32_t raw = Element<S>::raw(least);
+      raw += Element<S>::value(typename Element<S>::Raw(raw)) < least;
+      both_ = raw * 0x10001u;
+    }
+  }
+  __device__ __forceinline__ uint32_t operator()(const Chunk<S>& chunk) const {
+    uint32_t found = 0;
+    if constexpr (sizeof(S) == 2) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) found |= pairs_from<S>(chunk.word(i), both_) & 0x10001u << 2 * i;
+      return (found | found >> 15) & 0xffu;
+    } else {
+      float x[Chunk<S>::size];
+      chunk.read(x);
+#pragma unroll
+      for (int i = 0; i < Chunk<S>::size; ++i) found |= uint32_t(x[i] >= least_) << i;
+      return found;
+    }
+  }
+
+ private:
+  float least_;
+  uint32_t both_ = 0;  // in both halves, the lowest of S that is not below
+};
+
 // By one warp: f(place, value, index) for the elements of the marked groups from `least` on, in the
 // order of their indices. Returns their number, and kTooMany if it has not looked at all.
 template <class H, class F>
@@ -68,6 +107,7 @@ __device__ __forceinline__ int32_t collect_in_order(const ResidentRow<H>& row, f
   const int lane = int(threadIdx.x) % 32;
   const uint32_t lanes_below = (1u << lane) - 1;
   const int words = row.items() * SelectShared<H>::warps;
+  const Reaching<typename H::S> reaching(least);
   int32_t count = 0;
 #pragma unroll 1
   for (int first = 0; first < words; first += 32) {
@@ -86,11 +126,7 @@ __device__ __forceinline__ int32_t collect_in_order(const ResidentRow<H>& row, f
       const bool any = start + lane < listed;
       const int32_t chunk = any ? shared.listed[start + lane] : 0;
       const int item = chunk / H::threads, thread = chunk % H::threads;
-      uint32_t found = 0;
-      float x[kSize];
-      row.read(item, x, thread);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) found |= uint32_t(any && x[i] >= least) << i;
+      uint32_t found = any ? reaching(row.chunk(item, thread)) : 0;
       const int mine = __popc(found);
       int32_t place = count;
 #pragma unroll
@@ -138,13 +174,6 @@ __device__ __forceinline__ void merge_blocks(const Entry* entries, const int32_t
   __syncwarp();
 }
 
-// The row's numbers.
-struct Request {
-  Budget k;
-  float alpha;
-  int32_t wanted;  // maxima that reach the bound; 0: the row is not for this kernel
-};
-
 template <class H, bool SOFT>
 __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads)
     select_quick(const SelectArgs args) {
@@ -168,9 +197,9 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
   const int32_t room = C::many ? kMostFew / C::size() : most;
   Mailbox<2> bounds(shared.limits.mailboxes);
   Mailbox<> counts(&shared.mailboxes[0]), entries(&shared.mailboxes[1]);
-  C::sync();
 
   const int step = int(gridDim.x) / C::size();
+  const int64_t first_row = int64_t(blockIdx.x) / C::size();
   const float threshold = float(args.activation.threshold) + 0.0f;  // -0 becomes +0
   const bool activated = args.activation.bias != nullptr || args.activation.thresholds != nullptr;
   const auto request = [&](int64_t r) -> Request {
@@ -185,6 +214,9 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
     const int32_t wanted = SOFT ? whole + whole / 8 + 6 : max(whole, 1);
     return {Budget(budget), alpha, wanted <= limit ? wanted : 0};
   };
+  if (t == 0) shared.requests[0] = request(first_row);
+  C::sync();
+
   const auto data = [&](int64_t r) {
     return static_cast<const Raw*>(args.x.data) + r * args.x.stride;
   };
@@ -193,17 +225,18 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
     if (!args.fed || r >= args.x.rows) return false;
     return H::ragged ? r + 1 < args.x.rows && args.x.stride >= n : args.wide_x;
   };
-  const int64_t first_row = int64_t(blockIdx.x) / C::size();
   uint32_t phase = 0;
   if (fed(first_row)) row.ask(data(first_row), warp == 0);
-  Request next = request(first_row);
   // The warps take turns, as each has its place among those of other blocks; messages are the
   // first one's.
-  int turn = 0;
+  int turn = 0, slot = 0;
   for (int64_t r = first_row; r < args.x.rows; r += step) {
     const bool in_turn = warp == turn;
     if constexpr (!C::many) turn = (turn + 1) % kWarps;
-    const Request now = next;
+    const Request now = shared.requests[slot];
+    slot ^= 1;
+    // Another one than the one in turn asks for the next row's numbers, which take their time.
+    if (t == (C::many ? 32 : turn * 32)) shared.requests[slot] = request(r + step);
     if (fed(r)) {
       row.template wait<1>(phase);
       phase ^= 1;
@@ -216,7 +249,7 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
     if (now.wanted > 0) {
       if (activated) {
         const Activated<S> activation(args);
-        row.for_each(
+        row.template for_each<1>(
             [&](int item) { row.replace(item, activation(row.chunk(item), map.index(item, 0))); });
         row.release();
       }
@@ -254,7 +287,6 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
       __syncwarp();
     }
     if (fed(r + step)) row.ask(data(r + step), in_turn);
-    next = request(r + step);
     if (C::rank() != 0 || !in_turn) continue;
 
     usual = usual && count <= room;

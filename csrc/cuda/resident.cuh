@@ -185,7 +185,9 @@ class ResidentRow {
     Chunk<S>{*chunk_at(item, uint32_t(t))}.read(x);
   }
   // The same as it is stored, and in its place another; chunks beyond the end stay.
-  __device__ __forceinline__ Chunk<S> chunk(int item) const { return {*chunk_at(item)}; }
+  __device__ __forceinline__ Chunk<S> chunk(int item, int32_t t = int32_t(threadIdx.x)) const {
+    return {*chunk_at(item, uint32_t(t))};
+  }
   __device__ __forceinline__ void replace(int item, const Chunk<S>& chunk) {
     if (map_.index(item, 0) < map_.n) *chunk_at(item) = chunk.words;
   }

@@ -78,26 +78,39 @@ class Activated {
   bool wide_;
 };
 
-// Writes the entry at `place` of row r, if there is room for it.
+// Where a row's part of the code is.
 template <class T>
-__device__ __forceinline__ void write_entry(const Code& code, int64_t r, int32_t place,
-                                            int32_t index, T value, T active) {
-  if (place >= code.max_active) return;
-  const int64_t at = r * code.max_active + place;
-  static_cast<T*>(code.values)[at] = value;
-  code.indices[at] = index;
-  static_cast<T*>(code.active)[at] = active;
-}
-// Writes what a row has besides its entries, by `threads` threads: the number of its entries, and
-// the places that are not used.
-template <class T>
-__device__ __forceinline__ void write_rest(const Code& code, int64_t r, int32_t count, int32_t n,
-                                           int rank, int threads) {
-  for (int64_t i = int64_t(count) + rank; i < code.max_active; i += threads) {
-    write_entry(code, r, int32_t(i), n, T(0), T(0));
+class CodeRow {
+ public:
+  __device__ CodeRow(const Code& code, int64_t r)
+      : values_(static_cast<T*>(code.values) + r * code.max_active),
+        active_(static_cast<T*>(code.active) + r * code.max_active),
+        indices_(code.indices + r * code.max_active),
+        counts_(code.counts + r),
+        room_(int32_t(code.max_active)) {}
+
+  __device__ int32_t room() const { return room_; }
+  // Writes an entry, if there is room for it.
+  __device__ __forceinline__ void write(int32_t place, int32_t index, T value, T active) const {
+    if (place >= room_) return;
+    values_[place] = value;
+    indices_[place] = index;
+    active_[place] = active;
   }
-  if (rank == 0) code.counts[r] = count;
-}
+  // Writes what is left besides `count` entries, by `threads` threads: their number, and the places
+  // that are not used.
+  __device__ __forceinline__ void write_rest(int32_t count, int32_t n, int rank,
+                                             int threads) const {
+    for (int32_t i = count + rank; i < room_; i += threads) write(i, n, T(0), T(0));
+    if (rank == 0) *counts_ = count;
+  }
+
+ private:
+  T *values_, *active_;
+  int32_t *indices_, *counts_;
+  int32_t room_;
+};
+
 // By one thread: the solution, and the shares of q of what is not in the code.
 template <class T>
 __device__ __forceinline__ void write_state(const Code& code, int64_t r, const Solution<T>& s,
@@ -139,6 +152,7 @@ __device__ __forceinline__ void select_row(const SelectArgs& args, int64_t r, Gr
   const Source<S> source(args.x.data, r * args.x.stride, n, args.wide_x, false);
   const Row row(source, Activated<S>(args));
   Sweeper<S, Row, Group> sweeper(row, group);
+  const CodeRow<T> to(args.code, r);
   const double k = per_row(args.k, r);
   const bool soft = args.mode != Selecting::hard, masked = args.mode != Selecting::soft;
 
@@ -152,10 +166,10 @@ __device__ __forceinline__ void select_row(const SelectArgs& args, int64_t r, Gr
   if (masked) cut = hard_cut<T>(sweeper, k, n);
   if (s.D != s.D || cut.value != cut.value) {
     if (group.rank() == 0) {
-      write_entry(args.code, r, 0, 0, nan<T>, nan<T>);
+      to.write(0, 0, nan<T>, nan<T>);
       if (soft) write_state(args.code, r, {nan<T>, nan<T>, nan<T>, nan<T>, nan<T>}, nan<T>, nan<T>);
     }
-    return write_rest<T>(args.code, r, 1, n, group.rank(), Group::size());
+    return to.write_rest(1, n, group.rank(), Group::size());
   }
 
   const Densities<T> factors = densities(s, alpha);
@@ -204,9 +218,9 @@ __device__ __forceinline__ void select_row(const SelectArgs& args, int64_t r, Gr
         } else if (soft) {
           value *= p[i];
         }
-        write_entry(args.code, r, place, chunk_index<Group>(item) * kSize + i, value, x[i]);
+        to.write(place, chunk_index<Group>(item) * kSize + i, value, x[i]);
       }
-      if (soft && q[i] > 0 && !(keep && place < args.code.max_active)) {
+      if (soft && q[i] > 0 && !(keep && place < to.room())) {
         Q_out.add(q[i]);
         M_out.add(q[i] * ((x[i] - anchor) / alpha));
       }
@@ -217,7 +231,7 @@ __device__ __forceinline__ void select_row(const SelectArgs& args, int64_t r, Gr
     const TailSums<T> out = group.reduce(TailSums<T>{Q_out.value(), M_out.value()});
     if (group.rank() == 0) write_state(args.code, r, s, out.P, out.Q);
   }
-  write_rest<T>(args.code, r, count, n, group.rank(), Group::size());
+  to.write_rest(count, n, group.rank(), Group::size());
 }
 
 }  // namespace softtopk::cuda
