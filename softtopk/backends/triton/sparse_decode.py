@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softtopk.backends.triton import launch
+from softtopk.backends.triton.sweeps import rounded
 
 AHEAD = 8  # rows of the weight that are read at a time
 
@@ -40,7 +41,7 @@ def decode_kernel(
         start += AHEAD
     if bias is not None:
         total += tl.load(bias + column, mask=inside, other=0).to(T)
-    tl.store(out + row * d + column, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * d + column, rounded(total, out.dtype.element_ty), mask=inside)
 
 
 def decode(values: Tensor, indices: Tensor, counts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softtopk.backends.triton import launch
+from softtopk.backends.triton.sweeps import rounded
 
 CHUNK = 256  # entries
 AHEAD = 4  # entries that are read at a time
@@ -101,7 +102,7 @@ def latent_kernel(
             slot += 1
             chunks -= 1
     written = inside if ZERO_SILENT else inside & (end > begin)
-    tl.store(grad + latent * d + column, total.to(grad.dtype.element_ty), mask=written)
+    tl.store(grad + latent * d + column, rounded(total, grad.dtype.element_ty), mask=written)
     if squares is not None:
         tl.store(squares + tl.program_id(1).to(tl.int64) * n + latent, tl.sum(total * total))
     if sums is not None:
@@ -135,7 +136,7 @@ def project_kernel(
         w = tl.load(weight + latent * d + column, mask=column < d, other=0).to(T)
         g = tl.load(raw + latent * d + column, mask=column < d, other=0) - along * w
         part += g * g
-        tl.store(grad + latent * d + column, g.to(grad.dtype.element_ty), mask=column < d)
+        tl.store(grad + latent * d + column, rounded(g, grad.dtype.element_ty), mask=column < d)
         start += BLOCK
     if squares is not None:
         tl.store(squares + latent, tl.sum(part))

@@ -99,8 +99,8 @@ def code_kernel(
     GROUPS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    if ALIGNED:  # so that chunks are read 16 bytes at a time
-        n = tl.multiple_of(n, 16)
+    if ALIGNED:  # the compiler may know, and reads chunks 16 bytes at a time
+        n = n // 16 * 16
     row = tl.program_id(0).to(tl.int64)
     source = (x + row * x_stride, bias, thresholds, per_row(None, 0, threshold_bits, row).to(T))
     values += row * places
@@ -192,7 +192,7 @@ def code_kernel(
         value = tl.load(active + place, mask=used & within, other=0)
         if MODE == STRAIGHT_THROUGH:  # the first ties of the row are the first ones of the entries
             selected, seen = select(value, v, ties, seen)
-            value = tl.where(selected | bad, value, 0)
+            value = tl.where(bad, value, tl.where(selected, value, 0))
         if MODE == SOFT:
             above = value >= r_A
             e = tails(value, r_A, r_B, scale, rate)

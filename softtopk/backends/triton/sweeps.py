@@ -88,6 +88,17 @@ def origin_below(r, rate):
 
 
 @triton.jit
+def rounded(x, TYPE: tl.constexpr):
+    """x in another type, rounded to nearest even: the interpreter cuts the bits that bfloat16 lacks off."""
+    y = x.to(TYPE)
+    if TYPE == tl.bfloat16 and not FUSED:
+        word = x.to(tl.float32).to(tl.int32, bitcast=True)
+        word += ((word >> 16) & 1) + 0x7FFF
+        y = tl.where(x == x, (word >> 16).to(tl.int16).to(TYPE, bitcast=True), y)
+    return y
+
+
+@triton.jit
 def activated(source, start, places, inside, T: tl.constexpr):
     """The activations of a row at start + places, -inf where not inside: z = x + bias, rounded to x's dtype,
     where it is above the threshold or a NaN, else 0. source: (x, bias or None, thresholds or None, threshold),
@@ -95,7 +106,7 @@ def activated(source, start, places, inside, T: tl.constexpr):
     z = tl.load(element(source[0] + start, places), mask=inside, other=0)
     if source[1] is not None:
         added = z.to(T) + tl.load(element(source[1] + start, places), mask=inside, other=0).to(T)
-        z = added.to(z.dtype)
+        z = rounded(added, z.dtype)
     z = z.to(T)
     threshold = source[3]
     if source[2] is not None:
