@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from softtopk.backends.triton.candidates import lower_bound
-from softtopk.backends.triton.sweeps import INF, distance, plain, sums
+from softtopk.backends.triton.sweeps import ACTIVATED, INF, activated, distance, plain, sums
 from softtopk.backends.triton.tiles import lanes
 
 MOST = tl.constexpr(1023)  # candidates: three counts share a word
@@ -108,7 +108,12 @@ def kept_candidates(
         tail *= tl.exp2(distance(floor, floor, rate, origin) * -1)
         found = m <= MOST
         place = tl.where(found, places, place)
-    here = tl.max_contiguous(pointer + place, [1, 1])
-    tile = tl.load(here, mask=(place >= 0) & (place < n), other=-INF if LARGEST else INF).to(T)
-    tile = tl.reshape(tile if LARGEST else -tile, [LANES * SLOTS], can_reorder=True)
+    inside = (place >= 0) & (place < n)
+    if LARGEST == ACTIVATED:
+        tile = activated(pointer, 0, place, inside, T)
+    else:
+        here = tl.max_contiguous(pointer + place, [1, 1])
+        tile = tl.load(here, mask=inside, other=-INF if LARGEST else INF).to(T)
+        tile = tile if LARGEST else -tile
+    tile = tl.reshape(tile, [LANES * SLOTS], can_reorder=True)
     return tile, m, floor, tail, top, found

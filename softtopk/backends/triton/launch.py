@@ -46,6 +46,9 @@ RULES = {
     ("hard_topk", 2): (16, 32, 64),
     ("hard_topk", 4): (16, 32, 64),
     ("hard_topk", 8): (16, 16, 128),
+    ("code", 2): (32, 16, 64),
+    ("code", 4): (32, 16, 64),
+    ("code", 8): (32, 16, 128),
 }
 # Exceptions: (pass, bytes of an element of x, length class), where a length class is a power of two
 # and holds the lengths up to it and above the one before. Timed on an H200, at the length that names
@@ -57,6 +60,8 @@ TUNED: dict[tuple[str, int, int], Choice] = {
     ("forward", 4, 16384): Choice(8, 80),  # timed
     ("forward", 4, 32768): Choice(8, 128),  # timed
     ("forward", 4, 131072): Choice(32, 64),
+    ("code", 2, 131072): Choice(32, 64),
+    ("code", 4, 131072): Choice(32, 64),
 }
 # Of its registers a pass gives one in so many to rows: the others hold what it computes from them.
 SHARE = {"backward": 2, "log_backward": 4, "hard_topk": 4}
@@ -101,6 +106,9 @@ def tile(name: str, choice: Choice, itemsize: int, n: int) -> dict[str, int | bo
         return options | dict(BLOCK=min(row, 8 * threads))
     if name == "forward":
         return options | forward_tile(n, row, threads, choice.maxnreg, words)
+    if name == "code":
+        shape = forward_tile(n, row, threads, choice.maxnreg, words)
+        return options | shape | dict(CHUNK=min(row, 8 * threads), ALIGNED=n % 16 == 0)
     room = threads * choice.maxnreg // (words * SHARE[name])  # elements that registers hold
     if name in ("hard_topk", "log_backward"):
         room //= 2 if name == "log_backward" else 1
@@ -156,7 +164,22 @@ def per_row(value: float | Tensor) -> tuple[Tensor | None, int, int]:
     """
     if isinstance(value, Tensor):
         return value, value.stride(0), 0
-    return None, 0, struct.unpack("<q", struct.pack("<d", value))[0]
+    return None, 0, bits(value)
+
+
+def bits(value: float) -> int:
+    """The 64 bits of a number."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+@functools.lru_cache
+def columns(d: int, itemsize: int, most: int = 512) -> tuple[int, int]:
+    """(columns, warps) of a tile of a matrix with d columns: least padding, then the widest; a thread's
+    elements are 16 bytes or, in a single warp, more."""
+    widths = [w for w in (512, 256, 128) if w <= most]
+    tile = min(widths, key=lambda width: -(-d // width) * width)
+    tile = min(tile, max(32, triton.next_power_of_2(d)))
+    return tile, max(1, tile * itemsize // 512)
 
 
 def reads(x: Tensor) -> bool:

@@ -7,6 +7,9 @@ barrier. The order of a sum does not depend on the row's place in the batch. Ele
 -inf, the value that the operator leaves out. Exponents are in base 2, and a difference is taken
 before it is scaled: exp(-d / alpha) = exp2(-d * scale * rate), with the power of two `scale` there so
 that neither 1 / alpha nor alpha can overflow or underflow.
+
+Where LARGEST is ACTIVATED the elements are activations, which are not in memory, and `pointer` is what
+they are made of, see `activated`.
 """
 
 import os
@@ -19,6 +22,7 @@ INF = tl.constexpr(float("inf"))
 FUSED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+ACTIVATED = tl.constexpr("activated")
 
 
 @triton.jit
@@ -84,13 +88,53 @@ def origin_below(r, rate):
 
 
 @triton.jit
+def rounded(x, TYPE: tl.constexpr):
+    """x in another type, rounded to nearest even: the interpreter cuts the bits that bfloat16 lacks off."""
+    y = x.to(TYPE)
+    if TYPE == tl.bfloat16 and not FUSED:
+        word = x.to(tl.float32).to(tl.int32, bitcast=True)
+        word += ((word >> 16) & 1) + 0x7FFF
+        y = tl.where(x == x, (word >> 16).to(tl.int16).to(TYPE, bitcast=True), y)
+    return y
+
+
+@triton.jit
+def activated(source, start, places, inside, T: tl.constexpr):
+    """The activations of a row at start + places, -inf where not inside: z = x + bias, rounded to x's dtype,
+    where it is above the threshold or a NaN, else 0. source: (x, bias or None, thresholds or None, threshold),
+    the pointer of the row, two of n elements, and the threshold of all elements in T."""
+    z = tl.load(element(source[0] + start, places), mask=inside, other=0)
+    if source[1] is not None:
+        added = z.to(T) + tl.load(element(source[1] + start, places), mask=inside, other=0).to(T)
+        z = rounded(added, z.dtype)
+    z = z.to(T)
+    threshold = source[3]
+    if source[2] is not None:
+        threshold = tl.load(element(source[2] + start, places), mask=inside, other=0).to(T)
+    return tl.where(inside, tl.where(z <= threshold, 0, z), -INF)
+
+
+@triton.jit
+def element(pointer, places):
+    """pointer + places; those of a tile of two dimensions as tiles.places says."""
+    here = pointer + places.to(tl.int64)
+    if len(places.shape) == 2:
+        here = tl.max_contiguous(here, [1, 1])
+    return here
+
+
+@triton.jit
 def read(pointer, start, n, LARGEST: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
     """Elements start ... start + BLOCK - 1 in the compute dtype, negated for the smallest."""
     i = start + tl.arange(0, BLOCK)
-    x = tl.load(pointer + i, mask=i < n, other=0).to(T)
-    if not LARGEST:
-        x = -x
-    return tl.where(i < n, x, -INF)
+    if LARGEST == ACTIVATED:
+        x = activated(pointer, start, tl.arange(0, BLOCK), i < n, T)
+    else:
+        x = tl.load(pointer + i, mask=i < n, other=0).to(T)
+        if not LARGEST:
+            x = -x
+        x = tl.where(i < n, x, -INF)
+    return x
 
 
 @triton.jit

@@ -8,7 +8,7 @@ intermediate results of all of it.
 import triton
 import triton.language as tl
 
-from softtopk.backends.triton.sweeps import INF
+from softtopk.backends.triton.sweeps import ACTIVATED, INF, activated
 
 
 @triton.jit
@@ -26,13 +26,18 @@ def read_lanes(
     LARGEST: tl.constexpr, FULL: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Elements start ... start + DEPTH * LANES - 1 in the compute dtype, negated for the smallest."""
-    i, here = places(pointer, start, DEPTH, LANES)
-    if FULL:
-        x = tl.load(here)
+    if LARGEST == ACTIVATED:
+        i, _ = places(pointer[0], start, DEPTH, LANES)
+        x = activated(pointer, start, i - start, i < n, T)
     else:
-        x = tl.load(here, mask=i < n, other=-INF if LARGEST else INF)
-    x = x.to(T)
-    return x if LARGEST else -x
+        i, here = places(pointer, start, DEPTH, LANES)
+        if FULL:
+            x = tl.load(here)
+        else:
+            x = tl.load(here, mask=i < n, other=-INF if LARGEST else INF)
+        x = x.to(T)
+        x = x if LARGEST else -x
+    return x
 
 
 @triton.jit
