@@ -127,7 +127,8 @@ class Adam(torch.optim.Optimizer):
             for parameter in parameters:
                 self.prepare(parameter)
             if parameters:
-                torch._foreach_add_([self.state[p]["step"] for p in parameters], counted)
+                steps = [self.state[p]["step"] for p in parameters]
+                torch._foreach_add_(steps, counted if found_inf is None else [counted] * len(steps))
             for parameter in parameters:
                 self.update(parameter, group, factor, found_inf, active.get(parameter))
         return loss

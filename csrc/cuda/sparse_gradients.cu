@@ -159,11 +159,12 @@ template <int VECTORS>
 inline constexpr int kMostWarps = VECTORS == 1 ? 16 : 8;
 
 template <class S, class O, int VECTORS, bool WIDE, bool DOTS>
-__global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS == 4 ? 1 : 2)
+__global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS >= 4 ? 1 : 2)
     add_pieces(const GradientArgs args) {
   using T = Compute<S>;
   using Own = Columns<S, VECTORS, WIDE>;
   constexpr int kSize = Chunk<S>::size, kTogether = 4, kWarps = kMostWarps<VECTORS>;
+  constexpr int kAhead = VECTORS <= 4 ? kTogether : 1;  // as many rows as registers hold
   __shared__ Entry<T> piece[kMost];
   __shared__ int32_t places[kMost], latents[kMost];  // of entries; of the block's latents in turn
   __shared__ OfWarps<T, kWarps> of_warps;
@@ -279,18 +280,20 @@ __global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS == 4 ? 1 : 2
 
 #pragma unroll 1
   for (int base = 0; base < count; base += kTogether) {
-    Chunk<S> y[kTogether][VECTORS];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
+    Chunk<S> y[kAhead][VECTORS];
+    const auto load = [&](int i) {
       const int32_t row = piece[min(base + i, count - 1)].row;
 #pragma unroll
-      for (int v = 0; v < VECTORS; ++v) y[i][v] = Own::load(args.y, row, args.d, v);
-    }
+      for (int v = 0; v < VECTORS; ++v) y[i % kAhead][v] = Own::load(args.y, row, args.d, v);
+    };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load(i);
     T dots[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       dots[i] = 0;
       if (base + i >= count) continue;
+      if (kAhead < kTogether && i > 0) load(i);
       const Entry<T> entry = piece[base + i];
       if (DOTS && entry.flags & kFresh) {
 #pragma unroll
@@ -301,7 +304,7 @@ __global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS == 4 ? 1 : 2
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
         T x[kSize];
-        y[i][v].read(x);
+        y[i % kAhead][v].read(x);
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
           sum[v][j] = fma(entry.scale, x[j], sum[v][j]);
@@ -446,24 +449,28 @@ void gradients(const GradientArgs& args, int64_t rows, void* stream) {
                     is_wide(args.grad, args.n, d, sizeof(O)) && d % kSize == 0;
   const int64_t chunks = (d + kSize - 1) / kSize;
   const auto threads = [&](int64_t each) { return ((chunks + each - 1) / each + 31) / 32 * 32; };
-  if (threads(4) > 32 * kMostWarps<4>) {
+  constexpr int64_t kMostColumns = 8 * 32 * kMostWarps<8> * kSize;
+  if (d > kMostColumns) {
     throw std::runtime_error("softtopk: d=" + std::to_string(d) +
-                             " is more than the CUDA backend's gradients take, " +
-                             std::to_string(4 * 32 * kMostWarps<4> * kSize));
+                             " is more than the CUDA backend's gradients take of this type, " +
+                             std::to_string(kMostColumns));
   }
   run(find_pieces, args, (args.n + kFinishing - 1) / kFinishing, kFinishing, stream);
   const char* asked = std::getenv("SOFTTOPK_VECTORS");
-  const int vectors = asked != nullptr ? std::atoi(asked) : threads(1) > 512 ? 4 : 1;
+  const int wanted = asked != nullptr ? std::atoi(asked) : 1;
+  const auto fits = [&](int64_t each) {
+    return wanted <= each && threads(each) <= (each == 1 ? 512 : 256);
+  };
   if (!wide) {
-    add<S, O, 4, false>(args, pieces, threads(4), stream);
-  } else if (vectors == 1) {
+    add<S, O, 8, false>(args, pieces, threads(8), stream);
+  } else if (fits(1)) {
     add<S, O, 1, true>(args, pieces, threads(1), stream);
-  } else if (vectors == 2) {
+  } else if (fits(2)) {
     add<S, O, 2, true>(args, pieces, threads(2), stream);
-  } else if (vectors == 3) {
+  } else if (fits(3)) {
     add<S, O, 3, true>(args, pieces, threads(3), stream);
   } else {
-    add<S, O, 4, true>(args, pieces, threads(4), stream);
+    add<S, O, 8, true>(args, pieces, threads(8), stream);
   }
   run(add_partial<S, O>, args, std::min<int64_t>(pieces, args.n), kFinishing, stream);
   run(clear_silent<Compute<S>, O>, args, (args.n + kFinishing - 1) / kFinishing, kFinishing,
