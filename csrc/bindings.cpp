@@ -100,20 +100,30 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, nullptr};
 }
 
-#define SOFTTOPK_LAUNCHERS(device)                                                      \
-  {                                                                                     \
-    method<&softtopk::device::soft_topk_forward>("soft_topk_forward"),                  \
-        method<&softtopk::device::soft_topk_backward>("soft_topk_backward"),            \
-        method<&softtopk::device::hard_topk_mask>("hard_topk_mask"),                    \
-        method<&softtopk::device::hard_topk_indices>("hard_topk_indices"),              \
-        method<&softtopk::device::code_forward>("code_forward"),                        \
-        method<&softtopk::device::code_backward>("code_backward"),                      \
-        method<&softtopk::device::transpose_workspace>("transpose_workspace"),          \
-        method<&softtopk::device::transpose>("transpose"),                              \
-        method<&softtopk::device::decode>("decode"),                                    \
-        method<&softtopk::device::gradients_workspace>("gradients_workspace"),          \
-        method<&softtopk::device::latent_gradients>("latent_gradients"), PyMethodDef {} \
+// The launchers of both namespaces, and after them others.
+#define SOFTTOPK_LAUNCHERS(device, ...)                                        \
+  {                                                                            \
+    method<&softtopk::device::soft_topk_forward>("soft_topk_forward"),         \
+        method<&softtopk::device::soft_topk_backward>("soft_topk_backward"),   \
+        method<&softtopk::device::hard_topk_mask>("hard_topk_mask"),           \
+        method<&softtopk::device::hard_topk_indices>("hard_topk_indices"),     \
+        method<&softtopk::device::code_forward>("code_forward"),               \
+        method<&softtopk::device::code_backward>("code_backward"),             \
+        method<&softtopk::device::transpose_workspace>("transpose_workspace"), \
+        method<&softtopk::device::transpose>("transpose"),                     \
+        method<&softtopk::device::decode>("decode"),                           \
+        method<&softtopk::device::gradients_workspace>("gradients_workspace"), \
+        method<&softtopk::device::latent_gradients>("latent_gradients"),       \
+        __VA_ARGS__ PyMethodDef {}                                             \
   }
+
+// Those of cuda alone.
+#define SOFTTOPK_CUDA_LAUNCHERS                                        \
+  method<&softtopk::cuda::relu_dot>("relu_dot"),                       \
+      method<&softtopk::cuda::expand_mask_parts>("expand_mask_parts"), \
+      method<&softtopk::cuda::expand_mask>("expand_mask"),             \
+      method<&softtopk::cuda::scale_gradient>("scale_gradient"),       \
+      method<&softtopk::cuda::adam_step>("adam_step"),
 
 void define(py::module_ m, PyMethodDef* launchers) {
   if (PyModule_AddFunctions(m.ptr(), launchers)) throw py::error_already_set();
@@ -124,11 +134,11 @@ void define(py::module_ m, PyMethodDef* launchers) {
 // setup.py defines SOFTTOPK_CUDA_ARCHITECTURES ("80;90;120+PTX") with SOFTTOPK_WITH_CUDA, and
 // SOFTTOPK_CUDA_REASON (why it was not built) without.
 PYBIND11_MODULE(_C, m) {
-  static PyMethodDef cpu[] = SOFTTOPK_LAUNCHERS(cpu);
+  static PyMethodDef cpu[] = SOFTTOPK_LAUNCHERS(cpu, );
   define(m.def_submodule("cpu"), cpu);
   softtopk::define_direct(m.def_submodule("direct"));
 #ifdef SOFTTOPK_WITH_CUDA
-  static PyMethodDef cuda[] = SOFTTOPK_LAUNCHERS(cuda);
+  static PyMethodDef cuda[] = SOFTTOPK_LAUNCHERS(cuda, SOFTTOPK_CUDA_LAUNCHERS);
   define(m.def_submodule("cuda"), cuda);
   m.attr("has_cuda") = true;
   m.attr("cuda_architectures") = SOFTTOPK_CUDA_ARCHITECTURES;

@@ -169,6 +169,40 @@ void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* 
                       void* grad, void* dots, void* sums, void* squares, void* workspace,
                       int device, void* stream);
 
+// The columns of relu(x W^T + c) . w2 in chunks, and a step of Adam: on the CPU torch does as well.
+
+// From z = x W^T + c, a chunk (rows, columns) whose rows start on 16 bytes: its part of the scores
+// (rows,), added to what is there or with `add` false put there, and mask[row * mask_stride + j /
+// 8] with bit j % 8 set where z > 0. w2 (columns,) and scores are of the compute type.
+void relu_dot(const void* z, Type type, int64_t rows, int64_t columns, int64_t stride,
+              const void* w2, bool add, void* scores, uint8_t* mask, int64_t mask_stride,
+              int device, void* stream);
+
+// The other way: 1 where the mask is set, 0 elsewhere, rows on 16 bytes; and sums (parts, columns),
+// whose total over the parts is gamma_j = sum_b g_b mask_bj, with g (rows,) of the compute type.
+int64_t expand_mask_parts(int64_t rows);
+void expand_mask(const uint8_t* mask, int64_t mask_stride, int64_t rows, int64_t columns, Type type,
+                 const void* g, void* expanded, int64_t stride, void* sums, int device,
+                 void* stream);
+
+// From the products G (columns, d), of the compute type, the gradients w2_j G_j (of `type` or its
+// compute type; it may be G itself), w2_j gamma_j and <weight_j, G_j> + bias_j gamma_j of a chunk.
+void scale_gradient(const void* products, const void* weight, Type type, const void* bias,
+                    const void* w2, const void* sums, int64_t sums_stride, int64_t parts, int64_t columns, int64_t d,
+                    void* grad_weight, Type out_type, void* grad_bias, void* grad_w2, int device,
+                    void* stream);
+
+// One step of Adam on a parameter (rows, d) and its copy in bfloat16 (or null), as
+// softtopk/optim.py has it. On the device: lr (null: lr_number), the number of this step, the
+// factor of the gradient (null: 1), and found_inf (null: 0), which leaves everything as it is when
+// it is not 0. With offsets (rows + 1,) rows with equal neighbours are left alone; `normalize`
+// scales rows to unit norm.
+void adam_step(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq,
+               void* copy, int64_t rows, int64_t d, const float* lr, double lr_number, double beta1,
+               double beta2, double eps, const float* step, const float* scale,
+               const float* found_inf, const int32_t* offsets, bool normalize, int device,
+               void* stream);
+
 }  // namespace cuda
 
 }  // namespace softtopk

@@ -3,6 +3,7 @@
 from softtopk.dispatch import BackendUnavailable, available_backends
 from softtopk.functional import hard_topk, log_soft_topk, soft_topk
 from softtopk.modules import SoftTopK
+from softtopk.projection import relu_projection
 from softtopk.sparse import (
     encode_hard_topk,
     encode_soft_topk,
@@ -24,6 +25,7 @@ __all__ = [
     "hard_topk",
     "hard_topk_code",
     "log_soft_topk",
+    "relu_projection",
     "soft_topk",
     "soft_topk_code",
     "soft_topk_decode",

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from softtopk.backends.native import _C, Kernels, reads
+from softtopk.backends.native_projection import NativeSteps
 from softtopk.backends.native_sparse import SparseKernels
+from softtopk.backends.projection import Projection
 
 
 def reason() -> str | None:
@@ -50,8 +52,61 @@ def device_and_stream(x: Tensor) -> tuple[int, int]:
 
 kernels = Kernels(_C.cuda, device_and_stream, log_needs_solution=True)
 sparse = SparseKernels(_C.cuda, device_and_stream)
-__all__ = ["hard_topk_indices", "hard_topk_mask", "reads", "soft_topk_backward", "soft_topk_forward"]
+__all__ = [
+    "adam_step",
+    "hard_topk_indices",
+    "hard_topk_mask",
+    "reads",
+    "relu_projection_backward",
+    "relu_projection_forward",
+    "soft_topk_backward",
+    "soft_topk_forward",
+]
 soft_topk_forward = kernels.soft_topk_forward
 soft_topk_backward = kernels.soft_topk_backward
 hard_topk_mask = kernels.hard_topk_mask
 hard_topk_indices = kernels.hard_topk_indices
+
+projection = Projection(NativeSteps(_C.cuda, device_and_stream))
+relu_projection_forward = projection.relu_projection_forward
+relu_projection_backward = projection.relu_projection_backward
+
+
+def adam_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    copy: Tensor | None,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    step: Tensor,
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+    offsets: Tensor | None,
+    normalize: bool,
+) -> None:
+    """A step of softtopk.optim.Adam: contiguous float32 tensors, a bfloat16 copy, int32 offsets."""
+    rows, columns = (len(parameter), parameter[0].numel()) if parameter.numel() else (0, 0)
+    if offsets is None and not normalize:
+        rows, columns = 1, parameter.numel()
+    by_tensor = isinstance(lr, Tensor)
+    addresses = [0 if t is None else t.data_ptr() for t in (scale, found_inf, offsets)]
+    _C.cuda.adam_step(
+        parameter.data_ptr(),
+        gradient.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        0 if copy is None else copy.data_ptr(),
+        rows,
+        columns,
+        lr.data_ptr() if by_tensor else 0,
+        0.0 if by_tensor else float(lr),
+        *betas,
+        eps,
+        step.data_ptr(),
+        *addresses,
+        normalize,
+        *device_and_stream(parameter),
+    )

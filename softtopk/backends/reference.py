@@ -39,6 +39,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softtopk.backends.projection import relu_projection_backward as relu_projection_backward
+from softtopk.backends.projection import relu_projection_forward as relu_projection_forward
+
 
 class Solution(NamedTuple):
     """What describes a solved row; each (rows, 1). Stored as one (rows, 5) tensor.

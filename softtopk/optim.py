@@ -1,0 +1,243 @@
+"""Adam for float32 master weights: a step in one kernel per parameter, and the factor of a gradient clip.
+
+    scale, norm = clip_factor([squares_of_decoder, squares_of_encoder], max_norm=1.0)
+    optimizer.step(scale=scale, found_inf=code.overflow, active={W_dec: offsets, W_enc: offsets})
+
+Nothing here waits for the device, so that a step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from softtopk import dispatch
+
+# torch.optim.Adam's other options, as its checkpoints have them.
+UNUSED = {
+    "weight_decay": 0,
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": True,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": False,
+}
+SMALLEST_NORM = 1e-12
+
+
+class Adam(torch.optim.Optimizer):
+    """torch.optim.Adam without weight decay and AMSGrad; what follows a step is done in the same kernel.
+
+    Args:
+        params: parameters or groups, as for torch.optim.Adam. On a GPU contiguous float32 parameters get
+            the kernel, all others the same in torch.
+        lr: a number, or a 0-d tensor that is read on the device.
+        betas, eps: as in torch.optim.Adam.
+        copies: parameter -> a tensor of its shape, as a rule in bfloat16, which every step makes the rounded
+            parameter; so does `refresh_copies`, for when parameters were changed otherwise.
+        normalize_rows: parameters (n, d) whose rows are scaled to unit norm after the step.
+
+    The state has torch.optim.Adam's names (`step` as a float32 tensor on the parameter's device), so that
+    each loads the other's state_dict.
+
+    Raises:
+        ValueError: an option out of range, a copy of another shape or device, rows of what is not 2-D.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        copies: Mapping[Tensor, Tensor] | None = None,
+        normalize_rows: Iterable[Tensor] = (),
+    ):
+        self.copies = dict(copies or {})
+        self.normalized = set(normalize_rows)
+        for parameter, copy in self.copies.items():
+            if copy.shape != parameter.shape or copy.device != parameter.device:
+                raise ValueError(
+                    f"a copy {tuple(copy.shape)} on {copy.device} of a parameter {tuple(parameter.shape)} on"
+                    f" {parameter.device}"
+                )
+        for parameter in self.normalized:
+            if parameter.dim() != 2:
+                raise ValueError(f"normalize_rows has a parameter of shape {tuple(parameter.shape)}")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, **UNUSED))
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        check(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            check(group)
+            group.update(UNUSED)
+            for parameter in group["params"]:
+                if "step" in (state := self.state[parameter]):
+                    step = torch.as_tensor(state["step"])
+                    state["step"] = step.to(parameter.device, torch.float32).reshape(())
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        for parameter, copy in self.copies.items():
+            copy.copy_(parameter)
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure=None,
+        *,
+        scale: Tensor | Sequence[Tensor | None] | None = None,
+        found_inf: Tensor | None = None,
+        active: Mapping[Tensor, Tensor] | None = None,
+    ):
+        """One step on the parameters that have a gradient.
+
+        Args:
+            closure: computes the loss again, and its gradients.
+            scale: what gradients are multiplied by: one 0-d tensor, or one for each group. The gradients
+                themselves are left as they are.
+            found_inf: a tensor of one element on the device: unless it is 0, nothing changes, the steps
+                that are counted included.
+            active: parameter (n, ...) -> int32 offsets (n + 1,), as of a transposed code: a row l with
+                offsets[l] = offsets[l + 1] has no gradient. It is not read, and its moments, the parameter
+                and the copy stay as they are (as with torch.optim.SparseAdam; torch.optim.Adam would let
+                the moments decay and move the parameter).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = active or {}
+        counted = 1.0
+        if found_inf is not None:
+            found_inf = found_inf.reshape(()).to(torch.float32)
+            counted = (found_inf == 0).to(torch.float32)
+        for index, group in enumerate(self.param_groups):
+            factor = scale if scale is None or isinstance(scale, Tensor) else scale[index]
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                self.prepare(parameter)
+            if parameters:
+                torch._foreach_add_([self.state[p]["step"] for p in parameters], counted)
+            for parameter in parameters:
+                self.update(parameter, group, factor, found_inf, active.get(parameter))
+        return loss
+
+    def prepare(self, parameter: Tensor) -> None:
+        """The state of a parameter, before its first step."""
+        if parameter.grad.is_sparse:
+            raise RuntimeError("softtopk.optim.Adam takes dense gradients; see `active`")
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+    def update(self, parameter, group, scale, found_inf, offsets) -> None:
+        state, copy = self.state[parameter], self.copies.get(parameter)
+        if offsets is not None and offsets.shape != (len(parameter) + 1,):
+            raise ValueError(f"offsets {tuple(offsets.shape)} of a parameter {tuple(parameter.shape)}")
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        normalize = parameter in self.normalized
+        native = natively(parameter, *moments)
+        kernel = dispatch.module("cuda").adam_step if native else adam_step
+        fits = copy is None or not native or (copy.dtype == torch.bfloat16 and copy.is_contiguous())
+        kernel(
+            parameter,
+            parameter.grad.contiguous() if native else parameter.grad,
+            *moments,
+            copy if fits else None,
+            number(group["lr"]),
+            group["betas"],
+            group["eps"],
+            state["step"],
+            None if scale is None else scale.reshape(()).to(torch.float32 if native else parameter.dtype),
+            found_inf,
+            offsets,
+            normalize,
+        )
+        if not fits:
+            copy.copy_(parameter)
+
+
+def clip_factor(squares: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+    """(scale, norm), 0-d float32 tensors on the device, of a gradient whose squares are given in any parts.
+
+    norm is the root of the sum of all squares, scale = min(1, max_norm / (norm + 1e-6)) as in
+    torch.nn.utils.clip_grad_norm_; both are NaN where a square is.
+    """
+    total = torch.cat([part.reshape(-1) for part in squares]).sum(dtype=torch.float64)
+    norm = total.sqrt()
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0).float(), norm.float()
+
+
+def adam_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    copy: Tensor | None,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    step: Tensor,
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+    offsets: Tensor | None,
+    normalize: bool,
+) -> None:
+    """The update in torch, on any device; step is the number of this one."""
+    beta1, beta2 = betas
+    if scale is not None:
+        gradient = gradient * scale
+    moment = exp_avg.lerp(gradient, 1 - beta1)
+    square = (exp_avg_sq * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    count = step.double()  # as float32, 1 - beta^step would lose digits
+    rate = lr / (1 - beta1**count)
+    new = parameter - rate * (moment / (square.sqrt() / (1 - beta2**count).sqrt() + eps))
+    if normalize:
+        new = new / new.norm(dim=1, keepdim=True).clamp(min=SMALLEST_NORM)
+    live = None if found_inf is None else found_inf == 0
+    if offsets is not None:
+        rows = (offsets[1:] != offsets[:-1]).view(-1, *(1,) * (parameter.dim() - 1))
+        live = rows if live is None else live & rows
+    for old, value in ((parameter, new), (exp_avg, moment), (exp_avg_sq, square)):
+        old.copy_(value if live is None else torch.where(live, value, old))
+    if copy is not None:
+        copy.copy_(parameter)
+
+
+def natively(*tensors: Tensor) -> bool:
+    """Whether the CUDA backend's kernel takes a parameter and its moments."""
+    fits = all(t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    return fits and dispatch.module("cuda") is not None
+
+
+def number(lr: float | Tensor) -> float | Tensor:
+    """A tensor on the host is a number; one on the device is float32."""
+    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+        return float(lr)
+    return lr.reshape(()).to(torch.float32)
+
+
+def check(group: dict) -> None:
+    """ValueError for a group with options that are out of range, or that this optimizer does not have."""
+    lr, (beta1, beta2), eps = group["lr"], group["betas"], group["eps"]
+    if not isinstance(lr, Tensor) and not lr >= 0:
+        raise ValueError(f"lr={lr} must be at least 0")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"betas={group['betas']} must be in [0, 1)")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps} must be at least 0")
+    for name in ("weight_decay", "amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(f"{name}={group[name]} is an option of torch.optim.Adam alone")
