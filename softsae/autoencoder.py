@@ -27,7 +27,7 @@ from softsae.keys import build
 from softsae.normalization import geometric_median, set_normalization
 from softsae.runs import write_json
 from softsae.schedules import Phase
-from softsae.sparse import Sparse, shaped
+from softsae.sparse import CenterGradient, Sparse, shaped
 from softsae.transcoder import fit_decoder
 from softtopk import SparseCode, sparse_decode
 
@@ -199,11 +199,10 @@ class SparseAutoencoder(nn.Module):
 
     def encoder(self, x: Tensor) -> Tensor:
         """Pre-activations (B, n) of normalised rows (B, d)."""
-        center = self.center.detach()
-        # The second term is 0; it carries the centre's gradient, (n,) -> (d,), where the one through
-        # x - center would cost another product of (B, n) with (n, d).
-        bias = self.b_enc - self.W_enc @ (self.center - center) if torch.is_grad_enabled() else self.b_enc
-        return F.linear(x - center, self.W_enc, bias)
+        bias = self.b_enc
+        if torch.is_grad_enabled():
+            bias = bias + CenterGradient.apply(self.center, self.W_enc.detach())
+        return F.linear(x - self.center.detach(), self.W_enc, bias)
 
     def decoder(self, latents: Tensor) -> Tensor:
         """Normalised reconstruction (B, d_out) of latents (B, n)."""
@@ -348,7 +347,7 @@ class SparseAutoencoder(nn.Module):
         return SparseCode.from_dense(latents.reshape(shape)) if sparse else latents.reshape(shape)
 
     def decode(self, latents: Tensor | SparseCode) -> Tensor:
-        """Reconstruction (..., d_out), in the units of what is reconstructed, of latents (..., n) or a code."""
+        """Reconstruction (..., d_out), in its own units, of latents (..., n), dense or a code."""
         if latents.shape[-1:] != (self.config.n,):
             raise ValueError(f"latents of shape {tuple(latents.shape)} must end in n={self.config.n}")
         if isinstance(latents, SparseCode):

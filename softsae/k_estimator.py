@@ -82,7 +82,7 @@ class KEstimator(nn.Module):
             W, c = W.detach(), c.detach()
         if moves and torch.is_grad_enabled():
             c = c + CenterGradient.apply(sae.center, sparse.copies.get(name, W).detach())
-        return relu_projection(sparse.cast(x - center, name), W, c, self.w2, **sparse.of(name))
+        return relu_projection(sparse.cast(x - center, name), W, c, self.w2, copy=sparse.copies.get(name))
 
     def features(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """h (B, hidden); what of it the gradient of k_hat reaches is said by the options."""
@@ -93,8 +93,8 @@ class KEstimator(nn.Module):
             return x - (b if options.moves_b_dec else b.detach())
         center = b.detach()
         c = self.c
-        if options.moves_b_dec:  # the value is c; the gradient to b needs no (B, d)
-            c = c - self.W @ (b - center)
+        if options.moves_b_dec and torch.is_grad_enabled():
+            c = c + CenterGradient.apply(b, self.W.detach())
         return F.relu(F.linear(x - center, self.W, c), inplace=True)
 
     @torch.no_grad()

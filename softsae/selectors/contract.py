@@ -40,6 +40,15 @@ class Selector(nn.Module):
         super().__init__()
         self.config = config
 
+    @property
+    def moves_encoder(self) -> bool:
+        """Whether W_enc gets a gradient in a sparse pass besides that of `softsae.sparse.encode`."""
+        return False
+
+    def expected_active(self) -> float:
+        """The mean number of active latents in a row of a code, as far as it is known before training."""
+        return self.config.k
+
     @classmethod
     def check(cls, config: AutoencoderConfig, source):
         """ValueError or FileNotFoundError where the rule cannot be prepared from a source."""

@@ -69,6 +69,9 @@ class MSAE(Selector):
         self.nested = code, sum((rank >= k).int() for k in self.options.ks), sparse
         return Selection(code.with_values(torch.where(rank < self.k, code.values, 0)), k_hat)
 
+    def expected_active(self) -> float:
+        return self.options.ks[-1]
+
     def most_active(self) -> float:
         return self.options.ks[-1]
 

@@ -67,6 +67,10 @@ class SoftSAE(Selector):
         code = encode(sae, x, sparse, k_hat, phase.alpha, hard=phase.hard, selection_gradient=share)
         return Selection(code, k_hat)
 
+    @property
+    def moves_encoder(self) -> bool:
+        return self.config.softsae.estimator.moves_encoder
+
     def most_active(self) -> float:
         return self.config.softsae.k_max
 
