@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         corrected,
         published,
     )
+    from softsae.encode import encode_source, read_codes
     from softsae.language_model import attach, load_language_model
     from softsae.metrics import evaluate
     from softsae.recipes import recipe
@@ -58,10 +59,12 @@ HOMES = {
     "Trainer": "trainer",
     "attach": "language_model",
     "corrected": "config",
+    "encode_source": "encode",
     "evaluate": "metrics",
     "load": "autoencoder",
     "load_language_model": "language_model",
     "published": "config",
+    "read_codes": "encode",
     "recipe": "recipes",
     "register": "selectors",
 }
@@ -89,10 +92,12 @@ __all__ = [
     "Trainer",
     "attach",
     "corrected",
+    "encode_source",
     "evaluate",
     "load",
     "load_language_model",
     "published",
+    "read_codes",
     "recipe",
     "register",
 ]

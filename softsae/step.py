@@ -119,7 +119,10 @@ class Step:
             revived.add_gradients()
         if how is None:
             sae.project_decoder_gradient()
-        norms = self.update(numbers.lr, out.overflow, {} if how is None else how.squares)
+        scale, norms = self.clip({} if how is None else how.squares)
+        for group in self.optimizer.param_groups:
+            group["lr"] = numbers.lr * group["multiplier"]
+        self.optimizer.step(scale=scale, found_inf=out.overflow)
         active, fired = self.count(out, len(x))
         return {
             "loss": loss.detach(),
@@ -131,27 +134,20 @@ class Step:
             **norms,
         }
 
-    def update(
-        self, lr: float | Tensor, skip: Tensor | None, known: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Clip and update, the estimator apart or with the others; the norms before the clip.
+    def clip(self, known: Mapping[str, Tensor]) -> tuple[Tensor | tuple[Tensor, ...], dict[str, Tensor]]:
+        """What gradients are to be multiplied by, the estimator's apart or with the others, and their norms.
 
-        known: the squared norms of gradients' rows that the backward pass has left.
+        known: the squared norms of gradients' rows that the backward pass has left, by parameter.
         """
-        train, groups = self.train, self.optimizer.param_groups
-        for group in groups:
-            group["lr"] = lr * group["multiplier"]
-        squares = [self.squares_of(group["params"], known) for group in groups]
+        train = self.train
+        squares = [self.squares_of(group["params"], known) for group in self.optimizer.param_groups]
         if train.clip == "global":
             scale, norm = clip_factor(sum(squares, []), train.clip_norm)
-            scales, norms = scale, {"grad_norm": norm}
-        else:
-            limits = (train.clip_norm, train.estimator_clip_norm)
-            clips = [clip_factor(parts, limit) for parts, limit in zip(squares, limits, strict=False)]
-            scales, found = zip(*clips, strict=True)
-            norms = dict(zip(("grad_norm", "estimator_grad_norm"), found, strict=False))
-        self.optimizer.step(scale=scales, found_inf=skip)
-        return norms
+            return scale, {"grad_norm": norm}
+        limits = (train.clip_norm, train.estimator_clip_norm)
+        clips = [clip_factor(parts, limit) for parts, limit in zip(squares, limits, strict=False)]
+        scales, norms = zip(*clips, strict=True)
+        return scales, dict(zip(("grad_norm", "estimator_grad_norm"), norms, strict=False))
 
     def squares_of(self, parameters: list[Tensor], known: Mapping[str, Tensor]) -> list[Tensor]:
         """Parts of the squared norm of the parameters' gradients."""
