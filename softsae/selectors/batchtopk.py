@@ -62,7 +62,7 @@ class BatchTopK(Selector):
     def sparse(self, sae, x: Tensor, phase: Phase, sparse: Sparse) -> Selection:
         room = sparse.max_active or places(self.most_active())
         if phase.step is None:
-            threshold = self.threshold.expand(self.config.n).contiguous()
+            threshold = self.threshold.float().expand(self.config.n).contiguous()
             code = encode(sae, x, sparse, self.config.n, threshold=threshold, max_active=room)
             return Selection(code, code.counts.float())
         # The batch's largest are among the rows' largest, as long as each row has one left that is not kept.

@@ -58,8 +58,9 @@ class SoftSAE(Selector):
         learns = torch.is_grad_enabled() and phase.learns == "all"
         with torch.set_grad_enabled(learns):
             k_hat = self.estimator(sae, x, None, sparse)  # [B]
-        if phase.hard and not learns:
-            k = k_hat.detach().floor() if self.config.softsae.rounding == "floor" else k_hat.detach()
+        floor = self.config.softsae.rounding == "floor"
+        if phase.hard and (floor or not learns):
+            k = k_hat.detach().floor() if floor else k_hat.detach()
             with torch.set_grad_enabled(torch.is_grad_enabled() and phase.learns != "decoder"):
                 return Selection(encode(sae, x, sparse, k), k_hat)
         share = {"all": 1.0, "k": 0.0}.get(self.config.softsae.selection_gradient)
