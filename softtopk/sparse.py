@@ -16,11 +16,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from softtopk import dispatch
-from softtopk.backends.reference import compute_dtype
 from softtopk.functional import Rows
-from softtopk.sparse_autograd import Decode, Encode, Select, Selecting, Weighting
+from softtopk.sparse_autograd import Decode, Encode, Select, Selecting, Weighting, untraced
 from softtopk.sparse_checks import (
-    arithmetic,
+    check_copy,
+    check_decoder,
     check_flags,
     check_selection_gradient,
     check_squares,
@@ -31,6 +31,7 @@ from softtopk.sparse_checks import (
 from softtopk.sparse_code import SparseCode, Transposition
 
 
+@untraced
 def soft_topk_code(
     pre: Tensor,
     k: float | Tensor,
@@ -47,8 +48,8 @@ def soft_topk_code(
     """The code of relu(pre + bias) * soft_topk(relu(pre + bias), k, alpha), without its dense tensors.
 
     With a = z = pre + bias (rounded to pre's dtype) where z is above the threshold, else 0, and p the soft
-    top-k of a whole row, whose zeros take part in the budget, the entries are those with a > 0 and p or its
-    derivative's share q at least 2^-24; their value is a p.
+    top-k of a whole row, whose zeros take part in the budget, the entries are those with a > 0 and p, or its
+    share q of the gradient of k, at least 2^-24. Their value is a p, or 0 where p itself is below 2^-24.
 
     Args:
         pre: (..., n) float16, bfloat16, float32 or float64: the pre-activations.
@@ -88,6 +89,7 @@ def soft_topk_code(
     return selected(rows, k, alpha, bias, how)
 
 
+@untraced
 def hard_topk_code(
     pre: Tensor,
     k: float | Tensor,
@@ -111,6 +113,7 @@ def hard_topk_code(
     return selected(rows, k, None, bias, how)
 
 
+@untraced
 def encode_soft_topk(
     x: Tensor,
     weight: Tensor,
@@ -155,6 +158,7 @@ def encode_soft_topk(
     return encoded(x, weight, bias, k, alpha, selection, copy, squares, sparse_gradient, backend)
 
 
+@untraced
 def encode_hard_topk(
     x: Tensor,
     weight: Tensor,
@@ -175,6 +179,7 @@ def encode_hard_topk(
     return encoded(x, weight, bias, k, None, selection, copy, squares, sparse_gradient, backend)
 
 
+@untraced
 def sparse_decode(
     code: SparseCode,
     weight: Tensor,
@@ -205,14 +210,17 @@ def sparse_decode(
         As `soft_topk_code`.
     """
     check_flags(project=project, sparse_gradient=sparse_gradient)
-    check_decoder(code, weight, bias, copy, squares)
+    if not isinstance(code, SparseCode):
+        raise TypeError(f"code must be a softtopk.SparseCode, not {type(code).__name__}")
+    check_decoder(code.values, "code", code.shape[-1], weight, "bias", bias, copy, squares)
     kernels = dispatch.sparse_kernels(backend, code.device)
-    used = arithmetic(weight, copy, code.values, "code").detach()
+    used = weight.detach() if copy is None else copy
     how = Weighting(kernels, project, squares, sparse_gradient, code.transposition)
     out = Decode.apply(code.values, weight, bias, used, code.indices, code.counts, how)
     return out.view(*code.shape[:-1], weight.shape[1])
 
 
+@untraced
 def soft_topk_decode(
     pre: Tensor,
     k: float | Tensor,
@@ -236,6 +244,9 @@ def soft_topk_decode(
 
     Arguments, results and errors as theirs; `bias` belongs to pre, `decoder_bias` (d,) to the output.
     """
+    check_flags(project=project, sparse_gradient=sparse_gradient)
+    n = Rows(pre, -1, backend, "pre").n
+    check_decoder(pre, "pre", n, weight, "decoder_bias", decoder_bias, copy, squares)
     code = soft_topk_code(
         pre,
         k,
@@ -266,16 +277,13 @@ def flat(value: float | Tensor) -> float | Tensor:
     return value.reshape(-1) if isinstance(value, Tensor) else value
 
 
-def selecting(
-    rows: Rows, k, mode, threshold, max_active, selection_gradient, check, backend, n: int | None = None
-) -> Selecting:
-    """The checked options of a selection among n latents, by default the length of the rows."""
-    n = rows.n if n is None else n
-    threshold = check_threshold(threshold, n, rows.x, rows.name)
+def selecting(rows: Rows, k, mode, threshold, max_active, selection_gradient, check, backend) -> Selecting:
+    """The checked options of a selection among rows.n latents."""
+    threshold = check_threshold(threshold, rows.n, rows.x, rows.name)
     selection_gradient = check_selection_gradient(selection_gradient)
     kernels = dispatch.sparse_kernels(backend, rows.x.device)
-    places = room(k, max_active, n, check)
-    transposition = Transposition(kernels, n)
+    places = room(k, max_active, rows.n, check)
+    transposition = Transposition(kernels, rows.n)
     return Selecting(kernels, mode, threshold, places, check, selection_gradient, transposition)
 
 
@@ -296,12 +304,12 @@ def encoded(x, weight, bias, k, alpha, selection, copy, squares, sparse_gradient
     if bias is not None:
         float_tensor("bias", bias, (n,), x, "x")
     check_squares(squares, n, x, "x")
-    used = arithmetic(weight, copy, x, "x").detach()
+    check_copy(copy, weight, x, "x")
+    used = weight.detach() if copy is None else copy
     if used.dtype != x.dtype:
         name = "weight" if copy is None else "copy"
         raise TypeError(f"x has dtype {x.dtype}, {name} {used.dtype}; they must be the same (see copy)")
-    # The budget is one of n latents, not of the d elements of x.
-    given.n = n
+    given.n = n  # the budget is one of the latents, not of the elements of x
     k = flat(given.budget(k))
     alpha = None if alpha is None else flat(given.scale(alpha))
     how = selecting(given, k, *selection, backend)
@@ -310,15 +318,3 @@ def encoded(x, weight, bias, k, alpha, selection, copy, squares, sparse_gradient
     x = x if len(shape) == 2 else x.reshape(shape[:-1].numel(), shape[-1])
     parts = Encode.apply(x, weight, bias, k, alpha, used, how, of_weight)
     return SparseCode(*parts, (*shape[:-1], n), how.transposition)
-
-
-def check_decoder(code: SparseCode, weight: Tensor, bias, copy, squares) -> None:
-    if not isinstance(code, SparseCode):
-        raise TypeError(f"code must be a softtopk.SparseCode, not {type(code).__name__}")
-    values, n = code.values, code.shape[-1]
-    float_tensor("weight", weight, (n, None), values, "code")
-    if compute_dtype(weight.dtype) != values.dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}, code has values of {values.dtype}")
-    if bias is not None:
-        float_tensor("bias", bias, (weight.shape[1],), values, "code")
-    check_squares(squares, n, values, "code")

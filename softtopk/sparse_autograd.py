@@ -1,19 +1,20 @@
-"""The autograd rules of the sparse path, of reverse mode, once: selection, with an encoder or not; decoder."""
+"""The autograd rules of the sparse path, for reverse mode: selection, selection after an encoder, decoder."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from softtopk.sparse_code import Transposition, scattered
 
 
-@dataclass(frozen=True)
-class Selecting:
+class Selecting(NamedTuple):
     """What a selection needs besides pre, bias, k and alpha."""
 
     kernels: Any  # of the backend: backends/reference_sparse.py
@@ -25,8 +26,7 @@ class Selecting:
     transposition: Transposition  # of the code
 
 
-@dataclass(frozen=True)
-class Weighting:
+class Weighting(NamedTuple):
     """What becomes of a weight's gradient."""
 
     kernels: Any
@@ -36,12 +36,54 @@ class Weighting:
     transposition: Transposition
 
 
+def untraced(function: Callable) -> Callable:
+    """The function, which torch.compile does not trace but runs as it is, with all that it calls."""
+    disabled = None
+
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        nonlocal disabled
+        # torch.compiler.disable imports the compiler, which takes a second.
+        if disabled is None and "torch._dynamo" in sys.modules:
+            disabled = torch.compiler.disable(function)
+        return (disabled or function)(*arguments, **options)
+
+    return call
+
+
 class Once(Function):
-    """A rule of reverse mode alone."""
+    """A rule of reverse mode alone, whose gradients cannot be differentiated again."""
 
     @staticmethod
     def jvp(ctx, *tangents):
         raise NotImplementedError("softtopk: sparse codes have no forward-mode derivatives")
+
+
+class NoSecondDerivative(Function):
+    """The identity, whose gradient is an error."""
+
+    @staticmethod
+    def forward(ctx, gradient):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("softtopk: sparse codes have no second derivatives")
+
+
+def once(backward: Callable) -> Callable:
+    """The backward of a rule, whose results raise where they are differentiated. (With once_differentiable
+    they would be constants wherever the incoming gradient is one.)"""
+
+    @functools.wraps(backward)
+    def first(ctx, *gradients):
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return results
+        return tuple(None if t is None else NoSecondDerivative.apply(t.requires_grad_()) for t in results)
+
+    return first
 
 
 class Select(Once):
@@ -57,7 +99,7 @@ class Select(Once):
         return values, indices, counts
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, g, *_):
         grad_active, grad_k, grad_alpha = of_active(ctx, g)
         to_pre, to_bias, *_ = ctx.needs_input_grad
@@ -85,7 +127,7 @@ class Encode(Once):
         return values, indices, counts
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, g, *_):
         grad_active, grad_k, grad_alpha = of_active(ctx, g)
         _, indices, counts, *_, x, used = ctx.saved_tensors
@@ -108,19 +150,18 @@ class Decode(Once):
     @staticmethod
     def forward(ctx, values, weight, bias, used, indices, counts, how: Weighting):
         given = None if bias is None else bias.detach().to(used.dtype)
-        # The gradients of values and weight come out of one pass.
         ctx.save_for_backward(values, indices, counts, used)
         ctx.how, ctx.dtype = how, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return how.kernels.decode(values, indices, counts, used, given)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, g):
         values, indices, counts, used = ctx.saved_tensors
         to_values, to_weight, to_bias, *_ = ctx.needs_input_grad
         grad_values = grad_weight = grad_bias = None
-        if to_values or to_weight:
+        if to_values or to_weight:  # both come out of one pass
             rows = used if to_values or ctx.how.project else None
             grad_weight, grad_values, _ = weight_gradient(
                 ctx.how, indices, counts, values, g, rows, ctx.dtype, False

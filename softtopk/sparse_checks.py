@@ -78,16 +78,15 @@ def room(k: float | Tensor, max_active: int | None, n: int, check: bool) -> int:
     return 32 * math.ceil(1.25 * k / 32) + 32
 
 
-def arithmetic(weight: Tensor, copy: Tensor | None, x: Tensor, of: str) -> Tensor:
-    """The weight (n, d) that is multiplied with: its copy, if there is one."""
+def check_copy(copy: Tensor | None, weight: Tensor, x: Tensor, of: str) -> None:
+    """Raise unless the copy, if there is one, is of the weight's shape, and float64 if the weight is."""
     if copy is None:
-        return weight
+        return
     float_tensor("copy", copy, tuple(weight.shape), x, of)
     if compute_dtype(copy.dtype) != compute_dtype(weight.dtype):
         raise TypeError(f"copy has dtype {copy.dtype}, weight {weight.dtype}: one of them is float64")
     if copy.requires_grad:
         raise ValueError("copy requires a gradient, which goes to weight; detach it")
-    return copy
 
 
 def check_squares(squares: Tensor | None, n: int, x: Tensor, of: str) -> None:
@@ -96,3 +95,23 @@ def check_squares(squares: Tensor | None, n: int, x: Tensor, of: str) -> None:
     float_tensor("squares", squares, (n,), x, of)
     if squares.dtype != torch.float32:
         raise TypeError(f"squares has dtype {squares.dtype}; float32 is needed")
+
+
+def check_decoder(
+    x: Tensor,
+    of: str,
+    n: int,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    copy: Tensor | None,
+    squares: Tensor | None,
+) -> None:
+    """Raise unless the parameters of a decoder fit codes of n latents with the dtype and device of x."""
+    float_tensor("weight", weight, (n, None), x, of)
+    if compute_dtype(weight.dtype) != compute_dtype(x.dtype):
+        raise TypeError(f"weight has dtype {weight.dtype}, {of} {x.dtype}: one of them is float64")
+    if bias is not None:
+        float_tensor(bias_name, bias, (weight.shape[1],), x, of)
+    check_copy(copy, weight, x, of)
+    check_squares(squares, n, x, of)

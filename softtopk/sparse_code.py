@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softtopk import dispatch
 from softtopk.backends.reference import compute_dtype
+from softtopk.backends.reference_sparse import compacted
 from softtopk.sparse_checks import check_room, matrix
 
 
@@ -29,6 +30,8 @@ class Transposition:
 
     def __call__(self, indices: Tensor, counts: Tensor) -> Transposed:
         if self.made is None:
+            if indices.numel() >= 2**31:
+                raise ValueError(f"a code of {tuple(indices.shape)} places has more than 32 bits can number")
             self.made = Transposed(*self.kernels.transpose(indices, counts, self.n))
         return self.made
 
@@ -76,14 +79,11 @@ class SparseCode:
             max_active = max(1, int(counts.max())) if len(rows) else 1
         check_room(max_active)
         n = x.shape[-1]
-        latents = torch.arange(n, device=x.device)
-        stored = kept & (kept.cumsum(1) <= max_active)
-        indices = torch.where(stored, latents, n).sort(1).values[:, :max_active]
-        indices = torch.nn.functional.pad(indices, (0, max_active - indices.shape[1]), value=n)
-        values = torch.where(indices < n, rows.gather(1, indices.clamp(max=n - 1)), 0)
-        kernels = dispatch.sparse_kernels(backend, x.device)
+        indices, _ = compacted(kept, max_active)
+        values = torch.where(indices < n, rows.gather(1, indices.long().clamp(max=n - 1)), 0)
         values = values.to(compute_dtype(x.dtype))
-        return cls(values, indices.int(), counts, x.shape, Transposition(kernels, n))
+        kernels = dispatch.sparse_kernels(backend, x.device)
+        return cls(values, indices, counts, x.shape, Transposition(kernels, n))
 
     @property
     def overflow(self) -> Tensor:

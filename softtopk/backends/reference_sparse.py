@@ -7,9 +7,9 @@ with n in unused places; `active` (rows, C), the activations there, and `values`
 From pre-activations z = pre + bias, a = z where z > threshold, else 0, and p = soft_topk(a, k, alpha)
 over the whole row, whose zeros take part in the budget. With h and q = h / sum(h) as in reference.py an
 entry is kept where a > 0 and (p >= 2^-24 or q >= 2^-24): the second clause matters for an integer k,
-where the first element below the threshold has p near 0 and half of q. Its value is a p;
-straight-through it is a where the hard mask is 1, else 0, and those of the mask are kept as well; of a
-hard code those alone, with the value a.
+where the first element below the threshold has p near 0 and half of q. Its value is a p, or 0 where
+p < 2^-24, so that exactly the active latents have values other than 0; straight-through it is a where the
+hard mask is 1, else 0, and those of the mask are kept as well; of a hard code those alone, with the value a.
 
 Every backend has the five functions below, with the same signatures, on 2-D tensors of unit stride along
 the last dimension. What is computed is float64 for float64, else float32 (T below). k and alpha are
@@ -72,28 +72,37 @@ def code_forward(
         p, q, _ = weights(a, row, factors, scale)
         kept = (p >= SMALLEST) | (q >= SMALLEST)
         bad = row.D.isnan()
-        values = torch.where(p == 0, 0, a * p)
+        values = torch.where(p < SMALLEST, 0, a * p)
         if mode == "straight_through":
             mask = hard_topk_mask(a, k) == 1
             kept, values = kept | mask, torch.where(mask, a, 0)
 
-    n = pre.shape[1]
-    latents = torch.arange(n, device=pre.device)
-    kept = torch.where(bad, latents == 0, kept & (a > 0))
+    first = torch.arange(pre.shape[1], device=pre.device) == 0
+    kept = torch.where(bad, first, kept & (a > 0))
+    indices, stored = compacted(kept, max_active)
     counts = kept.sum(1, dtype=torch.int32)
-    stored = kept & (kept.cumsum(1) <= max_active)
-    indices = torch.where(stored, latents, n).sort(1).values[:, :max_active]
-    indices = torch.nn.functional.pad(indices, (0, max_active - indices.shape[1]), value=n)
     a, values = torch.where(bad, torch.nan, a), torch.where(bad, torch.nan, values)
-    at = [torch.nn.functional.pad(t, (0, 1)).gather(1, indices) for t in (values, a)]
+    at = [torch.nn.functional.pad(t, (0, 1)).gather(1, indices.long()) for t in (values, a)]
     if mode == "hard":
-        return at[0], indices.int(), at[1], counts, None
+        return at[0], indices, at[1], counts, None
 
     q_out = torch.where(stored, 0, q)
     offset = torch.where(q_out == 0, 0, (a - anchor(row)) / scale)
     sums = [q_out.sum(1, keepdim=True), (q_out * offset).sum(1, keepdim=True)]
     state = torch.where(bad, torch.nan, torch.cat([*row, *sums], 1))
-    return at[0], indices.int(), at[1], counts, state
+    return at[0], indices, at[1], counts, state
+
+
+def compacted(kept: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """The indices (rows, places) int32 of the first kept elements of every row (rows, n), then n; and which
+    elements those are, (rows, n) bool."""
+    rows, n = kept.shape
+    rank = kept.cumsum(1) - 1
+    stored = kept & (rank < places)
+    latents = torch.arange(n, dtype=torch.int32, device=kept.device).expand(rows, n)
+    # One place more than needed takes the others.
+    indices = torch.full((rows, places + 1), n, dtype=torch.int32, device=kept.device)
+    return indices.scatter(1, torch.where(stored, rank, places), latents)[:, :places].contiguous(), stored
 
 
 def weights(a: Tensor, row: Solution, factors: Densities, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
