@@ -186,11 +186,12 @@ void expand_mask(const uint8_t* mask, int64_t mask_stride, int64_t rows, int64_t
                  void* stream);
 
 // From the products G (columns, d), of the compute type, the gradients w2_j G_j (of `type` or its
-// compute type; it may be G itself), w2_j gamma_j and <weight_j, G_j> + bias_j gamma_j of a chunk.
+// compute type; it may be G itself), w2_j gamma_j and <weight_j, G_j> + bias_j gamma_j of a chunk;
+// and, where it is not null, squares[j] = |w2_j G_j|^2.
 void scale_gradient(const void* products, const void* weight, Type type, const void* bias,
-                    const void* w2, const void* sums, int64_t sums_stride, int64_t parts, int64_t columns, int64_t d,
-                    void* grad_weight, Type out_type, void* grad_bias, void* grad_w2, int device,
-                    void* stream);
+                    const void* w2, const void* sums, int64_t sums_stride, int64_t parts,
+                    int64_t columns, int64_t d, void* grad_weight, Type out_type, void* grad_bias,
+                    void* grad_w2, void* squares, int device, void* stream);
 
 // One step of Adam on a parameter (rows, d) and its copy in bfloat16 (or null), as
 // softtopk/optim.py has it. On the device: lr (null: lr_number), the number of this step, the

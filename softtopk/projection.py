@@ -18,6 +18,7 @@ def relu_projection(
     w2: Tensor,
     *,
     copy: Tensor | None = None,
+    squares: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """relu(x weight^T + bias) . w2 for every row of x, differentiable in all four.
@@ -33,6 +34,9 @@ def relu_projection(
         copy: the weight rounded to another dtype, as mixed precision keeps it beside float32 master weights:
             the products are in that dtype, to which x and bias are rounded, and are added up in float32;
             the gradients go to `weight`. Without it the products are in weight's dtype.
+        squares: (n,), contiguous and in the dtype of the result: the backward writes into it the sum of
+            squares of each row of weight's gradient, for a clip that need not read that again
+            (`optim.clip_factor`).
         backend: as in `soft_topk`.
 
     Returns:
@@ -48,17 +52,18 @@ def relu_projection(
     >>> relu_projection(x, weight, bias=torch.tensor([0.5, 0.0]), w2=torch.tensor([2.0, 1.0]))
     tensor([3.])
     """
-    check(x=x, weight=weight, bias=bias, w2=w2, copy=copy)
+    check(x=x, weight=weight, bias=bias, w2=w2, copy=copy, squares=squares)
     copy = weight if copy is None else copy
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return ReluProjection.apply(rows, weight, bias, w2, copy.detach(), backend).view(x.shape[:-1])
+    return ReluProjection.apply(rows, weight, bias, w2, copy.detach(), squares, backend).view(x.shape[:-1])
 
 
 class ReluProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, w2, copy, backend):
+    def forward(ctx, x, weight, bias, w2, copy, squares, backend):
         kernels = dispatch.kernels(backend, x.device)
-        ctx.backend, ctx.dtypes = backend, (x.dtype, weight.dtype, bias.dtype, w2.dtype)
+        ctx.backend, ctx.squares = backend, squares
+        ctx.dtypes = (x.dtype, weight.dtype, bias.dtype, w2.dtype)
         arguments = [t.to(copy.dtype).contiguous() for t in (x, copy, bias)]
         arguments.append(w2.to(compute_dtype(copy.dtype)).contiguous())
         scores, mask = kernels.relu_projection_forward(*arguments)
@@ -74,16 +79,16 @@ class ReluProjection(torch.autograd.Function):
         # What the backends can write: the products' dtype or the one they are added up in.
         dtype = x.dtype if of_weights[0] == x.dtype else w2.dtype
         to_weight, to_bias, to_w2, to_x = kernels.relu_projection_backward(
-            g, mask, x, weight, bias, w2, dtype, ctx.needs_input_grad[0]
+            g, mask, x, weight, bias, w2, dtype, ctx.needs_input_grad[0], ctx.squares
         )
         gradients = (t.to(like) for t, like in zip((to_weight, to_bias, to_w2), of_weights, strict=True))
-        return None if to_x is None else to_x.to(of_x), *gradients, None, None
+        return None if to_x is None else to_x.to(of_x), *gradients, None, None, None
 
 
 def check(**tensors: Tensor | None) -> None:
     """Raise as `relu_projection` says."""
     for name, tensor in tensors.items():
-        if tensor is None and name == "copy":
+        if tensor is None and name in ("copy", "squares"):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
@@ -95,6 +100,11 @@ def check(**tensors: Tensor | None) -> None:
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must be (..., d) and (n, d)")
     n = len(weight)
-    for name, shape in (("bias", (n,)), ("w2", (n,)), ("copy", weight.shape)):
+    for name, shape in (("bias", (n,)), ("w2", (n,)), ("copy", weight.shape), ("squares", (n,))):
         if tensors[name] is not None and tensors[name].shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; weight asks for {tuple(shape)}")
+    squares, products = tensors["squares"], weight if tensors["copy"] is None else tensors["copy"]
+    if squares is not None and not (
+        squares.dtype == compute_dtype(products.dtype) and squares.is_contiguous()
+    ):
+        raise ValueError(f"squares must be contiguous and of {compute_dtype(products.dtype)}")

@@ -2,6 +2,7 @@
 // (softtopk/backends/projection.py): what is done with a chunk of the hidden layer while it is in
 // the L2 cache. A thread owns eight columns, and with them a byte of the mask.
 #include "launch.cuh"
+#include "layout.cuh"
 
 namespace softtopk::cuda {
 namespace {
@@ -18,13 +19,13 @@ struct Eight {
     Eight eight;
 #pragma unroll
     for (int i = 0; i < chunks; ++i) {
-      eight.chunk[i].words = __ldg(reinterpret_cast<const uint4*>(from) + i);
+      eight.chunk[i].words = reinterpret_cast<const uint4*>(from)[i];
     }
     return eight;
   }
   __device__ void store(S* to) const {
 #pragma unroll
-    for (int i = 0; i < chunks; ++i) reinterpret_cast<uint4*>(to)[i] = chunk[i].words;
+    for (int i = 0; i < chunks; ++i) store_global(to + i * Chunk<S>::size, chunk[i].words);
   }
   __device__ Compute<S> value(int i) const {
     return Element<S>::value(chunk[i / Chunk<S>::size].raw(i % Chunk<S>::size));
@@ -58,7 +59,7 @@ struct DotArgs {
 
 // A block reads all columns of a few rows, which are in flight at once.
 template <class S>
-__global__ void __launch_bounds__(32 * kWarps) relu_dot_kernel(const DotArgs args) {
+__global__ void __launch_bounds__(32 * kWarps, 3) relu_dot_kernel(const DotArgs args) {
   using T = Compute<S>;
   constexpr int kRows = 16 / sizeof(S);
   struct Storage {
@@ -67,22 +68,29 @@ __global__ void __launch_bounds__(32 * kWarps) relu_dot_kernel(const DotArgs arg
   __shared__ Storage storage;
 
   const int64_t first_row = int64_t(blockIdx.x) * kRows;
+  const int left = int(min(int64_t(kRows), args.rows - first_row));
   const int thread = int(threadIdx.x);
-  const S* hidden = static_cast<const S*>(args.hidden);
   const T* w2 = static_cast<const T*>(args.w2);
   T sums[kRows] = {};
-  for (int64_t column = thread * kColumns; column < args.columns;
-       column += 32 * kWarps * kColumns) {
-    const int here = int(min(int64_t(kColumns), args.columns - column));
+  for (int64_t first = thread / 32 * 32 * kColumns; first < args.columns;
+       first += 32 * kWarps * kColumns) {
+    const int64_t own = first + thread % 32 * kColumns;
+    const int here = int(max(min(int64_t(kColumns), args.columns - own), int64_t(0)));
+    const int64_t column = here > 0 ? own : first;
     Eight<S> z[kRows];
+    // From row to row: pointers to all of them would take the registers of the rows themselves.
+    const S* from = static_cast<const S*>(args.hidden) + first_row * args.stride + column;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {  // rows beyond the last are the last again
-      z[r] = Eight<S>::load(hidden + min(first_row + r, args.rows - 1) * args.stride + column);
+      z[r] = Eight<S>::load(from);
+      if (r + 1 < left) from += args.stride;
     }
+    __syncwarp();  // the compiler would put every load where it is used
     T weight[kColumns];
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) weight[i] = i < here ? w2[column + i] : T(0);
     const uint32_t columns_here = (1u << here) - 1;
+    uint8_t* to = args.mask + first_row * args.mask_stride + column / kColumns;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       uint32_t bits = 0;
@@ -93,9 +101,8 @@ __global__ void __launch_bounds__(32 * kWarps) relu_dot_kernel(const DotArgs arg
       for (int i = 0; i < kColumns; ++i) {
         if (bits >> i & 1) sums[r] += z[r].value(i) * weight[i];
       }
-      if (first_row + r < args.rows) {
-        args.mask[(first_row + r) * args.mask_stride + column / kColumns] = uint8_t(bits);
-      }
+      if (r < left && here > 0) *to = uint8_t(bits);
+      to += args.mask_stride;
     }
   }
 #pragma unroll
@@ -104,7 +111,7 @@ __global__ void __launch_bounds__(32 * kWarps) relu_dot_kernel(const DotArgs arg
     if (thread % 32 == 0) storage.sums[r][thread / 32] = sum;
   }
   __syncthreads();
-  if (thread < kRows && first_row + thread < args.rows) {
+  if (thread < left) {
     T sum = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) sum += storage.sums[thread][warp];
@@ -114,7 +121,7 @@ __global__ void __launch_bounds__(32 * kWarps) relu_dot_kernel(const DotArgs arg
 }
 
 constexpr int kExpanding = 128;  // threads of a block
-constexpr int kPart = 32;        // rows whose g are added up by one thread
+constexpr int kPart = 32;        // rows whose g are added up by one thread; a lane loads each
 
 struct ExpandArgs {
   const uint8_t* mask;
@@ -128,24 +135,37 @@ struct ExpandArgs {
 template <class S>
 __global__ void __launch_bounds__(kExpanding) expand_mask_kernel(const ExpandArgs args) {
   using T = Compute<S>;
+  constexpr int kBatch = 8;
+  const int lane = int(threadIdx.x) % 32;
   const int64_t part = blockIdx.x / args.blocks;
-  const int64_t byte = blockIdx.x % args.blocks * kExpanding + int(threadIdx.x);
-  const int64_t column = byte * kColumns;
-  if (column >= args.columns) return;
-  const int64_t first = part * kPart, end = min(first + kPart, args.rows);
-  const T* g = static_cast<const T*>(args.g);
-  S* expanded = static_cast<S*>(args.expanded);
+  const int64_t first_byte = blockIdx.x % args.blocks * kExpanding + int(threadIdx.x) / 32 * 32;
+  if (first_byte * kColumns >= args.columns) return;
+  const bool has = (first_byte + lane) * kColumns < args.columns;
+  const int64_t byte = has ? first_byte + lane : first_byte, column = byte * kColumns;
+  const int64_t first = part * kPart;
+  const int rows = int(min(int64_t(kPart), args.rows - first));
+  const T g = lane < rows ? static_cast<const T*>(args.g)[first + lane] : T(0);
+  S* expanded = static_cast<S*>(args.expanded) + first * args.stride + column;
   T sums[kColumns] = {};
-#pragma unroll 8
-  for (int64_t row = first; row < end; ++row) {
-    const uint32_t bits = args.mask[row * args.mask_stride + byte];
-    const T of_row = g[row];
-    Eight<S>::ones(bits).store(expanded + row * args.stride + column);
+  for (int begin = 0; begin < rows; begin += kBatch) {
+    uint32_t bits[kBatch];
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      if (bits >> i & 1) sums[i] += of_row;
+    for (int r = 0; r < kBatch; ++r) {
+      bits[r] = args.mask[(first + min(begin + r, rows - 1)) * args.mask_stride + byte];
+    }
+    __syncwarp();  // the compiler would put every load where it is used
+#pragma unroll
+    for (int r = 0; r < kBatch; ++r) {
+      const T of_row = __shfl_sync(0xffffffffu, g, begin + r);
+      if (begin + r < rows && has) Eight<S>::ones(bits[r]).store(expanded);
+      expanded += args.stride;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        if (bits[r] >> i & 1) sums[i] += of_row;  // 0 beyond the last row
+      }
     }
   }
+  if (!has) return;
   T* to = static_cast<T*>(args.sums) + part * args.columns + column;
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
@@ -155,7 +175,7 @@ __global__ void __launch_bounds__(kExpanding) expand_mask_kernel(const ExpandArg
 
 struct ScaleArgs {
   const void *products, *weight, *bias, *w2, *sums;
-  void *grad_weight, *grad_bias, *grad_w2;
+  void *grad_weight, *grad_bias, *grad_w2, *squares;
   int64_t columns, d, sums_stride, parts;
 };
 
@@ -172,31 +192,46 @@ __global__ void __launch_bounds__(32 * kWarps) scale_gradient_kernel(const Scale
   const int lane = int(threadIdx.x) % 32;
   if (j >= args.columns) return;
   const T* sums = static_cast<const T*>(args.sums) + j;
-  Sum<T> gamma{0}, dot{0};
-  for (int64_t part = lane; part < args.parts; part += 32) gamma.value += sums[part * args.sums_stride];
-  const auto* products = static_cast<const Pack<T, WIDTH>*>(args.products) + j * (args.d / WIDTH);
-  const auto* weight = static_cast<const Pack<S, WIDTH>*>(args.weight) + j * (args.d / WIDTH);
-  auto* to = static_cast<Pack<OUT, WIDTH>*>(args.grad_weight) + j * (args.d / WIDTH);
+  Sum<T> gamma{0}, dot{0}, square{0};
+  for (int64_t part = lane; part < args.parts; part += 32)
+    gamma.value += sums[part * args.sums_stride];
+  const int64_t places = args.d / WIDTH;
+  const auto* products = static_cast<const Pack<T, WIDTH>*>(args.products) + j * places;
+  const auto* weight = static_cast<const Pack<S, WIDTH>*>(args.weight) + j * places;
+  auto* to = static_cast<Pack<OUT, WIDTH>*>(args.grad_weight) + j * places;
   const T w2 = static_cast<const T*>(args.w2)[j];
-#pragma unroll 4
-  for (int64_t i = lane; i < args.d / WIDTH; i += 32) {
-    const Pack<T, WIDTH> product = products[i];
-    const Pack<S, WIDTH> w = weight[i];
-    Pack<OUT, WIDTH> scaled;
+  constexpr int kBatch = 4;  // loads in flight; no load can pass a store that may be to its place
+  for (int64_t first = lane; first < places; first += 32 * kBatch) {
+    Pack<T, WIDTH> product[kBatch];
+    Pack<S, WIDTH> w[kBatch];
 #pragma unroll
-    for (int e = 0; e < WIDTH; ++e) {
-      const T p = Element<T>::value(product.raw[e]);
-      dot.value += p * Element<S>::value(w.raw[e]);
-      scaled.raw[e] = Element<OUT>::raw(w2 * p);
+    for (int b = 0; b < kBatch; ++b) {
+      const int64_t i = first + 32 * b;
+      if (i < places) product[b] = products[i], w[b] = weight[i];
     }
-    to[i] = scaled;  // the products' own place, it may be
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int64_t i = first + 32 * b;
+      if (i >= places) break;
+      Pack<OUT, WIDTH> scaled;
+#pragma unroll
+      for (int e = 0; e < WIDTH; ++e) {
+        const T p = Element<T>::value(product[b].raw[e]);
+        dot.value += p * Element<S>::value(w[b].raw[e]);
+        square.value += w2 * p * (w2 * p);
+        scaled.raw[e] = Element<OUT>::raw(w2 * p);
+      }
+      to[i] = scaled;
+    }
   }
   gamma = reduce_lanes<32>(gamma);
   dot = reduce_lanes<32>(dot);
+  square = reduce_lanes<32>(square);
   if (lane != 0) return;
   const T bias = Element<S>::value(static_cast<const typename Element<S>::Raw*>(args.bias)[j]);
   static_cast<T*>(args.grad_bias)[j] = w2 * gamma.value;
   static_cast<T*>(args.grad_w2)[j] = dot.value + bias * gamma.value;
+  if (args.squares != nullptr) static_cast<T*>(args.squares)[j] = square.value;
 }
 
 template <class Args>
@@ -238,12 +273,12 @@ void expand_mask(const uint8_t* mask, int64_t mask_stride, int64_t rows, int64_t
 }
 
 void scale_gradient(const void* products, const void* weight, Type type, const void* bias,
-                    const void* w2, const void* sums, int64_t sums_stride, int64_t parts, int64_t columns, int64_t d,
-                    void* grad_weight, Type out_type, void* grad_bias, void* grad_w2, int device,
-                    void* stream) {
+                    const void* w2, const void* sums, int64_t sums_stride, int64_t parts,
+                    int64_t columns, int64_t d, void* grad_weight, Type out_type, void* grad_bias,
+                    void* grad_w2, void* squares, int device, void* stream) {
   const DeviceGuard guard(device);
-  const ScaleArgs args = {products,    weight,    bias,    w2,      sums,
-                          grad_weight, grad_bias, grad_w2, columns, d, sums_stride, parts};
+  const ScaleArgs args = {products, weight,  bias,    w2, sums,        grad_weight, grad_bias,
+                          grad_w2,  squares, columns, d,  sums_stride, parts};
   const auto by_four = [&](const void* data, int64_t size) {
     return reinterpret_cast<uintptr_t>(data) % std::min<int64_t>(16, 4 * size) == 0;
   };

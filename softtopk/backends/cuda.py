@@ -88,9 +88,8 @@ def adam_step(
     normalize: bool,
 ) -> None:
     """A step of softtopk.optim.Adam: contiguous float32 tensors, a bfloat16 copy, int32 offsets."""
-    rows, columns = (len(parameter), parameter[0].numel()) if parameter.numel() else (0, 0)
-    if offsets is None and not normalize:
-        rows, columns = 1, parameter.numel()
+    by_row = offsets is not None or normalize
+    rows = len(parameter) if by_row else 1
     by_tensor = isinstance(lr, Tensor)
     addresses = [0 if t is None else t.data_ptr() for t in (scale, found_inf, offsets)]
     _C.cuda.adam_step(
@@ -100,7 +99,7 @@ def adam_step(
         exp_avg_sq.data_ptr(),
         0 if copy is None else copy.data_ptr(),
         rows,
-        columns,
+        parameter.numel() // max(rows, 1),
         lr.data_ptr() if by_tensor else 0,
         0.0 if by_tensor else float(lr),
         *betas,

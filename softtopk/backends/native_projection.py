@@ -57,6 +57,7 @@ class NativeSteps:
         grad_weight: Tensor,
         grad_bias: Tensor,
         grad_w2: Tensor,
+        squares: Tensor | None,
     ) -> None:
         self.launchers.scale_gradient(
             products.data_ptr(),
@@ -72,5 +73,6 @@ class NativeSteps:
             TYPES[grad_weight.dtype],
             grad_bias.data_ptr(),
             grad_w2.data_ptr(),
+            0 if squares is None else squares.data_ptr(),
             *self.where(weight),
         )

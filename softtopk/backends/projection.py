@@ -7,10 +7,11 @@ the cache. What a backend does with a chunk are three steps:
                                             j // 8 is z_j > 0
     expand_mask(mask, g, expanded)          expanded (B, columns) = 0 or 1; returns sums (parts, columns),
                                             whose total is gamma_j = sum_b g_b mask_bj
-    scale_gradient(products, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2)
+    scale_gradient(products, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares)
 
 With G_j = sum_b g_b mask_bj x_b, the products of the mask and g x, the gradients are w2_j G_j of the weight,
-w2_j gamma_j of the bias and <W_j, G_j> + c_j gamma_j of w2, since relu(z) = mask (x W^T + c).
+w2_j gamma_j of the bias and <W_j, G_j> + c_j gamma_j of w2, since relu(z) = mask (x W^T + c). squares, where
+wanted, are |w2_j G_j|^2.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class Projection:
         """The scores, and the mask (B, ceil(n / 8)) of bits."""
         scores = x.new_zeros(len(x), dtype=w2.dtype)
         mask = x.new_empty(len(x), (len(weight) + 7) // 8, dtype=torch.uint8)
-        chunks, buffer = columns_at_a_time(x, weight)
+        chunks, buffer = columns_at_a_time(x, len(weight), self.chunk_columns(x, weight))
         for part in chunks:
-            z = columns_of(buffer, part)
+            z = columns_of(buffer, len(x), part)
             torch.addmm(bias[part], x, weight[part].t(), out=z)
             self.steps.relu_dot(z, w2[part], part.start > 0, scores, mask[:, part.start // 8 :])
         return scores, mask
@@ -55,45 +56,55 @@ class Projection:
         w2: Tensor,
         out_dtype: torch.dtype,
         want_x: bool,
+        squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The gradients of weight (in out_dtype: x's or the compute dtype), bias, w2 and x (in the compute
-        dtype, the last only if wanted)."""
+        dtype, the last only if wanted). squares (n,), of the compute dtype, are written if given."""
         g = g.contiguous()
         gx = torch.mul(x, g[:, None], out=torch.empty_like(x))
         grad_weight = weight.new_empty(weight.shape, dtype=out_dtype)
         grad_bias, grad_w2 = torch.empty_like(w2), torch.empty_like(w2)
         grad_x = x.new_zeros(x.shape, dtype=w2.dtype) if want_x else None
-        chunks, buffer = columns_at_a_time(x, weight)
+        chunks, buffer = columns_at_a_time(x, len(weight), self.chunk_columns(x, weight))
         for part in chunks:
-            expanded = columns_of(buffer, part)
+            expanded = columns_of(buffer, len(x), part)
             sums = self.steps.expand_mask(mask[:, part.start // 8 :], g, expanded)
-            for inner in products_at_a_time(part, weight, w2.dtype):
-                place = slice(inner.start - part.start, inner.stop - part.start)
-                products = grad_weight[inner]
-                if out_dtype != w2.dtype:
-                    products = torch.empty_like(products, dtype=w2.dtype)
-                multiply(expanded[:, place].t(), gx, products)
-                self.steps.scale_gradient(
-                    products,
-                    weight[inner],
-                    bias[inner],
-                    w2[inner],
-                    sums[:, place],
-                    grad_weight[inner],
-                    grad_bias[inner],
-                    grad_w2[inner],
-                )
+            self.chunk_gradients(
+                part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
+            )
             if want_x:
                 scaled = torch.mul(weight[part], w2[part, None], out=torch.empty_like(weight[part]))
                 grad_x += multiply(expanded, scaled, torch.empty_like(grad_x))
         return grad_weight, grad_bias, grad_w2, None if grad_x is None else grad_x.mul_(g[:, None])
 
+    def chunk_columns(self, x: Tensor, weight: Tensor) -> int:
+        return even(len(weight), CHUNK_BYTES // (x.element_size() * max(len(x), 1)))
 
-def columns_at_a_time(x: Tensor, weight: Tensor) -> tuple[Iterator[slice], Tensor]:
-    """The chunks of the hidden layer's columns, and a buffer for any of them."""
-    n = len(weight)
-    row = x.element_size() * max(len(x), 1)
-    columns = even(n, CHUNK_BYTES // row)
+    def chunk_gradients(
+        self, part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
+    ):
+        """The rows `part` of the gradients: the products, and what is done with them in the cache."""
+        for inner in products_at_a_time(part, weight, w2.dtype):
+            place = slice(inner.start - part.start, inner.stop - part.start)
+            products = grad_weight[inner]
+            if products.dtype != w2.dtype:
+                products = torch.empty_like(products, dtype=w2.dtype)
+            multiply(expanded[:, place].t(), gx, products)
+            self.steps.scale_gradient(
+                products,
+                weight[inner],
+                bias[inner],
+                w2[inner],
+                sums[:, place],
+                grad_weight[inner],
+                grad_bias[inner],
+                grad_w2[inner],
+                None if squares is None else squares[inner],
+            )
+
+
+def columns_at_a_time(x: Tensor, n: int, columns: int) -> tuple[Iterator[slice], Tensor]:
+    """The chunks of the hidden layer's n columns, and a buffer for any of them."""
     buffer = x.new_empty(len(x) * min(columns, round_up(n, 8)))
     return (slice(i, min(i + columns, n)) for i in range(0, n, columns)), buffer
 
@@ -103,11 +114,10 @@ def products_at_a_time(part: slice, weight: Tensor, dtype: torch.dtype) -> Itera
     return (slice(i, min(i + columns, part.stop)) for i in range(part.start, part.stop, columns))
 
 
-def columns_of(buffer: Tensor, part: slice) -> Tensor:
-    """The buffer as (B, columns of the part), rows on 16 bytes."""
+def columns_of(buffer: Tensor, rows: int, part: slice) -> Tensor:
+    """The buffer as (rows, columns of the part), rows on 16 bytes."""
     columns = part.stop - part.start
     stride = round_up(columns, 8)
-    rows = len(buffer) // stride if stride else 0
     return buffer[: rows * stride].view(rows, stride)[:, :columns]
 
 
@@ -149,13 +159,15 @@ class TorchSteps:
         return torch.mv(expanded.t().to(g.dtype), g)[None]
 
     @staticmethod
-    def scale_gradient(products, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2) -> None:
+    def scale_gradient(products, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares) -> None:
         gamma = sums.sum(0)
         torch.addcmul(
             torch.linalg.vecdot(products, weight.to(w2.dtype)), bias.to(w2.dtype), gamma, out=grad_w2
         )
         torch.mul(w2, gamma, out=grad_bias)
         torch.mul(products, w2[:, None], out=grad_weight)
+        if squares is not None:
+            torch.sum(grad_weight.to(w2.dtype).square(), 1, out=squares)
 
 
 def pack(bits: Tensor) -> Tensor:

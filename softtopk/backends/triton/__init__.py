@@ -26,12 +26,12 @@ if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
         " in the environment before python starts"
     )
 
-from softtopk.backends.projection import (  # noqa: E402
+from softtopk.backends.triton.hard_topk import hard_topk_indices, hard_topk_mask  # noqa: E402
+from softtopk.backends.triton.launch import reads  # noqa: E402
+from softtopk.backends.triton.projection import (  # noqa: E402
     relu_projection_backward,
     relu_projection_forward,
 )
-from softtopk.backends.triton.hard_topk import hard_topk_indices, hard_topk_mask  # noqa: E402
-from softtopk.backends.triton.launch import reads  # noqa: E402
 from softtopk.backends.triton.soft_topk import soft_topk_backward, soft_topk_forward  # noqa: E402
 
 __all__ = [
