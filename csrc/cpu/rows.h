@@ -37,6 +37,30 @@ void with_compute_type(Type type, F f) {
     f(float{});
 }
 
+// The compute type's own.
+template <typename T>
+constexpr Type kType = sizeof(T) == 8 ? Type::float64 : Type::float32;
+
+// f(task, worker) for every task in [0, count), `size` of them at a time, on up to `threads`
+// threads; their numbers, the workers, are below `threads`.
+template <typename F>
+void for_tasks(int64_t count, int64_t size, int64_t elements, int threads, F f) {
+  const int64_t chunks = (count + size - 1) / size;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> workers{0};
+  const auto work = [&] {
+    const DefaultEnvironment environment;
+    const int worker = workers.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
+      for (int64_t task = chunk * size; task < std::min(count, (chunk + 1) * size); ++task)
+        f(task, worker);
+  };
+  if (threads > 1 && chunks > 1)
+    on_threads(threads, elements, std::ref(work));
+  else
+    work();
+}
+
 // f(row, team) for every row, on up to `threads` threads: on one each where there are enough rows.
 // Of long rows those left over when every thread has had as many are done one by one, each by a
 // team of all threads, unless that keeps fewer than half of them waiting.
@@ -44,18 +68,8 @@ template <typename F>
 void for_rows(const Rows& x, int threads, F f) {
   const int64_t over = x.n > 2 * kPiece && threads > 1 ? x.rows % threads : 0;
   const int64_t shared = 2 * over <= threads ? over : 0, rows = x.rows - shared;
-  const int64_t size = 1 + 4096 / x.n, chunks = (rows + size - 1) / size;
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    const DefaultEnvironment environment;
-    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
-      for (int64_t row = chunk * size; row < std::min(rows, (chunk + 1) * size); ++row)
-        f(row, nullptr);
-  };
-  if (threads > 1 && chunks > 1)
-    on_threads(threads, rows * x.n, std::ref(work));
-  else
-    work();
+  for_tasks(rows, 1 + 4096 / x.n, rows * x.n, threads,
+            [&](int64_t row, int) { f(row, static_cast<Team*>(nullptr)); });
   if (shared > 0)
     Team::run(threads, shared * x.n, [&](Team& team) {
       for (int64_t row = rows; row < x.rows; ++row) f(row, &team);

@@ -8,14 +8,12 @@
 #include <cmath>
 
 #include "../laplace.h"
+#include "pivot.h"
 #include "rows.h"
 #include "search.h"
 
 namespace softtopk::cpu {
 namespace {
-
-template <typename T>
-constexpr Type kType = sizeof(T) == 8 ? Type::float64 : Type::float32;
 
 template <typename T>
 void forward_row(const Rows& x, int64_t i, double k, T alpha, Form form, void* result, T* solution,
@@ -47,12 +45,6 @@ void forward_row(const Rows& x, int64_t i, double k, T alpha, Form form, void* r
       out);
 }
 
-// The least e for which unit * e is a normal number; infinity for 0.
-template <typename T>
-T least_e(T unit) {
-  return std::numeric_limits<T>::min() / unit;
-}
-
 template <typename T>
 void backward_row(const Rows& x, int64_t i, const T* solution, T alpha, const Row& v, void* grad_x,
                   T* grad_k, T* grad_alpha, Team* team) {
@@ -61,16 +53,7 @@ void backward_row(const Rows& x, int64_t i, const T* solution, T alpha, const Ro
   const Solution<double> s{solution[0], solution[1], solution[2], solution[3], solution[4]};
   const double scale = alpha;
   const Densities<double> d = densities(s, scale);
-  const Steps<T> step = steps(alpha);
-  Pivot<T> pivot{static_cast<T>(d.q_A),
-                 static_cast<T>(d.q_B),
-                 least_e(static_cast<T>(d.q_A)),
-                 least_e(static_cast<T>(d.q_B)),
-                 static_cast<T>(d.h_A * step.rate),
-                 static_cast<T>(d.h_B * step.rate),
-                 step.after,
-                 d.q_A >= d.q_B ? solution[0] : solution[1],
-                 T(0)};
+  Pivot<T> pivot = pivot_of(s, d, alpha);
   pivot.v = row_sweeps.element(v, row_sweeps.find(row, pivot.x));
   const Scale<T> factors = scale_of(solution[0], solution[1], alpha);
   const Means means = row_sweeps.means(row, v, factors, pivot);

@@ -7,6 +7,7 @@
 
 #include "lanes.h"
 #include "log_sweeps.h"
+#include "sparse_sweeps.h"
 
 namespace softtopk::cpu::SOFTTOPK_ISA {
 namespace {
@@ -326,6 +327,11 @@ constexpr Sweeps<T> kTable{
     mask<T, In>,
     indices<T, In>,
     fill<T, In>,
+    activate<T, In>,
+    keep<T, In>,
+    accumulate<T, In>,
+    finish<T, In>,
+    write<T, In>,
 };
 
 extern const Sweeps<float> from_float32 = kTable<float, float>;

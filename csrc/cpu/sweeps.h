@@ -96,6 +96,12 @@ struct Counts {
   int64_t above, equal;  // |{x > value}|, |{x == value}|
 };
 
+// How many elements of a row a sparse code would keep, and what those weigh that it does not hold.
+struct Kept {
+  int64_t count;
+  double q, t;  // sums of q and of q (t - t_pivot), t in units of ln 2
+};
+
 constexpr int kGatherRoom = 16;
 constexpr int kPlaces = 128;
 
@@ -110,7 +116,7 @@ struct Sweeps {
   T (*element)(const Row& row, int64_t i);
   // kPlaces elements at places that are spread evenly.
   void (*sample)(const Row& row, T* out);
-  // The first i with x_i == value, which must be there.
+  // The first i with x_i == value; -1 where there is none.
   int64_t (*find)(const Row& row, T value);
 
   // p = 1 - h_A e above, h_B e below, in the row's type.
@@ -136,6 +142,22 @@ struct Sweeps {
   void (*indices)(const Row& row, T value, int64_t ties, int64_t* out);
   // `value` n times in the row's type.
   void (*fill)(const Row& row, T value, void* out);
+
+  // The row's activations; NaN stays NaN.
+  void (*activate)(const Row& row, const Activation& activation, T* out);
+  // The elements above `value` and the first `ties` equal to it: the first `capacity` of them, in
+  // order, and their indices. What is not among these is not weighed where there is no pivot.
+  Kept (*keep)(const Row& row, T value, int64_t ties, const Scale<T>& scale, const Pivot<T>* pivot,
+               int64_t capacity, int32_t* indices, T* elements);
+
+  // For the rows x_i of a matrix with d columns of the type, i in `places`, one after the other:
+  // sum += scales_i x_i and, where `along` (d,) is not null, dots_i = <along, x_i>.
+  void (*accumulate)(const void* matrix, int64_t d, const int32_t* places, const T* scales,
+                     int64_t count, const void* along, T* sum, T* dots);
+  // sum -= part * along, where that is not null; returns |sum|^2.
+  T (*finish)(const void* along, T part, int64_t d, T* sum);
+  // sum, plus `offset` (d,) where that is not null, in the type.
+  void (*write)(const T* sum, const void* offset, int64_t d, void* out);
 };
 
 // The table for rows of a type; T is double for float64, float for the others.

@@ -5,11 +5,13 @@
 // from the launchers down, on the threads that csrc/cpu/threads.cpp starts, as it does in a forked
 // child. Not covered is GNU's OpenMP itself, which is not instrumented: its barriers would be
 // reported as races.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "softtopk.h"
@@ -69,8 +71,14 @@ Case make(Type type, int64_t rows, int64_t n, bool largest, bool special, Form f
   return c;
 }
 
-// The outputs of all four launchers, one after the other.
-std::vector<Bytes> everything(const Case& c, int threads) {
+template <typename T>
+Bytes bytes(const std::vector<T>& from) {
+  const auto* data = reinterpret_cast<const unsigned char*>(from.data());
+  return Bytes(data, data + sizeof(T) * from.size());
+}
+
+// The outputs of the launchers of soft_topk and hard_topk, one after the other.
+std::vector<Bytes> dense(const Case& c, int threads) {
   const int64_t computed = c.type == Type::float64 ? 8 : 4, max_k = 40;
   const Rows x{c.x.data(), c.type, c.rows, c.n, c.n + 3, c.largest};
   const PerRow k{c.k.data(), Type::float64, 1, 0}, alpha{c.alpha.data(), Type::float32, 1, 0};
@@ -84,11 +92,56 @@ std::vector<Bytes> everything(const Case& c, int threads) {
                           grad_k.data(), grad_alpha.data(), threads);
   cpu::hard_topk_mask(x, k, mask.data(), threads);
   cpu::hard_topk_indices(x, k, max_k, indices.data(), values.data(), counts.data(), threads);
-  const auto bytes = [](const std::vector<int64_t>& from) {
-    const auto* data = reinterpret_cast<const unsigned char*>(from.data());
-    return Bytes(data, data + 8 * from.size());
-  };
   return {p, solution, grad_x, grad_k, grad_alpha, mask, bytes(indices), values, bytes(counts)};
+}
+
+// Those of the launchers of sparse codes. v serves as the bias and the decoder, x as what latents
+// gather from its rows.
+void add_sparse(const Case& c, Selecting mode, int threads, std::vector<Bytes>& out) {
+  const int64_t computed = c.type == Type::float64 ? 8 : 4, C = 40, n = c.n;
+  const int64_t d = std::min<int64_t>(c.rows, 7), places = c.rows * C, one = c.rows * computed;
+  const Rows z{c.x.data(), c.type, c.rows, n, n + 3, true};
+  const PerRow k{c.k.data(), Type::float64, 1, 0}, alpha{c.alpha.data(), Type::float32, 1, 0};
+  const std::vector<float> thresholds(n, 0.125f);
+  const Activation activation{c.v.data(), c.largest ? thresholds.data() : nullptr, 0.0};
+  const bool hard = mode == Selecting::hard;
+  Bytes values(C * one), active(C * one), state(7 * one), grad(C * one), grad_k(one),
+      grad_alpha(one);
+  std::vector<int32_t> indices(places), counts(c.rows), offsets(n + 1), entries(places);
+  const Code code{values.data(),
+                  indices.data(),
+                  active.data(),
+                  counts.data(),
+                  hard ? nullptr : state.data(),
+                  C};
+  cpu::code_forward(z, k, alpha, activation, mode, code, threads);
+  if (!hard)
+    cpu::code_backward(computed == 8 ? Type::float64 : Type::float32, c.rows, C, active.data(),
+                       mode == Selecting::soft ? nullptr : values.data(), counts.data(),
+                       state.data(), alpha, values.data(), 0.5, grad.data(), grad_k.data(),
+                       grad_alpha.data(), threads);
+  Bytes space(cpu::transpose_workspace(c.rows, C, n));
+  cpu::transpose(indices.data(), counts.data(), c.rows, C, n, offsets.data(), entries.data(),
+                 space.data(), threads);
+  Bytes decoded(c.rows * d * size_of(c.type)), rows(n * d * size_of(c.type)), dots(C * one);
+  Bytes sums(n * computed), squares(n * computed);
+  cpu::decode(values.data(), indices.data(), counts.data(), c.rows, C, c.v.data(), c.type, n, d,
+              c.x.data(), decoded.data(), threads);
+  space.resize(cpu::gradients_workspace(c.rows, C, n, d));
+  cpu::latent_gradients(values.data(), offsets.data(), entries.data(), c.rows, C, n, d, c.x.data(),
+                        c.v.data(), c.type, c.type, c.largest, true, rows.data(), dots.data(),
+                        sums.data(), squares.data(), space.data(), threads);
+  for (Bytes* result : {&values, &active, &state, &grad, &grad_k, &grad_alpha, &decoded, &rows,
+                        &dots, &sums, &squares})
+    out.push_back(std::move(*result));
+  for (const auto& result : {indices, counts, offsets, entries}) out.push_back(bytes(result));
+}
+
+std::vector<Bytes> everything(const Case& c, int threads) {
+  std::vector<Bytes> out = dense(c, threads);
+  for (const Selecting mode : {Selecting::soft, Selecting::straight_through, Selecting::hard})
+    add_sparse(c, mode, threads, out);
+  return out;
 }
 
 }  // namespace
