@@ -82,7 +82,8 @@ class KEstimator(nn.Module):
             W, c = W.detach(), c.detach()
         if moves and torch.is_grad_enabled():
             c = c + CenterGradient.apply(sae.center, sparse.copies.get(name, W).detach())
-        return relu_projection(sparse.cast(x - center, name), W, c, self.w2, copy=sparse.copies.get(name))
+        more = {"copy": sparse.copies.get(name)} if options.kind == "shared" else sparse.of(name)
+        return relu_projection(sparse.cast(x - center, name), W, c, self.w2, **more)
 
     def features(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """h (B, hidden); what of it the gradient of k_hat reaches is said by the options."""

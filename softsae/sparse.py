@@ -142,8 +142,8 @@ def separated(code: SparseCode, group: Tensor, groups: int) -> SparseCode:
     values = code.values.new_zeros(rows, nowhere + 1).scatter(1, place, code.values)[:, :-1]
     indices = code.indices.new_full((rows, nowhere + 1), n).scatter(1, place, code.indices)[:, :-1]
     return SparseCode(
-        values.reshape(rows * groups, places),
-        indices.reshape(rows * groups, places),
+        values.reshape(rows * groups, places).contiguous(),
+        indices.reshape(rows * groups, places).contiguous(),
         member.sum(2, dtype=torch.int32).flatten(),
         (rows * groups, n),
         Transposition(code.transposition.kernels, n),

@@ -91,8 +91,10 @@ class Step:
             for parameter in self.names:
                 if parameter.dim() == 2:
                     self.optimizer.copies[parameter] = parameter.detach().bfloat16()
-        names = ("W_dec",) if self.sae.selector.moves_encoder else ("W_enc", "W_dec")
-        self.squares = {name: self.sae.b_enc.new_zeros(self.sae.config.n) for name in names}
+        parameters = dict(self.sae.named_parameters())
+        for name in ("W_dec", *self.sae.selector.normed()):
+            if parameters[name].dtype == torch.float32:
+                self.squares[name] = parameters[name].new_zeros(len(parameters[name]))
 
     def how(self, plan: Plan) -> Sparse | None:
         if plan.max_active is None:

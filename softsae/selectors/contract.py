@@ -40,10 +40,10 @@ class Selector(nn.Module):
         super().__init__()
         self.config = config
 
-    @property
-    def moves_encoder(self) -> bool:
-        """Whether W_enc gets a gradient in a sparse pass besides that of `softsae.sparse.encode`."""
-        return False
+    def normed(self) -> tuple[str, ...]:
+        """The autoencoder's weights, W_dec apart, with gradients of a sparse pass that come from one function
+        which leaves squared norms (`Sparse.squares`): W_enc, where it is in `softsae.sparse.encode` alone."""
+        return ("W_enc",)
 
     def expected_active(self) -> float:
         """The mean number of active latents in a row of a code, as far as it is known before training."""

@@ -68,9 +68,10 @@ class SoftSAE(Selector):
         code = encode(sae, x, sparse, k_hat, phase.alpha, hard=phase.hard, selection_gradient=share)
         return Selection(code, k_hat)
 
-    @property
-    def moves_encoder(self) -> bool:
-        return self.config.softsae.estimator.moves_encoder
+    def normed(self) -> tuple[str, ...]:
+        options = self.config.softsae.estimator
+        own = options.kind in ("wide", "bottleneck") and options.input == "x"
+        return (*(() if options.moves_encoder else ("W_enc",)), *(("selector.estimator.W",) if own else ()))
 
     def most_active(self) -> float:
         return self.config.softsae.k_max

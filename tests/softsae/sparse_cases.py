@@ -55,23 +55,37 @@ CASES: dict[str, tuple[AutoencoderConfig, dict]] = {
         {},
     ),
     "softsae-constant": (softsae(estimator=EstimatorConfig(input="constant")), {}),
-    "softsae-published": (softsae(), {"mode": "published", "alpha_start": ALPHA, "k_anneal_steps": 0}),
+    "softsae-published": (
+        softsae(alpha=ALPHA / 4),  # of activations in other units
+        {"mode": "published", "alpha_start": ALPHA / 4, "k_anneal_steps": 0},
+    ),
 }  # fmt: skip
 
 
-def trainer(name: str, out=None, callbacks=(), **train) -> Trainer:
+class Exactly(Trainer):
+    """Trains in float64."""
+
+    def start(self, source, held_out=None):
+        super().start(source, held_out)
+        self.sae.double()
+
+    def train_step(self, batch, logged):
+        return super().train_step(batch.double(), logged)
+
+
+def trainer(name: str, out=None, callbacks=(), kind: type[Trainer] = Trainer, **train) -> Trainer:
     model, own = CASES[name]
     given = {
         "steps": 60, "batch_size": 64, "lr": 2e-3, "log_every": 1, "hard_steps": 15, "dead_after": 600,
         "device": "cpu",
     }  # fmt: skip
     config = TrainConfig(**{**given, **own, **train})
-    return Trainer(model, config, out=out, callbacks=callbacks, progress=False)
+    return kind(model, config, out=out, callbacks=callbacks, progress=False)
 
 
-def records(name: str, **train) -> tuple[Trainer, list[dict]]:
+def records(name: str, kind: type[Trainer] = Trainer, **train) -> tuple[Trainer, list[dict]]:
     """A training's trainer and the lines of its steps."""
     found: list[dict] = []
-    run = trainer(name, callbacks=[lambda _, record: found.append(record)], **train)
+    run = trainer(name, callbacks=[lambda _, record: found.append(record)], kind=kind, **train)
     run.fit(SOURCE)
     return run, [record for record in found if "event" not in record]

@@ -13,7 +13,7 @@ from softsae import config as configuration
 from softsae.losses import RegularizerConfig
 from softsae.schedules import Phase
 from softsae.sparse import Sparse
-from tests.softsae.sparse_cases import ALPHA, CASES, SOURCE, D, records
+from tests.softsae.sparse_cases import ALPHA, CASES, SOURCE, D, Exactly, records
 
 PHASES = {
     "soft": {"hard": False},
@@ -70,13 +70,13 @@ def test_a_pass_is_the_dense_one(name, phase):
     sparse, found = passed(sae, x, moment, Sparse())
     assert not sparse.overflow and sparse.code is not None and dense.code is None
     # A gate below 2^-24 is 0 in the dense path.
-    close = {"rtol": 1e-6, "atol": 1e-6}
-    torch.testing.assert_close(sparse.latents, dense.latents, **close)
-    torch.testing.assert_close(sparse.x_hat, dense.x_hat, **close)
+    tolerance = {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(sparse.latents, dense.latents, **tolerance)
+    torch.testing.assert_close(sparse.x_hat, dense.x_hat, **tolerance)
     torch.testing.assert_close(sparse.k_hat, dense.k_hat)
     assert sparse.losses.keys() == dense.losses.keys()
     for term in dense.losses:
-        torch.testing.assert_close(sparse.losses[term], dense.losses[term], **close)
+        torch.testing.assert_close(sparse.losses[term], dense.losses[term], **tolerance)
     assert found.keys() == gradients.keys()
     for parameter, gradient in gradients.items():
         scale = gradient.abs().max()
@@ -85,37 +85,36 @@ def test_a_pass_is_the_dense_one(name, phase):
         torch.testing.assert_close(value, after[buffer], equal_nan=True)
 
 
+def close(ours: list[dict], theirs: list[dict], tolerance: float):
+    """All losses, norms and means of the steps agree, relative to their size."""
+    for found, expected in zip(ours, theirs, strict=True):
+        for key, value in expected.items():
+            if key.startswith(("loss", "grad_norm", "estimator_grad", "explained", "k_hat_mean")):
+                assert found[key] == pytest.approx(value, rel=tolerance, abs=tolerance), (found["step"], key)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_training_is_the_dense_one(name):
-    """60 steps in float32 with AuxK, clip, projection and a hard phase: all losses within 2e-4."""
-    dense_run, dense = records(name, path="dense")
-    sparse_run, sparse = records(name, path="sparse")
-    by_path = [record["path"] for record in sparse]
+    """60 steps with AuxK, clip, projection and a hard phase, in float64: in float32 the selection's gradient
+    amplifies what is rounded in another order."""
+    dense_run, dense = records(name, Exactly, path="dense")
+    sparse_run, sparse = records(name, Exactly, path="sparse")
     assert {record["path"] for record in dense} == {"dense"}
-    assert by_path == ["sparse"] * len(sparse)
+    assert {record["path"] for record in sparse} == {"sparse"}
     assert any("loss_auxk" in record for record in sparse)
     assert sparse[-1]["skipped_steps"] == 0
-    for ours, theirs in zip(sparse, dense, strict=True):
-        for key, value in theirs.items():
-            if key.startswith(("loss", "grad_norm", "estimator_grad", "explained", "k_hat_mean")):
-                assert ours[key] == pytest.approx(value, rel=2e-4, abs=2e-5), (ours["step"], key)
-        assert ours["dead_latents"] == pytest.approx(theirs["dead_latents"], abs=2)
+    close(sparse, dense, 2e-5)
     for parameter, other in zip(dense_run.sae.parameters(), sparse_run.sae.parameters(), strict=True):
-        torch.testing.assert_close(other, parameter, rtol=0, atol=2e-3)
+        torch.testing.assert_close(other, parameter, rtol=0, atol=1e-4)
     assert sparse[-1]["loss_reconstruction"] < 0.7 * sparse[0]["loss_reconstruction"]  # and it has learned
 
 
-def test_at_the_final_scale_the_first_steps_are_the_dense_ones():
-    """At alpha = 1e-4 the gradient to k amplifies what rounds differently, so that later steps drift."""
-    model = AutoencoderConfig(n=256, k=8)
-    CASES["sharp"] = model, {}
-    try:
-        (_, dense), (_, sparse) = (records("sharp", path=path, steps=12, hard_steps=0) for path in ("dense", "sparse"))
-    finally:
-        del CASES["sharp"]
-    for ours, theirs in zip(sparse[:8], dense[:8], strict=True):
-        for key in ("loss", "grad_norm", "estimator_grad_norm", "k_hat_mean"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), (ours["step"], key)
+@pytest.mark.parametrize("name", ["topk", "topk-nested", "batchtopk", "msae", "adaptivek", "softsae-wide"])
+def test_a_training_in_float32_begins_as_the_dense_one(name):
+    """With softsae at alpha = 1e-2 eight steps within 1e-3, others 60 steps within 1e-3."""
+    (_, dense), (_, sparse) = (records(name, path=path) for path in ("dense", "sparse"))
+    steps = 8 if name == "softsae-wide" else 60
+    close(sparse[:steps], dense[:steps], 1e-3)
 
 
 @pytest.mark.parametrize("name", ["topk", "softsae-wide", "softsae-shared-scaled", "batchtopk", "msae"])
@@ -127,9 +126,7 @@ def test_products_in_bfloat16_are_made_from_copies(name):
     for weight, copy in copies.items():
         master = run.sae.get_parameter(weight)
         assert master.dtype == torch.float32 and torch.equal(copy, master.bfloat16())
-    for ours, theirs in zip(sparse[:10], dense[:10], strict=True):
-        for key in ("loss_reconstruction", "grad_norm"):
-            assert ours[key] == pytest.approx(theirs[key], rel=0.03), (ours["step"], key)
+    close(sparse[:3], dense[:3], 0.03)
     assert sparse[-1]["loss_reconstruction"] == pytest.approx(dense[-1]["loss_reconstruction"], rel=0.1)
 
 
@@ -176,9 +173,9 @@ def test_nothing_as_large_as_the_pre_activations_is_made_besides_them(estimator,
 @pytest.mark.parametrize("name", ["topk", "topk-nested", "softsae-wide", "softsae-shared-scaled"])
 def test_squares_are_the_norms_of_the_gradients(name):
     sae = autoencoder(name)
-    squares = {w: torch.zeros(len(sae.b_enc)) for w in ("W_enc", "W_dec")}
-    if sae.selector.moves_encoder:
-        squares.pop("W_enc")
+    own = [weight for weight in sae.selector.normed() if weight == "W_enc"]
+    squares = {weight: torch.zeros(len(sae.b_enc)) for weight in ("W_dec", *own)}
+    assert bool(own) == (name != "softsae-shared-scaled")
     x = SOURCE.sample(48, seed=2)[0].double()
     passed(sae, x, Phase(ALPHA, 8.0, False, step=1), Sparse(squares=squares, project=True))
     for weight, found in squares.items():
