@@ -51,8 +51,8 @@ def encode_source(
 
     Args:
         sae: the autoencoder, on the device that is to do it.
-        source: activations as `Trainer.fit` takes them; those of stored activations are encoded once and in
-            order, of a source without an end as many batches as `limit` says.
+        source: activations as `Trainer.fit` takes them. A tensor and stored activations are encoded once and
+            in order, of a source without an end as many batches as `limit` says.
         out: the folder to make; it must not exist, or be empty.
         k: keep the k largest activations of each sample in place of what the rule selects.
         batch_size: samples encoded at once. shard_rows: samples in a file.
@@ -64,12 +64,15 @@ def encode_source(
         ValueError: activations of another width, NaN or infinite ones, an unknown dtype, a source without
             an end and no limit.
     """
+    tensor = source if isinstance(source, Tensor) else None
     source = as_source(source)
     if (found := widths(source)[0]) != sae.config.d:
         raise ValueError(f"the activations have d={found}, the autoencoder d={sae.config.d}")
     if dtype not in STORED:
         raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(STORED)}")
-    if hasattr(source, "in_order"):
+    if tensor is not None:
+        batches = tensor.split(batch_size)
+    elif hasattr(source, "in_order"):
         batches = source.in_order(batch_size)
     elif limit is None:
         raise ValueError("limit=None: the source has no end, say how many of its batches are encoded")

@@ -15,7 +15,7 @@ from softsae.activations.synthetic import SyntheticSource
 
 D, N, K = 32, 256, 8
 SOURCE = SyntheticSource(D, 64, 1, 10)
-ALPHA = 0.01  # at 1e-4 what rounds differently is amplified from step to step
+ALPHA = 0.1  # at 1e-4 what rounds differently is amplified from step to step
 
 
 def softsae(**options) -> AutoencoderConfig:
@@ -62,8 +62,16 @@ CASES: dict[str, tuple[AutoencoderConfig, dict]] = {
 }  # fmt: skip
 
 
-class Exactly(Trainer):
-    """Trains in float64."""
+class Roomy(Trainer):
+    """A row of a code has room for all latents."""
+
+    def start(self, source, held_out=None):
+        super().start(source, held_out)
+        self.path.max_active = N
+
+
+class Exactly(Roomy):
+    """Trains in float64 as well."""
 
     def start(self, source, held_out=None):
         super().start(source, held_out)
@@ -73,7 +81,7 @@ class Exactly(Trainer):
         return super().train_step(batch.double(), logged)
 
 
-def trainer(name: str, out=None, callbacks=(), kind: type[Trainer] = Trainer, **train) -> Trainer:
+def trainer(name: str, out=None, callbacks=(), kind: type[Trainer] = Roomy, **train) -> Trainer:
     model, own = CASES[name]
     given = {
         "steps": 60, "batch_size": 64, "lr": 2e-3, "log_every": 1, "hard_steps": 15, "dead_after": 600,
@@ -83,7 +91,7 @@ def trainer(name: str, out=None, callbacks=(), kind: type[Trainer] = Trainer, **
     return kind(model, config, out=out, callbacks=callbacks, progress=False)
 
 
-def records(name: str, kind: type[Trainer] = Trainer, **train) -> tuple[Trainer, list[dict]]:
+def records(name: str, kind: type[Trainer] = Roomy, **train) -> tuple[Trainer, list[dict]]:
     """A training's trainer and the lines of its steps."""
     found: list[dict] = []
     run = trainer(name, callbacks=[lambda _, record: found.append(record)], kind=kind, **train)

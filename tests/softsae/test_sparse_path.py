@@ -103,7 +103,7 @@ def test_a_training_is_the_dense_one(name):
     assert {record["path"] for record in sparse} == {"sparse"}
     assert any("loss_auxk" in record for record in sparse)
     assert sparse[-1]["skipped_steps"] == 0
-    close(sparse, dense, 2e-5)
+    close(sparse, dense, 2e-4)
     for parameter, other in zip(dense_run.sae.parameters(), sparse_run.sae.parameters(), strict=True):
         torch.testing.assert_close(other, parameter, rtol=0, atol=1e-4)
     assert sparse[-1]["loss_reconstruction"] < 0.7 * sparse[0]["loss_reconstruction"]  # and it has learned
@@ -111,7 +111,7 @@ def test_a_training_is_the_dense_one(name):
 
 @pytest.mark.parametrize("name", ["topk", "topk-nested", "batchtopk", "msae", "adaptivek", "softsae-wide"])
 def test_a_training_in_float32_begins_as_the_dense_one(name):
-    """With softsae at alpha = 1e-2 eight steps within 1e-3, others 60 steps within 1e-3."""
+    """Eight steps of softsae, 60 of the others."""
     (_, dense), (_, sparse) = (records(name, path=path) for path in ("dense", "sparse"))
     steps = 8 if name == "softsae-wide" else 60
     close(sparse[:steps], dense[:steps], 1e-3)
