@@ -97,7 +97,7 @@ class Recorder:
         if target is not None:
             self.target.copy_(target)
         self.graph.replay()
-        return self.results
+        return dict(self.results)
 
     def forget(self):
         """Give up the recorded step and its memory, gradients included."""

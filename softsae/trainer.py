@@ -28,6 +28,7 @@ from softsae.graph import Recorder
 from softsae.keys import build
 from softsae.lockstep import NonFiniteActivations as NonFiniteActivations
 from softsae.lockstep import train_together
+from softsae.memory import memory_of
 from softsae.path import PathChoice
 from softsae.runs import write_json
 from softsae.schedules import Schedule
@@ -108,6 +109,8 @@ class Trainer:
         train = self.config.train
         self.device = pick_device(train.device)
         self.timer = StepTimer(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.schedule = Schedule(self.config)
         self.sae = SparseAutoencoder(self.config.autoencoder, seed=train.seed).to(self.device).train()
         most = train.batch_size * (2 if train.count_logged_twice else 1)  # samples counted in a step
@@ -165,6 +168,8 @@ class Trainer:
             rate = (self.step - self.clock[1]) * train.batch_size / (now - self.clock[0])
             record = {name: scalar(value) for name, value in record.items()}
             record["samples_per_second"] = round(rate, 1)
+            if self.step == train.steps and self.device.type == "cuda":
+                record["memory"] = memory_of(self.sae, self.optimizer, self.device)
             self.record(record)
             self.clock = time.perf_counter(), self.step
         last = self.step == train.steps
