@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         Section,
         SoftSAEConfig,
     )
-    from softsae.autoencoder import Output, SparseAutoencoder, load
+    from softsae.autoencoder import SparseAutoencoder, load
     from softsae.config import (
         AutoencoderConfig,
         RegularizerConfig,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from softsae.encode import encode_source, read_codes
     from softsae.language_model import attach, load_language_model
     from softsae.metrics import evaluate
+    from softsae.output import Output
     from softsae.recipes import recipe
     from softsae.selectors import Selection, Selector, register
     from softsae.sweep import Sweep
@@ -45,7 +46,7 @@ HOMES = {
     "GatedConfig": "architectures",
     "JumpReLUConfig": "architectures",
     "MSAEConfig": "architectures",
-    "Output": "autoencoder",
+    "Output": "output",
     "ReLUConfig": "architectures",
     "RegularizerConfig": "config",
     "RunConfig": "config",

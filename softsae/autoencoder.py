@@ -12,7 +12,6 @@ pre = W_enc (x' - b_in) + b_enc,  y_hat' = f W_dec + b_dec; and y' has a shift a
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from softsae.checks import number
 from softsae.config import AutoencoderConfig, own_options, resolve_autoencoder
 from softsae.keys import build
 from softsae.normalization import geometric_median, set_normalization
+from softsae.output import Output
 from softsae.runs import write_json
 from softsae.schedules import Phase
 from softsae.sparse import CenterGradient, Sparse, shaped
@@ -32,32 +32,6 @@ from softsae.transcoder import fit_decoder
 from softtopk import SparseCode, sparse_decode
 
 FORMAT = "softsae autoencoder 2"
-
-
-@dataclass
-class Output:
-    """What an autoencoder returns for x of shape (..., d).
-
-    x_hat: (..., d), in the units and the dtype of x; of a transcoder (..., d_out), the reconstruction of
-    the target in the target's units. code: the latents (..., n) of a sparse pass, else None.
-    k_hat: (...,), float32, the budget of each sample. losses: scalars by name, before weighting.
-    overflow: () bool, whether the code lacks something that was selected; None of a dense pass.
-    """
-
-    x_hat: Tensor
-    selected: Tensor | SparseCode
-    k_hat: Tensor
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    overflow: Tensor | None = None
-
-    @property
-    def code(self) -> SparseCode | None:
-        return self.selected if isinstance(self.selected, SparseCode) else None
-
-    @property
-    def latents(self) -> Tensor:
-        """(..., n), dense, mostly zeros; of a sparse pass made when it is asked for."""
-        return self.selected if self.code is None else self.code.to_dense()
 
 
 class SparseAutoencoder(nn.Module):
@@ -309,13 +283,19 @@ class SparseAutoencoder(nn.Module):
                 raise ValueError(f"regularizer: {type(self.selector).__name__} hands over no activations")
             terms |= losses.regularizers(selection.activations, selection.latents, phase.regularizer)
         lead = x.shape[:-1]
-        x_hat = self.denormalize(reconstruction).reshape(*lead, self.d_out).to(x.dtype)
         if how is None:
             latents, overflow = selection.latents.reshape(*lead, self.config.n), None
         else:
             latents = shaped(selection.latents, (*lead, self.config.n))
             overflow = latents.overflow if selection.overflow is None else selection.overflow
-        return Output(x_hat, latents, selection.k_hat.reshape(lead), terms, overflow)
+        return Output(
+            reconstruction.reshape(*lead, self.d_out),
+            latents,
+            selection.k_hat.reshape(lead),
+            terms,
+            overflow,
+            lambda x_hat: self.denormalize(x_hat).to(x.dtype),
+        )
 
     def auxk_loss(self, x: Tensor, x_hat: Tensor, dead: Tensor, target: Tensor | None = None) -> Tensor:
         """AuxK for x (B, d), x_hat (B, d_out) and, of a transcoder, the target (B, d_out), all in their own

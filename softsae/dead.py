@@ -119,10 +119,10 @@ class Revived:
         weight = self.how.copies.get(name, getattr(self.sae, name)).detach()
         return weight[self.dead.indices].requires_grad_()
 
-    def loss(self, x: Tensor, x_hat: Tensor, target: Tensor | None) -> Tensor:
-        """`SparseAutoencoder.auxk_loss` of the batch."""
+    def loss(self, x: Tensor, reconstruction: Tensor, target: Tensor | None) -> Tensor:
+        """Of a batch x (B, d) with its reconstruction (B, d_out) in normalised units."""
         rows = self.sae.normalize(x)
-        error = self.sae.target_rows(x, rows, target) - self.sae.normalize_target(x_hat)
+        error = self.sae.target_rows(x, rows, target) - reconstruction
         centered = self.how.cast(rows - self.sae.center.detach(), "W_enc")
         W, b = self.rows["W_enc"], self.rows["b_enc"]
         pre = F.linear(centered, W, b.to(W.dtype))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softsae.step import Numbers, Plan, Step
+from softsae.step import Numbers, Plan, Result, Step
 
 WARM_UP = 3  # steps as they are before one is recorded: kernels are loaded and compiled, memory is there
 
@@ -45,7 +45,7 @@ class Recorder:
         self.key: tuple | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, x: Tensor, target: Tensor | None, numbers: Numbers, plan: Plan) -> dict[str, Tensor]:
+    def __call__(self, x: Tensor, target: Tensor | None, numbers: Numbers, plan: Plan) -> Result:
         """As of `Step`; what it returns holds until the next call."""
         given = flattened(numbers)
         key = (plan.max_active, id(plan.dead.indices), *structure(numbers), *given)
@@ -69,18 +69,18 @@ class Recorder:
         phase = numbers.phase._replace(k_target=views["k_target"], alpha=views.get("alpha"))
         return Numbers(phase, views["lr"], {name: views[f"weight {name}"] for name in numbers.weights})
 
-    def on_stream(self, x, target, numbers: Numbers, plan: Plan) -> dict[str, Tensor]:
+    def on_stream(self, x, target, numbers: Numbers, plan: Plan) -> Result:
         """A step as it is, on the stream on which one will be recorded."""
         if self.stream is None:
             return self.step(x, target, numbers, plan)
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            results = self.step(x, target, numbers, plan)
+            result = self.step(x, target, numbers, plan)
         current.wait_stream(self.stream)
         for tensor in (x, *([] if target is None else [target])):
             tensor.record_stream(self.stream)
-        return results
+        return result
 
     def capture(self, x, target, numbers: Numbers, plan: Plan):
         self.x, self.target = x.clone(), None if target is None else target.clone()
@@ -89,19 +89,19 @@ class Recorder:
         torch.cuda.empty_cache()  # the graph's memory is its own: what the steps before had is not needed
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.results = self.step(self.x, self.target, numbers, plan)
+            self.result = self.step(self.x, self.target, numbers, plan)
         self.graph = graph
 
-    def replay(self, x, target) -> dict[str, Tensor]:
+    def replay(self, x, target) -> Result:
         self.x.copy_(x)
         if target is not None:
             self.target.copy_(target)
         self.graph.replay()
-        return dict(self.results)
+        return self.result
 
     def forget(self):
         """Give up the recorded step and its memory, gradients included."""
-        self.graph = self.x = self.target = self.results = None
+        self.graph = self.x = self.target = self.result = None
         self.step.optimizer.zero_grad(set_to_none=True)
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from softsae import metrics
-from softsae.autoencoder import Output, SparseAutoencoder
+from softsae.autoencoder import SparseAutoencoder
 from softsae.config import RunConfig
 from softsae.dead import DeadLatents, DeadList, Revived
+from softsae.output import Output
 from softsae.schedules import Phase
 from softsae.sparse import Sparse
 from softtopk.optim import Adam, clip_factor
@@ -31,6 +32,16 @@ class Numbers(NamedTuple):
     phase: Phase
     lr: float | Tensor
     weights: dict[str, float | Tensor]
+
+
+class Result(NamedTuple):
+    """What a step leaves on the device: scalars by name, and what others are made from where they are wanted
+    (`Step.report`): reconstruction (B, d_out) in normalised units, k_hat (B,) and fired (n,) bool."""
+
+    scalars: dict[str, Tensor]
+    reconstruction: Tensor
+    k_hat: Tensor
+    fired: Tensor
 
 
 class Plan(NamedTuple):
@@ -102,8 +113,8 @@ class Step:
         copies = {self.names[parameter]: copy for parameter, copy in self.optimizer.copies.items()}
         return Sparse(plan.max_active, False, copies, self.squares, project=True)
 
-    def __call__(self, x: Tensor, target: Tensor | None, numbers: Numbers, plan: Plan) -> dict[str, Tensor]:
-        """One step on x (B, d); what there is to log, as scalars on the device, and `fired` (n,)."""
+    def __call__(self, x: Tensor, target: Tensor | None, numbers: Numbers, plan: Plan) -> Result:
+        """One step on x (B, d)."""
         sae, train, how = self.sae, self.train, self.how(plan)
         self.optimizer.zero_grad(set_to_none=True)
         for squares in self.squares.values():
@@ -114,7 +125,7 @@ class Step:
             terms = dict(out.losses)
             revived = Revived(sae, plan.dead, how) if train.auxk_weight and len(plan.dead.indices) else None
             if revived is not None:
-                terms["auxk"] = revived.loss(x, out.x_hat, target)
+                terms["auxk"] = revived.loss(x, out.reconstruction, target)
         loss = sum(numbers.weights.get(name, 1.0) * term for name, term in terms.items())
         loss.backward()
         if revived is not None:
@@ -125,16 +136,14 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = numbers.lr * group["multiplier"]
         self.optimizer.step(scale=scale, found_inf=out.overflow)
-        active, fired = self.count(out, len(x))
-        return {
+        l0, fired = self.count(out, len(x))
+        scalars = {
             "loss": loss.detach(),
             **{f"loss_{name}": term.detach() for name, term in terms.items()},
-            **self.report(x if target is None else target, out),
-            "l0": active,
-            "fired": fired,
-            "dead_latents": self.dead.count(),
+            "l0": l0,
             **norms,
         }
+        return Result(scalars, out.reconstruction.detach(), out.k_hat.detach(), fired)
 
     def clip(self, known: Mapping[str, Tensor]) -> tuple[Tensor | tuple[Tensor, ...], dict[str, Tensor]]:
         """What gradients are to be multiplied by, the estimator's apart or with the others, and their norms.
@@ -178,10 +187,13 @@ class Step:
         return l0, fired
 
     @torch.no_grad()
-    def report(self, wanted: Tensor, out: Output) -> dict[str, Tensor]:
-        k_hat = out.k_hat.detach()
+    def report(self, result: Result, wanted: Tensor) -> dict[str, Tensor]:
+        """What is to be logged of a step on a batch that was to be reconstructed."""
+        x_hat, k_hat = self.sae.denormalize(result.reconstruction), result.k_hat
         return {
-            "explained_variance": metrics.explained_variance(wanted, out.x_hat.detach()),
+            **result.scalars,
+            "explained_variance": metrics.explained_variance(wanted, x_hat),
             "k_hat_mean": k_hat.mean(),
             "k_hat_sd": k_hat.std(correction=0),
+            "dead_latents": self.dead.count(),
         }

@@ -192,15 +192,14 @@ class Trainer:
         if places is not None:
             self.one_step.prepare_sparse()
         plan = Plan(places, self.dead.refresh(step))
-        results = self.run_step(x, target, Numbers(phase, lr, weights), plan)
-        fired = results.pop("fired")
+        result = self.run_step(x, target, Numbers(phase, lr, weights), plan)
         if not logged:
             return {}
         if train.count_logged_twice:
-            self.dead.update(fired, len(x))
+            self.dead.update(result.fired, len(x))
         return {
             "step": step + 1,
-            **results,
+            **self.one_step.report(result, x if target is None else target),
             "k_target": phase.k_target,
             "alpha": phase.alpha,
             "hard": phase.hard,
