@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softsae.config import AutoencoderConfig, square_norm
+from softsae.sparse import CenterGradient, Sparse
+from softtopk import relu_projection
 
 if TYPE_CHECKING:
     from softsae.autoencoder import SparseAutoencoder
@@ -50,19 +52,38 @@ class KEstimator(nn.Module):
         if self.options.estimator.input == "constant":
             self.register_buffer("constant", torch.zeros(d))
 
-    def forward(self, sae: SparseAutoencoder, x: Tensor, a: Tensor) -> Tensor:
-        """k_hat of x (B, d), given a = relu(W_enc (x - b_dec) + b_enc) (B, n)."""
+    def forward(
+        self, sae: SparseAutoencoder, x: Tensor, a: Tensor | None, sparse: Sparse | None = None
+    ) -> Tensor:
+        """k_hat of x (B, d), given a = relu(W_enc (x - b_dec) + b_enc) (B, n) or, without it, how a sparse
+        pass is made."""
         rows = len(x)
         if self.options.estimator.input == "constant":
-            x = self.constant.unsqueeze(0)
+            x, sparse = self.constant.unsqueeze(0), None
             a = F.relu(sae.encoder(x)) if self.options.estimator.kind == "shared" else a
-        h = self.features(x, a, sae.center)  # [B or 1, hidden]
-        with torch.autocast(x.device.type, enabled=False):
-            score = h.to(self.w2.dtype) @ self.w2 + self.c2
+        if sparse is not None and self.options.estimator.kind != "linear":
+            score = self.sparse_score(sae, x, sparse) + self.c2
+        else:
+            h = self.features(x, a, sae.center)  # [B or 1, hidden]
+            with torch.autocast(x.device.type, enabled=False):
+                score = h.to(self.w2.dtype) @ self.w2 + self.c2
         if self.options.estimator.dtype == "bfloat16":
             score = score.bfloat16()
         k_hat = self.options.k_max * torch.sigmoid(score)
         return k_hat.clamp(self.options.k_min, self.config.n).to(self.w2.dtype).expand(rows)
+
+    def sparse_score(self, sae: SparseAutoencoder, x: Tensor, sparse: Sparse) -> Tensor:
+        """w2 . h (B,) without h (B, hidden)."""
+        options, center = self.options.estimator, sae.center.detach()
+        name = "W_enc" if options.kind == "shared" else "selector.estimator.W"
+        W, c = (sae.W_enc, sae.b_enc) if options.kind == "shared" else (self.W, self.c)
+        moves = options.moves_encoder if options.kind == "shared" else options.moves_b_dec
+        if options.kind == "shared" and not moves:
+            W, c = W.detach(), c.detach()
+        if moves and torch.is_grad_enabled():
+            c = c + CenterGradient.apply(sae.center, sparse.copies.get(name, W).detach())
+        more = {"copy": sparse.copies.get(name)} if options.kind == "shared" else sparse.of(name)
+        return relu_projection(sparse.cast(x - center, name), W, c, self.w2, **more)
 
     def features(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """h (B, hidden); what of it the gradient of k_hat reaches is said by the options."""
@@ -73,8 +94,8 @@ class KEstimator(nn.Module):
             return x - (b if options.moves_b_dec else b.detach())
         center = b.detach()
         c = self.c
-        if options.moves_b_dec:  # the value is c; the gradient to b needs no (B, d)
-            c = c - self.W @ (b - center)
+        if options.moves_b_dec and torch.is_grad_enabled():
+            c = c + CenterGradient.apply(b, self.W.detach())
         return F.relu(F.linear(x - center, self.W, c), inplace=True)
 
     @torch.no_grad()
