@@ -100,7 +100,7 @@ def compile_kernel(name, kernel, arch, dtype, n, largest, tensors, form):
 
 if __name__ == "__main__":
     for name, kernel in KERNELS.items():
-        for case in CASES:
+        for case in CASES if name.split()[0] in SWEEPS else (*CASES[::2], CASES[-1]):
             binary = compile_kernel(name, kernel, *case)
             # A global that is not equal to itself, a NaN, would fail every launch but the first.
             names = [name for (name, _), (value, _) in kernel.used_global_vals.items() if value != value]
