@@ -201,11 +201,11 @@ def keep(ctx, k, alpha, how, values, indices, active, counts, state, *more) -> N
 
 def of_active(ctx, g: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """From the gradient of a code's values those of its activations, k and alpha."""
-    active, indices, counts, mask, state, alpha, *_ = ctx.saved_tensors
+    active, _, counts, mask, state, alpha, *_ = ctx.saved_tensors
     how = ctx.how
     g = torch.zeros_like(active) if g is None else g.contiguous()
     if how.mode == "hard":
-        return torch.where(indices < how.transposition.n, g, 0), None, None
+        return g, None, None  # what unused places hold is not read
     scale = ctx.alpha if alpha is None else alpha
     grad_active, grad_k, grad_alpha = how.kernels.code_backward(
         active, mask, counts, state, scale, g, how.selection_gradient

@@ -130,9 +130,8 @@ class SparseCode:
         """(n,) bool: the latents that are not 0 in some row."""
         n = self.shape[-1]
         latents = torch.where(self.values != 0, self.indices, n).flatten()
-        return torch.zeros(n + 1, dtype=torch.bool, device=self.device).index_fill(0, latents.long(), True)[
-            :n
-        ]
+        fired = torch.zeros(n + 1, dtype=torch.bool, device=self.device)
+        return fired.index_fill_(0, latents.long(), True)[:n]
 
     def l0(self) -> Tensor:
         """() float32: the mean number of values of a row that are not 0."""
@@ -151,5 +150,5 @@ def scattered(values: Tensor, indices: Tensor, n: int) -> Tensor:
     starts = torch.arange(rows, device=values.device).unsqueeze(1) * n
     # One place more than needed takes what unused places hold.
     places = torch.where(indices < n, starts + indices, rows * n)
-    dense = values.new_zeros(rows * n + 1).scatter(0, places.flatten(), values.flatten())
+    dense = values.new_zeros(rows * n + 1).scatter_(0, places.flatten(), values.flatten())
     return dense[:-1].view(rows, n)

@@ -167,9 +167,9 @@ def code_backward(
 
     direct = g * (p if values is None else torch.where(used, values, 0) != 0)
     through = torch.where(h == 0, 0, h * (dv - mean_v) / scale)
-    bad, bound = row.D.isnan(), (row.P == 0) & (row.Q == 0)
+    bad = row.D.isnan()
     grad_active = torch.where(used, torch.where(bad, torch.nan, direct + selection_gradient * through), 0)
-    grad_k = torch.where(bad, torch.nan, torch.where(bound, 0, v_pivot + mean_v))
+    grad_k = torch.where(bad, torch.nan, v_pivot + mean_v)  # 0 where k was clamped: there q = 0
     grad_alpha = torch.where(factors.R == 0, 0, -factors.R * covariance / scale)
     return grad_active, grad_k.squeeze(1), torch.where(bad, torch.nan, grad_alpha).squeeze(1)
 

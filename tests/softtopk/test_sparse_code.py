@@ -97,6 +97,14 @@ def test_bias_and_thresholds(backend, device, dtype, hard):
         assert (a.gather(1, code.indices.long().clamp(max=89).cpu())[code.indices.cpu() < 90] > 0).all()
 
 
+def test_an_activation_is_above_the_threshold_not_at_it(backend, device):
+    pre = torch.tensor([[0.5, 0.25, 0.75, 0.5, -1.0]], device=device)
+    for threshold in (0.5, torch.full((5,), 0.5, device=device)):
+        for function in (soft_topk_code, hard_topk_code):
+            code = function(pre, 3, threshold=threshold, backend=backend)
+            assert code.counts.tolist() == [1] and code.indices[0, 0] == 2
+
+
 def test_zeros_take_part_in_the_budget(backend, device):
     """Fewer positive elements than the budget: p is 1 at none of them, the rest goes to the zeros."""
     pre = -torch.ones(2, 50)

@@ -103,6 +103,18 @@ def test_integer_k_in_a_gap(backend, device, dtype, gap, hard):
         assert 0.49 < share < 0.51
 
 
+def test_where_the_zeros_have_nearly_all_of_q():
+    """grad_k is then a millionth of v; relative to the code's own entries it would be lost to rounding."""
+    pre = torch.full((1, 50), -1.0)
+    pre[0, [4, 9]] = torch.tensor([1.0, 1.1])
+    g = torch.ones(1, 50)
+    _, want, _ = dense_gradients(pre, torch.tensor([25.0]), torch.tensor([0.1]), g)
+    at = leaves(pre, torch.tensor([25.0]))
+    code = soft_topk_code(*at, 0.1, backend="reference")
+    (got,) = torch.autograd.grad(code.to_dense(), at[1], g)
+    assert want < 1e-5 and abs(got - want) <= 1e-5 * want
+
+
 def test_checked_by_differences(backend, device):
     pre = torch.tensor([[0.9, -0.4, 1.3, 0.35, 0.6, -1.0], [0.2, 0.5, 1.1, -0.1, 0.75, 1.6]])
     k, alpha = torch.tensor([2.3, 3.6]), torch.tensor([0.3, 0.4])
