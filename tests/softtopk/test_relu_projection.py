@@ -20,10 +20,15 @@ SHAPES = [(1, 1, 1), (5, 7, 3), (3, 12, 33), (9, 5, 257), (37, 8, 700), (17, 20,
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    """A chunk of as few columns as there may be."""
-    monkeypatch.setattr(projection, "CHUNK_BYTES", 1)
+def small_products(monkeypatch):
+    """Products of as few columns as there may be, of chunks that have more."""
     monkeypatch.setattr(projection, "PRODUCT_BYTES", 1)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch, small_products):
+    """Chunks of as few columns as there may be."""
+    monkeypatch.setattr(projection, "CHUNK_BYTES", 1)
 
 
 def problem(shape, device, dtype=torch.float32, seed=0) -> list[Tensor]:
@@ -61,10 +66,14 @@ def test_is_the_dense_layer(backend, device, shape, dtype, small_chunks):
         torch.testing.assert_close(got, want, rtol=exact, atol=exact * float(want.abs().max() + 1))
 
 
-def test_chunks_as_they_are(backend, device):
-    arguments = problem((11, 6, 500), device)
+def test_several_products_of_a_chunk(backend, device, small_products):
+    arguments = problem((75, 6, 700), device, torch.float64)
     scores, expected = relu_projection(*arguments, backend=backend), dense(*arguments)
-    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(scores, expected)
+    g = weights_of(scores)
+    gradients = torch.autograd.grad(scores, arguments, g)
+    for got, want in zip(gradients, torch.autograd.grad(expected, arguments, g), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 5), (3, 2, 260)], ids=str)
