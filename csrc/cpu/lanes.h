@@ -310,6 +310,22 @@ INLINE int64_t pack(Vector<double> v, Mask<double> inside, double* out) {
   _mm512_storeu_pd(out, _mm512_maskz_compress_pd(mask, v));
   return __builtin_popcount(mask);
 }
+
+// The same for the places of those lanes, the first of which is `first`.
+INLINE void pack_places(int32_t first, Mask<float> inside, int32_t* out) {
+  const __m512i places =
+      _mm512_add_epi32(_mm512_set1_epi32(first),
+                       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  const __mmask16 mask = _mm512_movepi32_mask((__m512i)inside);
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, places));
+}
+
+INLINE void pack_places(int32_t first, Mask<double> inside, int32_t* out) {
+  const __m256i places =
+      _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  const __mmask8 mask = _mm512_movepi64_mask((__m512i)inside);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_maskz_compress_epi32(mask, places));
+}
 #else
 template <typename V, typename M, typename T>
 INLINE int64_t pack(V v, M inside, T* out) {
@@ -324,6 +340,17 @@ INLINE int64_t pack(V v, M inside, T* out) {
     count -= marks[l];
   }
   return count;
+}
+
+template <typename M>
+INLINE void pack_places(int32_t first, M inside, int32_t* out) {
+  constexpr int width = sizeof(M) / sizeof(M{}[0]);
+  decltype(M{}[0] + 0) marks[width];
+  __builtin_memcpy(marks, &inside, sizeof marks);
+  for (int l = 0; l < width; ++l) {
+    *out = first + l;
+    out -= marks[l];
+  }
 }
 #endif
 

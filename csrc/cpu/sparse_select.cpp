@@ -22,6 +22,11 @@ namespace {
 // An entry is kept where p or q is at least this.
 constexpr double kLeastShare = 0x1p-24;
 constexpr double kLn2 = 0.69314718055994531;
+// exp(-kReach) is 0 to the sweeps.
+template <typename T>
+constexpr T kReach = -std::numeric_limits<T>::min_exponent;
+// From here on a look at a sample of a row pays.
+constexpr int64_t kLongRow = 4096;
 
 // The entries of one row.
 template <typename T>
@@ -51,9 +56,10 @@ template <typename T>
 Limit<T> soft_limit(const Solution<double>& s, const Densities<double>& d, double alpha) {
   constexpr T inf = std::numeric_limits<T>::infinity();
   const double share = std::max(d.h_B, d.q_B);
-  const double exact = share > 0 ? s.r_B - alpha * std::log(share / kLeastShare) : s.r_A;
-  T least = static_cast<T>(std::min(exact, s.r_A));
-  if (least < std::min(exact, s.r_A)) least = std::nextafter(least, inf);
+  const double at = share > 0 ? s.r_B - alpha * std::log(share / kLeastShare) : s.r_A;
+  const double exact = std::max(std::min(at, s.r_A), 0.0);
+  T least = static_cast<T>(exact);
+  if (least < exact) least = std::nextafter(least, inf);
   return {std::max(std::nextafter(least, -inf), T(0)), 0};
 }
 
@@ -73,44 +79,77 @@ void bad_row(const Entries<T>& out, int64_t n, int64_t max_active) {
   if (out.state != nullptr) std::fill_n(out.state, 7, nan);
 }
 
-// Writes the row's indices, activations and count; returns how many of them there are, and what the
-// others weigh.
+// A row of activations, or those of it that are above `floor`: few, where that is not 0.
 template <typename T>
+struct Elements {
+  Row row;
+  T floor;
+  const int32_t* indices;  // of the few in the row of n
+  int64_t n;
+
+  // Whether the others weigh nothing: exp(-(r_B - floor) / alpha) underflows.
+  bool hold(const Solution<double>& s, T alpha) const {
+    return floor == 0 || s.r_B - floor > kReach<T> * static_cast<double>(alpha);
+  }
+};
+
+// What a selection of few finds in a row it finds among a few hundred of its elements too: in 10.5
+// ms for 512 rows of 16384 on one core, instead of 16.9. They are those above a guess, at most
+// `capacity`; the row itself where they would not do.
+template <typename T>
+Elements<T> few_of(const Sweeps<T>& table, const Row& row, double k, T alpha, int64_t capacity,
+                   T* elements, int32_t* indices) {
+  const Elements<T> whole{row, T(0), nullptr, row.n};
+  if (!(row.n >= kLongRow && k > 0 && k < static_cast<double>(row.n / 8))) return whole;
+  const Guesses<T> guesses(RowSweeps<T>(kType<T>, nullptr), row, k / static_cast<double>(row.n));
+  if (!(guesses.low > 0 && guesses.spread > kReach<T> * alpha)) return whole;
+  const int64_t count =
+      table.keep(row, guesses.low, 0, {}, nullptr, capacity, indices, elements).count;
+  if (count > capacity || static_cast<double>(count) <= k + 1) return whole;
+  return {{elements, count, false}, guesses.low, indices, row.n};
+}
+
+// How many entries of a row are there, and what is said of all that a code would keep.
 struct Stored {
   int64_t count;
   Kept kept;
 };
 
+// Writes the row's indices, activations and count.
 template <typename T>
-Stored<T> store_entries(const Sweeps<T>& table, const Row& row, const Limit<T>& limit,
-                        const Scale<T>& scale, const Pivot<T>* pivot, int64_t max_active,
-                        const Entries<T>& out) {
-  const Kept kept =
-      table.keep(row, limit.value, limit.ties, scale, pivot, max_active, out.indices, out.active);
+Stored store_entries(const Sweeps<T>& table, const Elements<T>& of, const Limit<T>& limit,
+                     const Scale<T>& scale, const Pivot<T>* pivot, int64_t max_active,
+                     const Entries<T>& out) {
+  const Kept kept = table.keep(of.row, limit.value, limit.ties, scale, pivot, max_active,
+                               out.indices, out.active);
   const int64_t stored = std::min(kept.count, max_active), unused = max_active - stored;
   *out.count = static_cast<int32_t>(kept.count);
-  std::fill_n(out.indices + stored, unused, static_cast<int32_t>(row.n));
+  if (of.floor > 0)
+    for (int64_t j = 0; j < stored; ++j) out.indices[j] = of.indices[out.indices[j]];
+  std::fill_n(out.indices + stored, unused, static_cast<int32_t>(of.n));
   std::fill_n(out.active + stored, unused, T(0));
   std::fill_n(out.values + stored, unused, T(0));
   return {stored, kept};
 }
 
 template <typename T>
-void hard_row(const Sweeps<T>& table, const Row& row, double k, int64_t max_active,
+void hard_row(const Sweeps<T>& table, const Elements<T>& of, double k, int64_t max_active,
               const Entries<T>& out) {
-  const Cut<T> cut = softtopk::cpu::cut(RowSweeps<T>(kType<T>, nullptr), row, k, row.n);
-  if (cut.nan) return bad_row(out, row.n, max_active);
+  const Cut<T> cut = softtopk::cpu::cut(RowSweeps<T>(kType<T>, nullptr), of.row, k, of.row.n);
+  if (cut.nan) return bad_row(out, of.n, max_active);
   const auto [count, kept] =
-      store_entries<T>(table, row, hard_limit(cut), {}, nullptr, max_active, out);
+      store_entries<T>(table, of, hard_limit(cut), {}, nullptr, max_active, out);
   std::copy_n(out.active, count, out.values);
 }
 
+// False where the few elements do not hold the solution.
 template <typename T>
-void soft_row(const Sweeps<T>& table, const Row& row, double k, T alpha, bool straight_through,
-              int64_t max_active, const Entries<T>& out) {
+bool soft_row(const Sweeps<T>& table, const Elements<T>& of, double k, T alpha,
+              bool straight_through, int64_t max_active, const Entries<T>& out) {
   const RowSweeps<T> row_sweeps(kType<T>, nullptr);
-  const Solution<double> s = solve<T>(row_sweeps, row_sweeps, row, k, alpha);
-  if (std::isnan(s.D)) return bad_row(out, row.n, max_active);
+  const Solution<double> s = solve<T>(row_sweeps, row_sweeps, of.row, k, alpha);
+  if (std::isnan(s.D)) return bad_row(out, of.n, max_active), true;
+  if (!of.hold(s, alpha)) return false;
   const Densities<double> d = densities(s, static_cast<double>(alpha));
   const Scale<T> scale = scale_of(static_cast<T>(s.r_A), static_cast<T>(s.r_B), alpha);
   Pivot<T> pivot = pivot_of(s, d, alpha);
@@ -118,11 +157,11 @@ void soft_row(const Sweeps<T>& table, const Row& row, double k, T alpha, bool st
 
   Limit<T> limit = soft_limit<T>(s, d, static_cast<double>(alpha)), hard{};
   if (straight_through) {
-    hard = hard_limit(cut(row_sweeps, row, k, row.n));
+    hard = hard_limit(cut(row_sweeps, of.row, k, of.row.n));
     // Every element equal to the larger limit is above the smaller one.
     if (hard.value <= limit.value) limit = hard;
   }
-  const auto [count, kept] = store_entries(table, row, limit, scale, &pivot, max_active, out);
+  const auto [count, kept] = store_entries(table, of, limit, scale, &pivot, max_active, out);
   if (straight_through) {
     for (int64_t j = 0; j < count; ++j) {
       const T a = out.active[j];
@@ -137,6 +176,7 @@ void soft_row(const Sweeps<T>& table, const Row& row, double k, T alpha, bool st
   }
   const double state[] = {s.r_A, s.r_B, s.P, s.Q, s.D, kept.q, kept.t * kLn2};
   std::transform(state, state + 7, out.state, [](double x) { return static_cast<T>(x); });
+  return true;
 }
 
 // To grad_x (count,), which holds v = g a when this is called, s (v - <q, v>) for the entries, and
@@ -208,19 +248,27 @@ void code_forward(const Rows& z, const PerRow& k, const PerRow& alpha, const Act
                   Selecting mode, const Code& code, int threads) {
   with_compute_type(z.type, [&](auto zero) {
     using T = decltype(zero);
-    std::vector<T> activations(std::max(threads, 1) * z.n);
+    // For every thread a row of activations, and room for the few.
+    const int64_t room = z.n / 4, workers = std::max(threads, 1);
+    std::vector<T> activations(workers * (z.n + room));
+    std::vector<int32_t> places(workers * room);
     const Sweeps<T>&from_row = sweeps<T>(z.type), &table = sweeps<T>(kType<T>);
+    const int64_t C = code.max_active;
     for_tasks(z.rows, 1 + 4096 / z.n, z.rows * z.n, threads, [&](int64_t i, int worker) {
-      T* const a = activations.data() + worker * z.n;
-      const Row row{a, z.n, false};
-      Row given = row_at(z, i);
-      given.negate = false;
-      from_row.activate(given, activation, a);
+      T* const a = activations.data() + worker * (z.n + room);
       const Entries<T> out = entries_at<T>(code, i);
+      Row row = row_at(z, i);
+      row.negate = false;
+      if (from_row.activate(row, activation, a)) return bad_row(out, z.n, C);
+      row.data = a;
+      const bool hard = mode == Selecting::hard, straight = mode == Selecting::straight_through;
       const double budget = value_at(k, i);
-      if (mode == Selecting::hard) return hard_row(table, row, budget, code.max_active, out);
-      soft_row(table, row, budget, scale_in<T>(value_at(alpha, i)),
-               mode == Selecting::straight_through, code.max_active, out);
+      const T scale = hard ? T(0) : scale_in<T>(value_at(alpha, i));
+      const Elements<T> few =
+          few_of(table, row, budget, scale, room, a + z.n, places.data() + worker * room);
+      if (hard) return hard_row(table, few, budget, C, out);
+      if (!soft_row(table, few, budget, scale, straight, C, out))
+        soft_row<T>(table, {row, T(0), nullptr, z.n}, budget, scale, straight, C, out);
     });
   });
 }

@@ -25,8 +25,9 @@ INLINE Block<T> thresholds_at(const Activation& activation, int64_t first, int64
 }
 
 template <typename T, typename In>
-void activate(const Row& row, const Activation& activation, T* out) {
+bool activate(const Row& row, const Activation& activation, T* out) {
   using V = Vector<T>;
+  Mask<T> nan{};
   const Row bias{activation.bias, row.n, false};
   for_blocks<T, In>(row, [&](const Block<T>& z, int64_t first, int64_t count) LAMBDA_INLINE {
     Block<T> a = z, threshold;
@@ -37,12 +38,13 @@ void activate(const Row& row, const Activation& activation, T* out) {
       for (int j = 0; j < kVectors; ++j) a.v[j] = rounded<T, In>(a.v[j] + b.v[j]);
     }
     for (int j = 0; j < kVectors; ++j) {
-      const Mask<T> kept = (a.v[j] > threshold.v[j]) | (a.v[j] != a.v[j]);
-      a.v[j] = kept ? a.v[j] : V{};
+      nan |= a.v[j] != a.v[j];
+      a.v[j] = a.v[j] > threshold.v[j] ? a.v[j] : V{};
     }
     store_at<T, T>(a, out, first, count);
     return false;
   });
+  return any<T>(nan);
 }
 
 // The lanes equal to `value`, as long as there are ties left.
@@ -57,6 +59,28 @@ void add_ties(const Block<T>& x, T value, int64_t& ties, Mask<T>* kept) {
     });
     __builtin_memcpy(&kept[j], marks, sizeof marks);
   }
+}
+
+// Adds lanes that are kept to `elements` and their places to `indices`; without room for all, those
+// left out are no longer `kept`.
+template <typename T>
+INLINE void copy_lanes(Vector<T> v, int32_t first, Mask<T>& kept, int64_t capacity,
+                       int32_t* indices, T* elements, int64_t& count) {
+  if (count + kWidth<T> <= capacity) {
+    pack_places(first, kept, indices + count);
+    count += pack(v, kept, elements + count);
+    return;
+  }
+  decltype(kept[0] + 0) marks[kWidth<T>];
+  __builtin_memcpy(marks, &kept, sizeof marks);
+  fold(v, 0, [&](int l, T lane) {
+    if (marks[l] && count++ < capacity)
+      indices[count - 1] = first + l, elements[count - 1] = lane;
+    else
+      marks[l] = 0;
+    return l + 1;
+  });
+  __builtin_memcpy(&kept, marks, sizeof marks);
 }
 
 template <typename T, typename In>
@@ -77,22 +101,14 @@ Kept keep(const Row& row, T value, int64_t ties, const Scale<T>& scale, const Pi
       add_ties(x, value, ties, kept);
       some |= equal;
     }
-    if (any<T>(some))
-      for (int j = 0; j < kVectors; ++j) {
-        if (!any<T>(kept[j])) continue;
-        decltype(some[0] + 0) marks[kWidth<T>];
-        __builtin_memcpy(marks, &kept[j], sizeof marks);
-        fold(x.v[j], 0, [&](int l, T lane) {
-          if (marks[l] && ++out.count <= capacity) {
-            *indices++ = static_cast<int32_t>(first + j * kWidth<T> + l);
-            *elements++ = lane;
-          } else {
-            marks[l] = 0;  // also where there is no place left
-          }
-          return l + 1;
-        });
-        __builtin_memcpy(&kept[j], marks, sizeof marks);
-      }
+    // With instructions for it a vector is packed in less time than it takes to see whether any
+    // lane is kept.
+    const bool at_once = SOFTTOPK_BYTES == 64 && out.count + kBlock<T> <= capacity;
+    if (at_once || any<T>(some))
+      for (int j = 0; j < kVectors; ++j)
+        if (at_once || any<T>(kept[j]))
+          copy_lanes(x.v[j], static_cast<int32_t>(first + j * kWidth<T>), kept[j], capacity,
+                     indices, elements, out.count);
     if (pivot == nullptr) return false;
     Block<T> y;
     Mask<T> above[kVectors];

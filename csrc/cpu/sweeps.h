@@ -143,8 +143,8 @@ struct Sweeps {
   // `value` n times in the row's type.
   void (*fill)(const Row& row, T value, void* out);
 
-  // The row's activations; NaN stays NaN.
-  void (*activate)(const Row& row, const Activation& activation, T* out);
+  // The row's activations; returns whether one is NaN.
+  bool (*activate)(const Row& row, const Activation& activation, T* out);
   // The elements above `value` and the first `ties` equal to it: the first `capacity` of them, in
   // order, and their indices. What is not among these is not weighed where there is no pivot.
   Kept (*keep)(const Row& row, T value, int64_t ties, const Scale<T>& scale, const Pivot<T>* pivot,
