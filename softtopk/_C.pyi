@@ -118,42 +118,6 @@ class cuda:
         max_k: int, indices: int, values: int, counts: int, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
-    def code_forward(
-        z: int, z_type: int, rows: int, n: int, z_stride: int, largest: bool,
-        k: int, k_type: int, k_stride: int, k_number: float,
-        alpha: int, alpha_type: int, alpha_stride: int, alpha_number: float,
-        bias: int, thresholds: int, threshold: float, mode: int,
-        values: int, indices: int, active: int, counts: int, state: int, max_active: int,
-        device: int, stream: int, /,
-    ) -> None: ...  # fmt: skip
-    @staticmethod
-    def code_backward(
-        compute: int, rows: int, max_active: int, active: int, values: int, counts: int, state: int,
-        alpha: int, alpha_type: int, alpha_stride: int, alpha_number: float,
-        g: int, selection_gradient: float, grad_active: int, grad_k: int, grad_alpha: int,
-        device: int, stream: int, /,
-    ) -> None: ...  # fmt: skip
-    @staticmethod
-    def transpose_workspace(rows: int, max_active: int, n: int, /) -> int: ...  # bytes
-    @staticmethod
-    def transpose(
-        indices: int, counts: int, rows: int, max_active: int, n: int,
-        offsets: int, entries: int, workspace: int, device: int, stream: int, /,
-    ) -> None: ...  # fmt: skip
-    @staticmethod
-    def decode(
-        values: int, indices: int, counts: int, rows: int, max_active: int,
-        weight: int, weight_type: int, n: int, d: int, bias: int, out: int, device: int, stream: int, /,
-    ) -> None: ...  # fmt: skip
-    @staticmethod
-    def gradients_workspace(rows: int, max_active: int, n: int, d: int, /) -> int: ...  # bytes
-    @staticmethod
-    def latent_gradients(
-        scale: int, offsets: int, entries: int, rows: int, max_active: int, n: int, d: int,
-        y: int, weight: int, y_type: int, out_type: int, project: bool, zero_silent: bool,
-        grad: int, dots: int, sums: int, squares: int, workspace: int, device: int, stream: int, /,
-    ) -> None: ...  # fmt: skip
-    @staticmethod
     def relu_dot(
         z: int, z_type: int, rows: int, columns: int, stride: int, w2: int, add: bool, scores: int,
         mask: int, mask_stride: int, device: int, stream: int, /,

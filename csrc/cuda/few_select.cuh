@@ -121,7 +121,8 @@ __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, co
     const bool above = x >= s.r_A;
     const float e = faster_exp2(-fabsf(x - (above ? s.r_A : s.r_B)) * rate);
     bool keep = above || larger * e >= kLeastKept;
-    float value = x * (above ? fmaf(-d.h_A, e, 1.0f) : d.h_B * e);
+    const float p = above ? fmaf(-d.h_A, e, 1.0f) : d.h_B * e;
+    float value = p >= kLeastKept ? x * p : 0;
     if (masked) {
       const bool in_mask = mask.holds(x);
       keep = keep || in_mask;

@@ -217,7 +217,7 @@ __device__ __forceinline__ void select_row(const SelectArgs& args, int64_t r, Gr
         if (masked) {
           value = in_mask >> i & 1 ? x[i] : T(0);
         } else if (soft) {
-          value *= p[i];
+          value = p[i] >= kLeastKept ? value * p[i] : T(0);
         }
         to.write(place, chunk_index<Group>(item) * kSize + i, value, x[i]);
       }
