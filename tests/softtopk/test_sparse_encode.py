@@ -121,7 +121,7 @@ def test_nothing_of_the_size_of_the_latents_is_kept_or_made(backend, device, mod
     """In the backward of encode and decode, and between forward and backward."""
     if backend == "reference":
         pytest.skip("the reference makes a row for every entry")
-    rows, d, n = 64, 4, 600
+    rows, d, n = 64, 8, 800
     x, encoder, bias, decoder, out, *_ = autoencoder(rows, d, n, device=device, dtype=torch.float32)
     at = leaves(x, encoder, bias, decoder, out)
     saved = []
