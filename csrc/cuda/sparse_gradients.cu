@@ -277,22 +277,22 @@ __global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS >= 4 ? 1 : 2
     }
   };
 
+  // kAhead rows of y are on their way: as soon as one is used the next is asked for.
+  Chunk<S> y[kAhead][VECTORS];
+  const auto load = [&](int i, int at) {
+    const int32_t row = piece[min(at, count - 1)].row;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) y[i % kAhead][v] = Own::load(args.y, row, args.d, v);
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) load(i, i);
 #pragma unroll 1
   for (int base = 0; base < count; base += kTogether) {
-    Chunk<S> y[kAhead][VECTORS];
-    const auto load = [&](int i) {
-      const int32_t row = piece[min(base + i, count - 1)].row;
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v) y[i % kAhead][v] = Own::load(args.y, row, args.d, v);
-    };
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) load(i);
     T dots[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       dots[i] = 0;
       if (base + i >= count) continue;
-      if (kAhead < kTogether && i > 0) load(i);
       const Entry<T> entry = piece[base + i];
       if (DOTS && entry.flags & kFresh) {
 #pragma unroll
@@ -300,14 +300,16 @@ __global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS >= 4 ? 1 : 2
         ask(latent + 1);
       }
       of_scales += entry.scale;
+      T x[VECTORS][kSize];
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) y[i % kAhead][v].read(x[v]);
+      load(i, base + i + kAhead);
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
-        T x[kSize];
-        y[i % kAhead][v].read(x);
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          sum[v][j] = fma(entry.scale, x[j], sum[v][j]);
-          if constexpr (DOTS) dots[i] = fma(w[v][j], x[j], dots[i]);
+          sum[v][j] = fma(entry.scale, x[v][j], sum[v][j]);
+          if constexpr (DOTS) dots[i] = fma(w[v][j], x[v][j], dots[i]);
         }
       }
       if constexpr (DOTS) along = fma(entry.scale, dots[i], along);
@@ -371,14 +373,13 @@ __global__ void __launch_bounds__(kFinishing) clear_silent(const GradientArgs ar
   }
 }
 
-// Adds up the partial sums of the long latents, one to a block.
+// By a block: adds up the partial sums of a long latent.
 template <class S, class O>
-__global__ void __launch_bounds__(kFinishing) add_partial(const GradientArgs args) {
+__device__ __forceinline__ void add_partial_of(const GradientArgs& args, int32_t which,
+                                               Compute<S> (&of_warps)[kFinishing / 32]) {
   using T = Compute<S>;
-  __shared__ T of_warps[kFinishing / 32];
   const int t = int(threadIdx.x);
-  if (int32_t(blockIdx.x) >= *args.longs) return;
-  const int32_t latent = args.longs[1 + blockIdx.x];
+  const int32_t latent = args.longs[1 + which];
   const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
   // The first piece has it last, but where it begins with it; the others have it first.
   const int32_t first = begin / kPiece, last = (end - 1) / kPiece;
@@ -417,6 +418,15 @@ __global__ void __launch_bounds__(kFinishing) add_partial(const GradientArgs arg
   }
 }
 
+template <class S, class O>
+__global__ void __launch_bounds__(kFinishing) add_partial(const GradientArgs args) {
+  __shared__ Compute<S> of_warps[kFinishing / 32];
+  const int32_t longs = *args.longs;
+  for (int32_t which = int32_t(blockIdx.x); which < longs; which += int32_t(gridDim.x)) {
+    add_partial_of<S, O>(args, which, of_warps);
+  }
+}
+
 int64_t pieces_of(int64_t rows, int64_t max_active) {
   return (rows * max_active + kPiece - 1) / kPiece;
 }
@@ -447,7 +457,9 @@ void gradients(const GradientArgs& args, int64_t rows, void* stream) {
                     is_wide(args.weight, args.n, d, sizeof(S)) &&
                     is_wide(args.grad, args.n, d, sizeof(O)) && d % kSize == 0;
   const int64_t chunks = (d + kSize - 1) / kSize;
-  const auto threads = [&](int64_t each) { return ((chunks + each - 1) / each + 31) / 32 * 32; };
+  const auto threads = [&](int64_t each) {
+    return std::max<int64_t>(((chunks + each - 1) / each + 31) / 32, 1) * 32;  // d may be 0
+  };
   constexpr int64_t kMostColumns = 8 * 32 * kMostWarps<8> * kSize;
   if (d > kMostColumns) {
     throw std::runtime_error("softtopk: d=" + std::to_string(d) +
@@ -467,7 +479,7 @@ void gradients(const GradientArgs& args, int64_t rows, void* stream) {
   } else {
     add<S, O, 8, true>(args, pieces, threads(8), stream);
   }
-  run(add_partial<S, O>, args, std::min<int64_t>(pieces, args.n), kFinishing, stream);
+  run(add_partial<S, O>, args, std::min<int64_t>({pieces, args.n, 2048}), kFinishing, stream);
   run(clear_silent<Compute<S>, O>, args, (args.n + kFinishing - 1) / kFinishing, kFinishing,
       stream);
 }
