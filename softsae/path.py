@@ -19,8 +19,8 @@ from softsae.step import Support
 
 CHECK = 16  # steps between decisions
 LAG = 4  # steps between what a decision is made from and itself
-# The share of active latents below which a sparse step is the faster one, on a GPU by the dtype of the products:
-# it reads rows of the weights for what is active, where dense products, slower in float32, take all.
+# The share of active latents below which a sparse step is the faster one, on a GPU by the dtype of the
+# products: it reads rows of the weights for what is active, dense products, slower in float32, take all.
 SPARSE_BELOW = {"bfloat16": 1 / 150, "float32": 1 / 32}
 SPARSE_BELOW_ON_CPU = 1 / 16
 RETURN = 1.5  # times that share: above it a sparse step becomes dense again
