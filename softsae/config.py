@@ -236,8 +236,8 @@ class TrainConfig:
     """how latents are computed: 'dense', as a matrix with a row for each sample; 'sparse', as codes of those
     that are active, from top-k selections; 'auto' measures how many are active and takes the cheaper one"""
     sparse_below: float | None = None
-    """with path 'auto', the share of active latents below which it is sparse; None is 1/150 with bfloat16
-    products, 1/32 with float32"""
+    """with path 'auto', the share of active latents below which it is sparse; None is 1/16 on the CPU, on a
+    GPU 1/32 or, with bfloat16 products, 1/150"""
     cuda_graph: bool = True
     """on a GPU, record the step once and replay it"""
     checkpoint_every: int = 1000

@@ -19,9 +19,10 @@ from softsae.step import Support
 
 CHECK = 16  # steps between decisions
 LAG = 4  # steps between what a decision is made from and itself
-# The share of active latents below which a sparse step is the faster one, by the dtype of the products. It
-# reads rows of the weights for the active latents only; dense products take all, in float32 more slowly.
+# The share of active latents below which a sparse step is the faster one, on a GPU by the dtype of the
+# products: it reads rows of the weights for what is active, dense products, slower in float32, take all.
 SPARSE_BELOW = {"bfloat16": 1 / 150, "float32": 1 / 32}
+SPARSE_BELOW_ON_CPU = 1 / 16
 RETURN = 1.5  # times that share: above it a sparse step becomes dense again
 
 
@@ -30,8 +31,9 @@ class PathChoice:
 
     def __init__(self, config: RunConfig, selector: Selector, start: Phase, device: torch.device):
         self.train, self.n, self.selector = config.train, config.autoencoder.n, selector
-        given = self.train.sparse_below
-        self.below = SPARSE_BELOW[self.train.dtype] if given is None else given
+        self.below = self.train.sparse_below
+        if self.below is None:
+            self.below = SPARSE_BELOW[self.train.dtype] if device.type == "cuda" else SPARSE_BELOW_ON_CPU
         self.max_active = min(places(selector.most_active()), places(self.n))
         # Nothing is measured yet: without a soft selection, or at its final scale, L0 is what is asked for.
         final = start.alpha == config.autoencoder.section.alpha
@@ -41,11 +43,8 @@ class PathChoice:
         self.support = Support.of(self.memory)
         self.reading = Reading()
         self.skipped = 0.0
-
-    @property
-    def measures_dense(self) -> bool:
-        """Whether what is active has to be measured in dense steps."""
-        return self.train.path == "auto"
+        # Whether what is active has to be measured in dense steps.
+        self.measures_dense = self.train.path == "auto" and self.dense_only(start) is None
 
     def dense_only(self, phase: Phase) -> str | None:
         """Why a step in a phase cannot be sparse, None where it can."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from softsae.losses import reconstruction
 from softtopk import SparseCode, encode_hard_topk, encode_soft_topk, sparse_decode
+from softtopk.sparse_autograd import Weighting, weight_gradient
 from softtopk.sparse_code import Transposition
 
 if TYPE_CHECKING:
@@ -71,20 +72,54 @@ def encode(
 
     Options: of softtopk.encode_soft_topk and encode_hard_topk.
     """
-    center, copy = sae.center.detach(), sparse.copies.get("W_enc", sae.W_enc)
-    bias = sae.b_enc
-    if torch.is_grad_enabled() and sae.center.requires_grad:
-        bias = bias + CenterGradient.apply(sae.center, copy.detach())
+    rows, bias = inputs(sae, x, sparse)
     options = {"max_active": sparse.max_active, "check": sparse.check, **sparse.of("W_enc"), **options}
-    rows = sparse.cast(x - center, "W_enc")
     if alpha is None:
         return encode_hard_topk(rows, sae.W_enc, bias, k, **options)
     return encode_soft_topk(rows, sae.W_enc, bias, k, alpha, **options)
 
 
+def inputs(sae: SparseAutoencoder, x: Tensor, sparse: Sparse) -> tuple[Tensor, Tensor]:
+    """What W_enc is multiplied with, and the bias, for normalised rows x (B, d)."""
+    bias = sae.b_enc
+    if torch.is_grad_enabled() and sae.center.requires_grad:
+        copy = sparse.copies.get("W_enc", sae.W_enc)
+        bias = bias + CenterGradient.apply(sae.center, copy.detach())
+    return sparse.cast(x - sae.center.detach(), "W_enc"), bias
+
+
+def learning(sae: SparseAutoencoder, x: Tensor, code: SparseCode, sparse: Sparse) -> SparseCode:
+    """A hard code of normalised rows x (B, d) that was made without gradient, with that of `encode`.
+
+    For a rule that chooses among the entries of a larger code: the gradients are sums over what it keeps.
+    """
+    rows, bias = inputs(sae, x, sparse)
+    squares = sparse.of("W_enc")["squares"]
+    return code.with_values(EncoderGradient.apply(code.values, rows, sae.W_enc, bias, code, squares))
+
+
 def decode(sae: SparseAutoencoder, code: SparseCode, sparse: Sparse) -> Tensor:
     """Normalised reconstruction (B, d_out) of a code."""
     return sparse_decode(code, sae.W_dec, sae.b_dec, project=sparse.project, **sparse.of("W_dec"))
+
+
+class EncoderGradient(torch.autograd.Function):
+    """The values of a code as they are, as a function of the encoder's weight and bias (of x it is not)."""
+
+    @staticmethod
+    def forward(ctx, values, x, W, bias, code, squares):
+        ctx.save_for_backward(x)
+        ctx.code, ctx.squares, ctx.dtypes = code, squares, (W.dtype, bias.dtype)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,), code, (dtype, bias_dtype) = ctx.saved_tensors, ctx.code, ctx.dtypes
+        how = Weighting(code.transposition.kernels, False, ctx.squares, False, code.transposition)
+        of_W, _, sums = weight_gradient(
+            how, code.indices, code.counts, gradient.contiguous(), x, None, dtype, True
+        )
+        return None, None, of_W, sums.to(bias_dtype), None, None
 
 
 class CenterGradient(torch.autograd.Function):

@@ -191,7 +191,7 @@ class Trainer:
         places = self.path.places(step, phase)
         if places is not None:
             self.one_step.prepare_sparse()
-        plan = Plan(places, self.dead.refresh(step))
+        plan = Plan(places, self.dead.refresh(step) if train.auxk_weight else self.dead.list)
         result = self.run_step(x, target, Numbers(phase, lr, weights), plan)
         if not logged:
             return {}

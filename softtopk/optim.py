@@ -198,6 +198,15 @@ def adam_step(
 ) -> None:
     """The update in torch, on any device; step is the number of this one."""
     beta1, beta2 = betas
+    if offsets is None and all(plain(t, parameter.dtype) for t in (parameter, gradient, exp_avg, exp_avg_sq)):
+        if found_inf is None or found_inf == 0:
+            gradient = gradient if scale is None else gradient * scale
+            in_one_pass(parameter, gradient, exp_avg, exp_avg_sq, lr, betas, eps, step)
+            if normalize:
+                parameter.div_(parameter.norm(dim=1, keepdim=True).clamp(min=SMALLEST_NORM))
+            if copy is not None:
+                copy.copy_(parameter)
+        return
     if scale is not None:
         gradient = gradient * scale
     moment = exp_avg.lerp(gradient, 1 - beta1)
@@ -215,6 +224,19 @@ def adam_step(
         old.copy_(value if live is None else torch.where(live, value, old))
     if copy is not None:
         copy.copy_(parameter)
+
+
+def plain(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's kernel for the CPU takes a tensor."""
+    return x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous()
+
+
+def in_one_pass(parameter, gradient, exp_avg, exp_avg_sq, lr: float, betas, eps: float, step) -> None:
+    """torch.optim.Adam's kernel for the CPU."""
+    torch._fused_adam_(
+        [parameter], [gradient], [exp_avg], [exp_avg_sq], [], [step],
+        lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
 
 
 def natively(*tensors: Tensor) -> bool:

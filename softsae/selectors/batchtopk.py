@@ -17,7 +17,7 @@ from torch import Tensor
 from softsae.config import AutoencoderConfig
 from softsae.schedules import Phase
 from softsae.selectors.contract import Selection, Selector
-from softsae.sparse import Sparse, encode, only, places
+from softsae.sparse import Sparse, encode, learning, only, places
 from softtopk import SparseCode, hard_topk
 
 ROOM = 4  # times k: the places of a row in a batch's code at first; more are made where a row needs them
@@ -66,16 +66,19 @@ class BatchTopK(Selector):
             code = encode(sae, x, sparse, self.config.n, threshold=threshold, max_active=room)
             return Selection(code, code.counts.float())
         # The batch's largest are among the rows' largest, as long as each row has one left that is not kept.
-        most = encode(sae, x, sparse, room, max_active=room, check=False)
-        kept = self.of_code(most)
-        code = only(most, kept)
-        overflow = (code.counts == room).any()
-        self.follow(most.values.detach(), kept, overflow)
+        with torch.no_grad():
+            most = encode(sae, x, sparse, room, max_active=room, check=False)
+            kept = self.of_code(most)
+            code = only(most, kept)
+            overflow = (code.counts == room).any()
+            self.follow(most.values, kept, overflow)
+        if torch.is_grad_enabled():
+            code = learning(sae, x, code, sparse)
         return Selection(code, code.counts.float(), overflow=overflow)
 
     def of_code(self, code: SparseCode) -> Tensor:
         """The mask (B, C) of the entries that are among the k B largest of the batch."""
-        values = code.values.detach()
+        values = code.values
         count = min(self.count(len(values)), values.numel())
         flat = values.reshape(-1)
         mask = spread_topk(flat, count) if flat.is_cuda else hard_topk(flat, count)
