@@ -230,7 +230,7 @@ def weight_gradient(
         *how.transposition(indices, counts),
         y.contiguous(),
         weight,
-        dtype,
+        dtype if dtype == y.dtype else scale.dtype,  # kernels write no third dtype
         want_sums,
         how.squares is not None,
         project=how.project,
@@ -238,4 +238,4 @@ def weight_gradient(
     )
     if squares is not None:
         how.squares.copy_(squares)
-    return grad, dots, sums
+    return grad.to(dtype), dots, sums

@@ -68,7 +68,8 @@ class SparseKernels:
         g: Tensor,
         selection_gradient: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        g = g.contiguous()
+        active, counts, state, g = (t.contiguous() for t in (active, counts, state, g))
+        values = None if values is None else values.contiguous()
         grad_active = torch.empty_like(active)
         grad_k, grad_alpha = (active.new_empty(len(active)) for _ in range(2))
         self.launchers.code_backward(
@@ -89,6 +90,7 @@ class SparseKernels:
         return grad_active, grad_k, grad_alpha
 
     def transpose(self, indices: Tensor, counts: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        indices, counts = indices.contiguous(), counts.contiguous()
         size = self.launchers.transpose_workspace(*indices.shape, n)
         workspace = indices.new_empty(size, dtype=torch.uint8)
         offsets, entries = indices.new_empty(n + 1), indices.new_empty(indices.numel())
@@ -107,7 +109,7 @@ class SparseKernels:
     def decode(
         self, values: Tensor, indices: Tensor, counts: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        weight = weight.contiguous()
+        values, indices, counts, weight = (t.contiguous() for t in (values, indices, counts, weight))
         bias = None if bias is None else bias.contiguous()
         out = weight.new_empty(len(values), weight.shape[1])
         self.launchers.decode(
@@ -137,7 +139,7 @@ class SparseKernels:
         project: bool = False,
         zero_silent: bool = True,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        y = y.contiguous()
+        scale, offsets, entries, y = (t.contiguous() for t in (scale, offsets, entries, y))
         weight = None if weight is None else weight.contiguous()
         n, d = len(offsets) - 1, y.shape[1]
         grad = y.new_empty(n, d, dtype=out_dtype)
