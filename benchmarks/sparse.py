@@ -32,7 +32,7 @@ from benchmarks.environment import RESULTS, commit, device_label, environment, w
 from benchmarks.sparse_bars import SECTIONS, Cell
 from benchmarks.sparse_measure import failed
 
-
+SAVE_S = 20  # at least so much between two writings of the file
 PARTS = ("transposition_ms", "gradients_ms", "bit_equal")
 
 
@@ -168,15 +168,16 @@ def main() -> None:
     speed = sparse_measure.bandwidth(args.device)
     print(f"a copy moves {speed / 1e12:.2f} TB/s")
     rows: list[dict] = []
-    started = time.perf_counter()
+    started = saved = time.perf_counter()
     for _, part in itertools.groupby(cells, key=group):
         for row in safely(list(part), peers, args.device, 1e3 / speed):
             rows.append(row)
             print(line(by_key[sparse_bars.key(row)], row), flush=True)
         if args.device != "cpu":
             torch.cuda.empty_cache()
-        if path is not None:
+        if path is not None and time.perf_counter() - saved > SAVE_S:
             update(path, args.device, rows, set(), versions)
+            saved = time.perf_counter()
     if path is not None:
         update(path, args.device, rows, whole, versions)
     if args.device != "cpu":

@@ -94,9 +94,7 @@ def estimator(cell: Cell, device: str, per_byte_ms: float) -> dict:
     got, want = ours(*data[0]), plain(*data[0])
     error = max(worst((a - b).abs()) / float(b.abs().max()) for a, b in zip(got, want, strict=True))
     del got, want
-    memory = {
-        name: peak_bytes(partial(call, *data[0]), device) for name, call in (("ours", ours), ("plain", plain))
-    }
+    memory = [peak_bytes(partial(call, *data[0]), device) for call in (ours, plain)]
     ms = device_ms([partial(ours, *each) for each in data], device)
     peers = peer_ms(AUTOGRAD, [partial(plain, *each) for each in data], device)
     # Three products; x and the weights read for each of them, the gradient written.
