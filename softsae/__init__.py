@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         Section,
         SoftSAEConfig,
     )
-    from softsae.autoencoder import Output, SparseAutoencoder, load
+    from softsae.autoencoder import SparseAutoencoder, load
     from softsae.config import (
         AutoencoderConfig,
         RegularizerConfig,
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
         corrected,
         published,
     )
+    from softsae.encode import encode_source, read_codes
     from softsae.language_model import attach, load_language_model
     from softsae.metrics import evaluate
+    from softsae.output import Output
     from softsae.recipes import recipe
     from softsae.selectors import Selection, Selector, register
     from softsae.sweep import Sweep
@@ -44,7 +46,7 @@ HOMES = {
     "GatedConfig": "architectures",
     "JumpReLUConfig": "architectures",
     "MSAEConfig": "architectures",
-    "Output": "autoencoder",
+    "Output": "output",
     "ReLUConfig": "architectures",
     "RegularizerConfig": "config",
     "RunConfig": "config",
@@ -58,10 +60,12 @@ HOMES = {
     "Trainer": "trainer",
     "attach": "language_model",
     "corrected": "config",
+    "encode_source": "encode",
     "evaluate": "metrics",
     "load": "autoencoder",
     "load_language_model": "language_model",
     "published": "config",
+    "read_codes": "encode",
     "recipe": "recipes",
     "register": "selectors",
 }
@@ -89,10 +93,12 @@ __all__ = [
     "Trainer",
     "attach",
     "corrected",
+    "encode_source",
     "evaluate",
     "load",
     "load_language_model",
     "published",
+    "read_codes",
     "recipe",
     "register",
 ]

@@ -12,39 +12,26 @@ pre = W_enc (x' - b_in) + b_enc,  y_hat' = f W_dec + b_dec; and y' has a shift a
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softsae import checkpoint, losses, selectors
+from softsae import checkpoint, losses, selectors, sparse
 from softsae.architectures import ARCHITECTURES, registered
 from softsae.checks import number
 from softsae.config import AutoencoderConfig, own_options, resolve_autoencoder
 from softsae.keys import build
 from softsae.normalization import geometric_median, set_normalization
+from softsae.output import Output
 from softsae.runs import write_json
 from softsae.schedules import Phase
+from softsae.sparse import CenterGradient, Sparse, shaped
 from softsae.transcoder import fit_decoder
+from softtopk import SparseCode, sparse_decode
 
 FORMAT = "softsae autoencoder 2"
-
-
-@dataclass
-class Output:
-    """What an autoencoder returns for x of shape (..., d).
-
-    x_hat: (..., d), in the units and the dtype of x; of a transcoder (..., d_out), the reconstruction of
-    the target in the target's units. latents: (..., n), dense, mostly zeros.
-    k_hat: (...,), float32, the budget of each sample. losses: scalars by name, before weighting.
-    """
-
-    x_hat: Tensor
-    latents: Tensor
-    k_hat: Tensor
-    losses: dict[str, Tensor] = field(default_factory=dict)
 
 
 class SparseAutoencoder(nn.Module):
@@ -186,11 +173,10 @@ class SparseAutoencoder(nn.Module):
 
     def encoder(self, x: Tensor) -> Tensor:
         """Pre-activations (B, n) of normalised rows (B, d)."""
-        center = self.center.detach()
-        # The second term is 0; it carries the centre's gradient, (n,) -> (d,), where the one through
-        # x - center would cost another product of (B, n) with (n, d).
-        bias = self.b_enc - self.W_enc @ (self.center - center) if torch.is_grad_enabled() else self.b_enc
-        return F.linear(x - center, self.W_enc, bias)
+        bias = self.b_enc
+        if torch.is_grad_enabled():
+            bias = bias + CenterGradient.apply(self.center, self.W_enc.detach())
+        return F.linear(x - self.center.detach(), self.W_enc, bias)
 
     def decoder(self, latents: Tensor) -> Tensor:
         """Normalised reconstruction (B, d_out) of latents (B, n)."""
@@ -213,12 +199,46 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"k is on {k.device}, the autoencoder on {self.b_dec.device}")
         return k.detach().float().clamp(0, self.config.n).expand(lead).reshape(-1)
 
-    def select(self, x: Tensor, rows: Tensor, phase: Phase, k: float | Tensor | None) -> selectors.Selection:
-        """The rule's selection for the normalised rows (B, d) of x (..., d), or the k largest."""
+    def select(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        phase: Phase,
+        k: float | Tensor | None,
+        how: Sparse | None = None,
+    ) -> selectors.Selection:
+        """The rule's selection for the normalised rows (B, d) of x (..., d), or the k largest; a code if it
+        is said how."""
+        budgets = None if k is None else self.budgets(k, x.shape[:-1])
+        if how is not None and (reason := self.selector.dense_only(phase)):
+            raise ValueError(f"sparse: {reason}")
+        if how is not None:
+            if k is None:
+                return self.selector.sparse(self, rows, phase, how)
+            return self.selector.sparse_largest(self, rows, budgets, how)
         pre = self.encoder(rows)
         if k is None:
             return self.selector(self, rows, pre, phase)
-        return self.selector.largest(self, pre, self.budgets(k, x.shape[:-1]))
+        return self.selector.largest(self, pre, budgets)
+
+    def reconstruct(
+        self, selection: selectors.Selection, wanted: Tensor | None, nested: bool, how: Sparse | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The normalised reconstruction (B, d_out) and, where something is wanted, its loss."""
+        ends = self.config.prefixes() if nested else ()
+        if nested and how is not None:
+            term, x_hat = sparse.nested_reconstruction(self, wanted, selection.latents, ends, how)
+            return x_hat, {"reconstruction": term}
+        if how is not None:
+            x_hat = sparse.decode(self, selection.latents, how)
+        else:
+            x_hat = self.decoder(selection.latents)
+        if wanted is None:
+            return x_hat, {}
+        if not nested:
+            return x_hat, {"reconstruction": losses.reconstruction(wanted, x_hat)}
+        term = losses.nested_reconstruction(wanted, selection.latents, self.W_dec, self.b_dec, ends)
+        return x_hat, {"reconstruction": term}
 
     def forward(
         self,
@@ -227,6 +247,7 @@ class SparseAutoencoder(nn.Module):
         target: Tensor | None = None,
         *,
         k: float | Tensor | None = None,
+        how: Sparse | None = None,
     ) -> Output:
         """Reconstruct x (..., d), or a transcoder's target.
 
@@ -239,27 +260,22 @@ class SparseAutoencoder(nn.Module):
                 Of relu, gated and jumprelu, which decide on each latent by itself, at most those that
                 they keep; of all others of relu(pre), whatever the threshold or the estimator says.
                 The only loss is the reconstruction.
+            how: of a sparse pass, in which nothing of size (B, n) is made but the pre-activations.
 
         Raises:
             TypeError, ValueError: x or the target is no float tensor, has another width or is on
                 another device; a target that does not belong to x, or to an autoencoder; k is out of
-                range as a number, has another shape, or is given in training.
+                range as a number, has another shape, or is given in training; a sparse pass of a rule that
+                has none, or with a regularizer.
         """
         if k is not None and phase is not None:
             raise ValueError(f"k={k!r} has a meaning at inference only, phase must be None")
         rows = self.rows(x)
         wanted = self.target_rows(x, rows, target)
         phase = phase or self.inference_phase(hard=True)
-        selection = self.select(x, rows, phase, k)
-        reconstruction = self.decoder(selection.latents)
-        if wanted is None:
-            terms = {}
-        elif self.config.matryoshka is None or phase.step is None:
-            terms = {"reconstruction": losses.reconstruction(wanted, reconstruction)}
-        else:
-            ends = self.config.prefixes()
-            nested = losses.nested_reconstruction(wanted, selection.latents, self.W_dec, self.b_dec, ends)
-            terms = {"reconstruction": nested}
+        selection = self.select(x, rows, phase, k, how)
+        nested = self.config.matryoshka is not None and phase.step is not None and wanted is not None
+        reconstruction, terms = self.reconstruct(selection, wanted, nested, how)
         if wanted is not None and k is None:
             terms |= self.selector.loss_terms(self, wanted, selection, phase)
         if phase.regularizer is not None:
@@ -267,11 +283,18 @@ class SparseAutoencoder(nn.Module):
                 raise ValueError(f"regularizer: {type(self.selector).__name__} hands over no activations")
             terms |= losses.regularizers(selection.activations, selection.latents, phase.regularizer)
         lead = x.shape[:-1]
+        if how is None:
+            latents, overflow = selection.latents.reshape(*lead, self.config.n), None
+        else:
+            latents = shaped(selection.latents, (*lead, self.config.n))
+            overflow = latents.overflow if selection.overflow is None else selection.overflow
         return Output(
-            self.denormalize(reconstruction).reshape(*lead, self.d_out).to(x.dtype),
-            selection.latents.reshape(*lead, self.config.n),
+            reconstruction.reshape(*lead, self.d_out),
+            latents,
             selection.k_hat.reshape(lead),
             terms,
+            overflow,
+            lambda x_hat: self.denormalize(x_hat).to(x.dtype),
         )
 
     def auxk_loss(self, x: Tensor, x_hat: Tensor, dead: Tensor, target: Tensor | None = None) -> Tensor:
@@ -286,17 +309,29 @@ class SparseAutoencoder(nn.Module):
         """W_enc (x' - center) + b_enc, before ReLU and selection: (..., d) -> (..., n)."""
         return self.encoder(self.rows(x)).reshape(*x.shape[:-1], self.config.n)
 
-    def encode(self, x: Tensor, hard: bool = True, *, k: float | Tensor | None = None) -> Tensor:
-        """Latents (..., n) of x (..., d); hard=False gates softly, at the final alpha; k as in `forward`."""
+    def encode(
+        self, x: Tensor, hard: bool = True, *, k: float | Tensor | None = None, sparse: bool = False
+    ) -> Tensor | SparseCode:
+        """Latents (..., n) of x (..., d); hard=False gates softly, at the final alpha; k as in `forward`.
+
+        With sparse=True as a code; of a rule with a sparse path, which all but relu, gated and jumprelu have,
+        nothing of size (B, n) is made for it but the pre-activations.
+        """
         if k is not None and not hard:
             raise ValueError(f"k={k!r} is a hard selection, hard must not be False")
-        selection = self.select(x, self.rows(x), self.inference_phase(hard), k)
-        return selection.latents.reshape(*x.shape[:-1], self.config.n)
+        phase = self.inference_phase(hard)
+        how = Sparse() if sparse and self.selector.dense_only(phase) is None else None
+        latents, shape = self.select(x, self.rows(x), phase, k, how).latents, (*x.shape[:-1], self.config.n)
+        if how is not None:
+            return shaped(latents, shape)
+        return SparseCode.from_dense(latents.reshape(shape)) if sparse else latents.reshape(shape)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Reconstruction (..., d_out), in the units of what is reconstructed, of latents (..., n)."""
+    def decode(self, latents: Tensor | SparseCode) -> Tensor:
+        """Reconstruction (..., d_out), in its own units, of latents (..., n), dense or a code."""
         if latents.shape[-1:] != (self.config.n,):
             raise ValueError(f"latents of shape {tuple(latents.shape)} must end in n={self.config.n}")
+        if isinstance(latents, SparseCode):
+            return self.denormalize(sparse_decode(latents, self.W_dec, self.b_dec))
         x_hat = self.denormalize(self.decoder(latents.reshape(-1, self.config.n)))
         return x_hat.reshape(*latents.shape[:-1], self.d_out)
 

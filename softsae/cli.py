@@ -1,4 +1,4 @@
-"""The command line: softsae demo | collect | train | sweep | eval | recipes | info.
+"""The command line: softsae demo | collect | train | sweep | eval | encode | recipes | info.
 
 Every command is a dataclass of options (softsae/options.py) and a function (softsae/commands.py, demo.py,
 sweep_command.py). Options come from --config FILE and --section.field VALUE, later ones win. What the user
@@ -24,11 +24,12 @@ COMMANDS = {
     "train": ("commands", "train a sparse autoencoder on activations"),
     "sweep": ("sweep_command", "train several autoencoders on one stream of activations and compare them"),
     "eval": ("commands", "evaluate a trained autoencoder on held-out activations and text"),
+    "encode": ("encode", "write the codes of activations, their active latents, to a folder of shards"),
     "recipes": ("recipes", "list the recipes for softsae train --recipe, or print one"),
     "info": ("commands", "describe a run, a folder of activations, or this installation"),
 }
 # The option that a first word without a name stands for.
-POSITIONAL = {"eval": "run", "recipes": "name", "info": "path"}
+POSITIONAL = {"eval": "run", "encode": "run", "recipes": "name", "info": "path"}
 USAGE = "usage: softsae [-h] [--version] COMMAND ..."
 
 

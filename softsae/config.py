@@ -232,6 +232,14 @@ class TrainConfig:
     """device, as torch names it; 'auto' is cuda where there is one"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the large products; parameters, losses and k_hat are always float32"""
+    path: Literal["auto", "dense", "sparse"] = "auto"
+    """how latents are computed: 'dense', as a matrix with a row for each sample; 'sparse', as codes of those
+    that are active, from top-k selections; 'auto' measures how many are active and takes the cheaper one"""
+    sparse_below: float | None = None
+    """with path 'auto', the share of active latents below which it is sparse; None is 1/150 with bfloat16
+    products, 1/32 with float32"""
+    cuda_graph: bool = True
+    """on a GPU, record the step once and replay it"""
     checkpoint_every: int = 1000
     """steps between checkpoints; 0 leaves one at the end and on interruption only"""
     log_every: int = 50
@@ -263,6 +271,9 @@ class TrainConfig:
         choice("nonfinite", self.nonfinite, ("refuse", "skip"))
         integer("seed", self.seed, 0, 2**63 - 1)
         choice("dtype", self.dtype, ("float32", "bfloat16"))
+        choice("path", self.path, ("auto", "dense", "sparse"))
+        optional(number, "sparse_below", self.sparse_below, 0, 1)
+        choice("cuda_graph", self.cuda_graph, (True, False))
         integer("checkpoint_every", self.checkpoint_every, 0)
         integer("log_every", self.log_every, 1)
         integer("eval_every", self.eval_every, 0)

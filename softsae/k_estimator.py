@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softsae.config import AutoencoderConfig, square_norm
+from softsae.sparse import CenterGradient, Sparse
+from softtopk import relu_projection
 
 if TYPE_CHECKING:
     from softsae.autoencoder import SparseAutoencoder
@@ -50,32 +52,48 @@ class KEstimator(nn.Module):
         if self.options.estimator.input == "constant":
             self.register_buffer("constant", torch.zeros(d))
 
-    def forward(self, sae: SparseAutoencoder, x: Tensor, a: Tensor) -> Tensor:
-        """k_hat of x (B, d), given a = relu(W_enc (x - b_dec) + b_enc) (B, n)."""
-        rows = len(x)
-        if self.options.estimator.input == "constant":
-            x = self.constant.unsqueeze(0)
-            a = F.relu(sae.encoder(x)) if self.options.estimator.kind == "shared" else a
-        h = self.features(x, a, sae.center)  # [B or 1, hidden]
+    def forward(
+        self, sae: SparseAutoencoder, x: Tensor, a: Tensor | None, sparse: Sparse | None = None
+    ) -> Tensor:
+        """k_hat of x (B, d), given a = relu(W_enc (x - b_dec) + b_enc) (B, n) or, without it, how a sparse
+        pass is made."""
+        rows, options = len(x), self.options.estimator
+        if options.input == "constant":
+            x, sparse = self.constant.unsqueeze(0), None
+            a = F.relu(sae.encoder(x)) if options.kind == "shared" else a
+        dtype = products_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            score = h.to(self.w2.dtype) @ self.w2 + self.c2
-        if self.options.estimator.dtype == "bfloat16":
+            if options.kind == "linear":
+                score = (x - (sae.center if options.moves_b_dec else sae.center.detach())) @ self.w2
+            elif options.kind == "shared" and sparse is None:
+                h = a if options.moves_encoder else a.detach()
+                score = h.to(self.w2.dtype) @ self.w2
+            else:
+                score = self.projection(sae, x, sparse, dtype)
+            score = score + self.c2
+        if options.dtype == "bfloat16":
             score = score.bfloat16()
         k_hat = self.options.k_max * torch.sigmoid(score)
         return k_hat.clamp(self.options.k_min, self.config.n).to(self.w2.dtype).expand(rows)
 
-    def features(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """h (B, hidden); what of it the gradient of k_hat reaches is said by the options."""
-        options = self.options.estimator
-        if options.kind == "shared":
-            return a if options.moves_encoder else a.detach()
-        if options.kind == "linear":
-            return x - (b if options.moves_b_dec else b.detach())
-        center = b.detach()
-        c = self.c
-        if options.moves_b_dec:  # the value is c; the gradient to b needs no (B, d)
-            c = c - self.W @ (b - center)
-        return F.relu(F.linear(x - center, self.W, c), inplace=True)
+    def projection(
+        self, sae: SparseAutoencoder, x: Tensor, sparse: Sparse | None, dtype: torch.dtype
+    ) -> Tensor:
+        """w2 . relu(W (x - b_dec) + c) (B,) without keeping the hidden layer; W and c are the encoder's for a
+        shared one. The dtype is that of the products of a dense pass."""
+        shared, center = self.options.estimator.kind == "shared", sae.center.detach()
+        name = "W_enc" if shared else "selector.estimator.W"
+        W, c = (sae.W_enc, sae.b_enc) if shared else (self.W, self.c)
+        moves = self.options.estimator.moves_encoder if shared else self.options.estimator.moves_b_dec
+        if shared and not moves:
+            W, c = W.detach(), c.detach()
+        if sparse is None:
+            sparse = Sparse(copies={} if dtype == W.dtype else {name: W.detach().to(dtype)})
+        copy = sparse.copies.get(name)
+        if moves and torch.is_grad_enabled():
+            c = c + CenterGradient.apply(sae.center, (W if copy is None else copy).detach())
+        squares = None if shared else sparse.of(name)["squares"]  # W_enc's are of all that it is used for
+        return relu_projection(sparse.cast(x - center, name), W, c, self.w2, copy=copy, squares=squares)
 
     @torch.no_grad()
     def initialize(self, W_enc: Tensor, generator: torch.Generator):
@@ -97,3 +115,9 @@ class KEstimator(nn.Module):
         if options.input == "constant":
             direction = F.normalize(torch.randn(self.config.d, generator=generator), dim=0)
             self.constant.copy_(direction * math.sqrt(square_norm(self.config, self.config.d)))
+
+
+def products_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that x is multiplied in: autocast's, where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

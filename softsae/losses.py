@@ -1,11 +1,11 @@
-"""The loss terms, each a scalar before weighting, in normalised units; and what AuxK revives."""
+"""The loss terms, each a scalar before weighting, in normalised units."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from softsae.config import RegularizerConfig
@@ -77,16 +77,19 @@ def wide(a: Tensor) -> torch.dtype:
     return torch.promote_types(a.dtype, torch.float32)
 
 
-def auxk(error: Tensor, pre: Tensor, W_dec: Tensor) -> Tensor:
+def auxk(error: Tensor, pre: Tensor, W_dec: Tensor, valid: Tensor | None = None) -> Tensor:
     """|e - W_d z|^2 / |e - mean e|^2 (Gao et al. 2024), z the d/2 largest of the dead latents.
 
     Args:
         error: e = x - x_hat (B, d); no gradient goes into it.
         pre: pre-activations of the dead latents (B, n_dead): the gradient reaches the encoder.
         W_dec: decoder rows of the dead latents (n_dead, d); no bias in this decode.
+        valid: (n_dead,) bool, which of them count; None is all.
     """
     error = error.detach()
     z = F.relu(pre)
+    if valid is not None:
+        z = torch.where(valid, z, 0)
     limit = error.shape[1] // 2
     if z.shape[1] > limit:
         z = z * hard_topk(z.detach(), limit)
@@ -95,40 +98,3 @@ def auxk(error: Tensor, pre: Tensor, W_dec: Tensor) -> Tensor:
     square = error.pow(2).sum()
     total = torch.where(total > 1e-6 * square, total, square)  # one sample differs from no mean
     return missed / total.clamp(min=torch.finfo(total.dtype).tiny)
-
-
-class DeadLatents(nn.Module):
-    """Which latents have been silent for more than `dead_after` samples.
-
-    The list of them is read to the host every `REFRESH` steps only: latents die slowly, and reading
-    it makes the host wait for the device.
-    """
-
-    REFRESH = 16
-
-    def __init__(self, n: int, dead_after: int):
-        super().__init__()
-        self.dead_after = dead_after
-        self.register_buffer("silent_for", torch.zeros(n, dtype=torch.int64))  # in samples
-        self.register_buffer("listed", torch.zeros(n, dtype=torch.bool))
-        self.indices: Tensor | None = None
-
-    @torch.no_grad()
-    def update(self, latents: Tensor, samples: int):
-        """Count a batch of `samples` with the given latents (B, n)."""
-        fired = (latents != 0).any(0)
-        self.silent_for.add_(samples).masked_fill_(fired, 0)
-
-    @torch.no_grad()
-    def refresh(self, step: int) -> Tensor:
-        """Indices (n_dead,) of the dead latents as of the last refresh."""
-        if step % self.REFRESH == 0:
-            self.listed.copy_(self.silent_for > self.dead_after)
-            self.indices = None
-        if self.indices is None:
-            self.indices = self.listed.nonzero().squeeze(1)
-        return self.indices
-
-    def count(self) -> Tensor:
-        """The number of dead latents, on the device."""
-        return (self.silent_for > self.dead_after).sum()

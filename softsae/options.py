@@ -198,6 +198,33 @@ class EvalOptions(ModelOptions, TextOptions, PluginOptions):
 
 
 @dataclass(kw_only=True)
+class EncodeOptions(PluginOptions):
+    """Options of softsae encode."""
+
+    run: str
+    """a run folder, or an autoencoder that was saved"""
+    activations: str
+    """what softsae collect made, another folder of shards, or an .npy file (rows, d)"""
+    out: str
+    """the folder to make; it must not exist or be empty"""
+    k: float | None = None
+    """keep the k largest activations of each sample in place of what the rule selects"""
+    batch_size: int = 4096
+    """samples encoded at once"""
+    shard_rows: int = 1_048_576
+    """samples in a file"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """how values are stored"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is one"""
+
+    def __post_init__(self):
+        for name in ("batch_size", "shard_rows"):
+            integer(name, getattr(self, name), 1)
+        choice("dtype", self.dtype, STORED_DTYPES)
+
+
+@dataclass(kw_only=True)
 class RecipesOptions:
     """Options of softsae recipes."""
 

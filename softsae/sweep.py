@@ -164,7 +164,7 @@ class Sweep:
         member = self.members[name]
         member.steps, member.seconds = trainer.step, trainer.timer.seconds
         member.error = f"step {trainer.step}: {type(error).__name__}: {error}".splitlines()[0]
-        trainer.sae = trainer.optimizer = trainer.dead = None
+        trainer.sae = trainer.optimizer = trainer.dead = trainer.one_step = trainer.run_step = None
         if self.out is not None and isinstance(error, NonFiniteLoss):
             kept = {"steps": member.steps, "seconds": member.seconds, "error": member.error}
             runs.write_json(self.out / name / FAILURE, kept)

@@ -23,16 +23,24 @@ from softsae.config import (
     resolve,
     square_norm,
 )
+from softsae.dead import DeadLatents
+from softsae.graph import Recorder
 from softsae.keys import build
 from softsae.lockstep import NonFiniteActivations as NonFiniteActivations
 from softsae.lockstep import train_together
-from softsae.losses import DeadLatents
+from softsae.memory import memory_of
+from softsae.path import PathChoice
 from softsae.runs import write_json
 from softsae.schedules import Schedule
+from softsae.step import Numbers, Plan, Step
 from softsae.timer import StepTimer
+from softtopk.optim import Adam
 
 FORMAT = "softsae checkpoint 3"
-FREE_FIELDS = ("device", "checkpoint_every", "log_every", "eval_every")  # may change when resuming
+# What may change when resuming.
+FREE_FIELDS = (
+    "device", "checkpoint_every", "log_every", "eval_every", "path", "sparse_below", "cuda_graph",
+)  # fmt: skip
 
 
 class Trainer:
@@ -101,10 +109,19 @@ class Trainer:
         train = self.config.train
         self.device = pick_device(train.device)
         self.timer = StepTimer(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.schedule = Schedule(self.config)
         self.sae = SparseAutoencoder(self.config.autoencoder, seed=train.seed).to(self.device).train()
-        self.dead = DeadLatents(self.config.autoencoder.n, train.dead_after).to(self.device)
+        most = train.batch_size * (2 if train.count_logged_twice else 1)  # samples counted in a step
+        self.dead = DeadLatents(self.config.autoencoder.n, train.dead_after, most).to(self.device)
         self.optimizer = self.make_optimizer()
+        self.path = PathChoice(self.config, self.sae.selector, self.schedule.phase(0), self.device)
+        self.one_step = Step(
+            self.sae, self.config, self.optimizer, self.dead, self.path.support, self.path.measures_dense
+        )
+        recorded = train.cuda_graph and self.device.type == "cuda"
+        self.run_step = Recorder(self.one_step, self.device) if recorded else self.one_step
         self.resumed = self.resume()
 
     def initialize(self, batch: Tensor, source):
@@ -123,7 +140,7 @@ class Trainer:
         if self.out is not None:
             self.sae.save(self.out / "sae")
 
-    def make_optimizer(self) -> torch.optim.Adam:
+    def make_optimizer(self) -> Adam:
         """Adam over two groups: the autoencoder's parameters and the estimator's."""
         train = self.config.train
         estimator = self.sae.selector.estimator_parameters()
@@ -132,7 +149,8 @@ class Trainer:
         groups = [{"params": own, "multiplier": 1.0}]
         if estimator:
             groups.append({"params": estimator, "multiplier": train.estimator_lr_multiplier})
-        return torch.optim.Adam(groups, lr=train.lr, betas=(train.adam_beta1, train.adam_beta2), fused=True)
+        betas = train.adam_beta1, train.adam_beta2
+        return Adam(groups, lr=train.lr, betas=betas, normalize_rows=[self.sae.W_dec])
 
     def advance(self, batch: Tensor, consumed: int) -> dict:
         """One step, and the metrics, evaluation and checkpoint that are due after it; what was logged.
@@ -150,6 +168,8 @@ class Trainer:
             rate = (self.step - self.clock[1]) * train.batch_size / (now - self.clock[0])
             record = {name: scalar(value) for name, value in record.items()}
             record["samples_per_second"] = round(rate, 1)
+            if self.step == train.steps and self.device.type == "cuda":
+                record["memory"] = memory_of(self.sae, self.optimizer, self.device)
             self.record(record)
             self.clock = time.perf_counter(), self.step
         last = self.step == train.steps
@@ -162,61 +182,29 @@ class Trainer:
 
     def train_step(self, batch: Tensor, logged: bool) -> dict:
         """One step on a batch of the source; what it measured, as scalars on the device, when logged."""
-        sae, train = self.sae, self.config.train
-        x, target = sae.split(batch)
-        phase = self.schedule.phase(self.step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=train.dtype == "bfloat16"):
-            out = sae(x, phase, target)
-            terms = dict(out.losses)
-            if train.auxk_weight and len(dead := self.dead.refresh(self.step)):
-                terms["auxk"] = sae.auxk_loss(x, out.x_hat, dead, target)
+        train, step = self.config.train, self.step
+        x, target = self.sae.split(batch)
+        phase, lr = self.schedule.phase(step), self.schedule.lr(step)
         of_x = square_norm(self.config.autoencoder)
         weights = {"auxk": train.auxk_weight * of_x, **train.regularizer.weights(of_x)}
-        weights |= sae.selector.loss_weights(train, of_x, self.step)
-        loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        sae.project_decoder_gradient()
-        norms = self.clip()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr(self.step) * group["multiplier"]
-        self.optimizer.step()
-        sae.normalize_decoder()
-        latents = out.latents.detach()
-        self.dead.update(latents, len(x))
+        weights |= self.sae.selector.loss_weights(train, of_x, step)
+        places = self.path.places(step, phase)
+        if places is not None:
+            self.one_step.prepare_sparse()
+        plan = Plan(places, self.dead.refresh(step))
+        result = self.run_step(x, target, Numbers(phase, lr, weights), plan)
         if not logged:
             return {}
         if train.count_logged_twice:
-            self.dead.update(latents, len(x))
-        k_hat = out.k_hat.detach()
-        wanted = x if target is None else target
+            self.dead.update(result.fired, len(x))
         return {
-            "step": self.step + 1,
-            "loss": loss,
-            **{f"loss_{name}": term for name, term in terms.items()},
-            "explained_variance": metrics.explained_variance(wanted, out.x_hat.detach()),
-            "l0": (latents != 0).sum() / len(x),
-            "k_hat_mean": k_hat.mean(),
-            "k_hat_sd": k_hat.std(correction=0),
+            "step": step + 1,
+            **self.one_step.report(result, x if target is None else target),
             "k_target": phase.k_target,
             "alpha": phase.alpha,
             "hard": phase.hard,
-            "lr": self.schedule.lr(self.step),
-            "dead_latents": self.dead.count(),
-            **norms,
-        }
-
-    def clip(self) -> dict[str, Tensor]:
-        """Clip the gradients, the estimator's apart or with the others; the norms before."""
-        train = self.config.train
-        groups = [group["params"] for group in self.optimizer.param_groups]
-        if train.clip == "global":
-            groups = [[p for group in groups for p in group]]
-        limits = (train.clip_norm, train.estimator_clip_norm)
-        names = ("grad_norm", "estimator_grad_norm")
-        return {
-            name: torch.nn.utils.clip_grad_norm_(group, limit)
-            for name, group, limit in zip(names, groups, limits, strict=False)
+            "lr": lr,
+            **self.path.report(places, phase),
         }
 
     def record(self, line: dict):
@@ -247,6 +235,8 @@ class Trainer:
             "step": self.step,
             "consumed": self.consumed,
             "seconds": self.timer.total(),
+            "dead": self.dead.state(),
+            "path": self.path.state(),
         }
         checkpoint.write(self.checkpoint_file, tensors, header)
 
@@ -264,10 +254,11 @@ class Trainer:
         for name, parameter in self.sae.named_parameters():
             state = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             if all(value is not None for value in state.values()):
-                step = state.pop("step")
-                moments = {key: value.to(self.device) for key, value in state.items()}
-                fused_on = self.device if self.device.type == "cuda" else "cpu"
-                self.optimizer.state[parameter] = {"step": step.to(fused_on), **moments}
+                self.optimizer.state[parameter] = {
+                    key: value.to(self.device, torch.float32) for key, value in state.items()
+                }
+        self.dead.restore(header.get("dead"))
+        self.path.restore(header.get("path"))
         checkpoint.restore_rng(tensors)
         self.step, self.consumed = header["step"], header["consumed"]
         self.timer = StepTimer(self.device, header["seconds"])

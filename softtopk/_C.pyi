@@ -118,6 +118,30 @@ class cuda:
         max_k: int, indices: int, values: int, counts: int, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
+    def relu_dot(
+        z: int, z_type: int, rows: int, columns: int, stride: int, w2: int, add: bool, scores: int,
+        mask: int, mask_stride: int, device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def expand_mask_parts(rows: int, /) -> int: ...
+    @staticmethod
+    def expand_mask(
+        mask: int, mask_stride: int, rows: int, columns: int, expanded_type: int, g: int, expanded: int,
+        expanded_stride: int, sums: int, device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def scale_gradient(
+        products: int, weight: int, weight_type: int, bias: int, w2: int, sums: int, sums_stride: int,
+        parts: int, columns: int, d: int, grad_weight: int, grad_type: int, grad_bias: int, grad_w2: int,
+        squares: int, device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def adam_step(
+        parameter: int, gradient: int, exp_avg: int, exp_avg_sq: int, copy: int, rows: int, d: int,
+        lr: int, lr_number: float, beta1: float, beta2: float, eps: float,
+        step: int, scale: int, found_inf: int, offsets: int, normalize: bool, device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
     def code_forward(
         z: int, z_type: int, rows: int, n: int, z_stride: int, largest: bool,
         k: int, k_type: int, k_stride: int, k_number: float,
@@ -152,28 +176,4 @@ class cuda:
         scale: int, offsets: int, entries: int, rows: int, max_active: int, n: int, d: int,
         y: int, weight: int, y_type: int, out_type: int, project: bool, zero_silent: bool,
         grad: int, dots: int, sums: int, squares: int, workspace: int, device: int, stream: int, /,
-    ) -> None: ...  # fmt: skip
-    @staticmethod
-    def relu_dot(
-        z: int, z_type: int, rows: int, columns: int, stride: int, w2: int, add: bool, scores: int,
-        mask: int, mask_stride: int, device: int, stream: int, /,
-    ) -> None: ...  # fmt: skip
-    @staticmethod
-    def expand_mask_parts(rows: int, /) -> int: ...
-    @staticmethod
-    def expand_mask(
-        mask: int, mask_stride: int, rows: int, columns: int, expanded_type: int, g: int, expanded: int,
-        expanded_stride: int, sums: int, device: int, stream: int, /,
-    ) -> None: ...  # fmt: skip
-    @staticmethod
-    def scale_gradient(
-        products: int, weight: int, weight_type: int, bias: int, w2: int, sums: int, sums_stride: int,
-        parts: int, columns: int, d: int, grad_weight: int, grad_type: int, grad_bias: int, grad_w2: int,
-        squares: int, device: int, stream: int, /,
-    ) -> None: ...  # fmt: skip
-    @staticmethod
-    def adam_step(
-        parameter: int, gradient: int, exp_avg: int, exp_avg_sq: int, copy: int, rows: int, d: int,
-        lr: int, lr_number: float, beta1: float, beta2: float, eps: float,
-        step: int, scale: int, found_inf: int, offsets: int, normalize: bool, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip

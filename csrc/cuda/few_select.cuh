@@ -51,7 +51,7 @@ __device__ __forceinline__ MaskCut mask_cut(const Few& few, int32_t k) {
   return {low, reached_low <= k ? k : k - reach(low + 1)};
 }
 
-// Adds up what of them is in the mask, 32 at a time from the first on.
+// The mask of few elements, asked for 32 at a time, from the first on: ties count down.
 template <uint32_t GRAIN>
 class Mask {
  public:
@@ -70,6 +70,7 @@ class Mask {
   MaskCut cut_;
 };
 
+// How many elements the mask of row r has, if there are as many.
 __device__ __forceinline__ int32_t hard_budget(const SelectArgs& args, int64_t r) {
   return int32_t(std::floor(per_row(args.k, r) + 0.5));
 }
@@ -93,8 +94,9 @@ __device__ __forceinline__ void write_hard(const SelectArgs& args, int64_t r, co
   to.write_rest(kept, int32_t(args.x.n), lane, 32);
 }
 
-// By one warp: solves row r and writes its code, or returns false: it must be left. L is above the
-// elements left out by so much that they weigh nothing beside it.
+// By one warp: solves row r and writes its code, or returns false: it must be left. The threshold
+// is sought above L, which is 0 where there are zeros; r_B may be L itself, if no element is next
+// to the threshold from below.
 template <uint32_t GRAIN>
 __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, const Few& few,
                                            float L, const Budget& k, float alpha, float rate) {
@@ -117,9 +119,10 @@ __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, co
   for (int32_t i = lane; i - lane < few.count; i += 32) {
     const float x = i < few.count ? few.values[i] : -infinity<float>;
     const bool above = x >= s.r_A;
-    const float t = (x - (above ? s.r_A : s.r_B)) * rate, e = faster_exp2(-fabsf(t));
+    const float e = faster_exp2(-fabsf(x - (above ? s.r_A : s.r_B)) * rate);
     bool keep = above || larger * e >= kLeastKept;
-    float value = x * (above ? fmaf(-d.h_A, e, 1.0f) : d.h_B * e);
+    const float p = above ? fmaf(-d.h_A, e, 1.0f) : d.h_B * e;
+    float value = p >= kLeastKept ? x * p : 0;
     if (masked) {
       const bool in_mask = mask.holds(x);
       keep = keep || in_mask;
@@ -130,10 +133,8 @@ __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, co
     if (keep) to.write(place, few.indices[i], value, x);
     if (i < few.count && !(keep && place < to.room())) {
       const float q = (above ? d.q_A : d.q_B) * e;
-      // Relative to r_B, or to r_A where there is none below.
-      const float far = above && s.r_B > -infinity<float> ? (x - s.r_B) * rate : t;
       Q_out += q;
-      if (q > 0) M_out = fmaf(q, far, M_out);
+      if (q > 0) M_out = fmaf(q, (x - s.r_B) * rate, M_out);
     }
     kept += __popc(all);
   }

@@ -12,6 +12,9 @@
 //
 // An activation with one threshold for all and no bias costs nothing: what is not above it is never
 // a candidate. With a bias or thresholds every thread applies them to its own chunks on chip.
+//
+// The ladder, in fractions of reading the rows (H200, bfloat16, k about 64, alpha = 1e-4; 4096 rows
+// of 16384 | 24576 | 65536, 8192 of 131072): not measured yet.
 #pragma once
 
 #include "few_select.cuh"
@@ -200,8 +203,6 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
 
   const int step = int(gridDim.x) / C::size();
   const int64_t first_row = int64_t(blockIdx.x) / C::size();
-  const float threshold = float(args.activation.threshold) + 0.0f;  // -0 becomes +0
-  const bool activated = args.activation.bias != nullptr || args.activation.thresholds != nullptr;
   const auto request = [&](int64_t r) -> Request {
     if (r >= args.x.rows) return {Budget(0), 1, 0};
     const double k = per_row(args.k, r), budget = SOFT ? k : std::floor(k + 0.5);
@@ -247,7 +248,7 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
     bool usual = false;
     float L = 0, least = 0, maximum = 0;
     if (now.wanted > 0) {
-      if (activated) {
+      if (args.activation.bias != nullptr || args.activation.thresholds != nullptr) {
         const Activated<S> activation(args);
         row.template for_each<1>(
             [&](int item) { row.replace(item, activation(row.chunk(item), map.index(item, 0))); });
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
       L = shared.limits.limits.x, maximum = shared.limits.limits.y;
       usual = maximum < infinity<float>;  // neither is NaN
       least = SOFT ? L - kReach * now.alpha : L;
-      if (!(least > threshold)) least = value_of(key_of(threshold) + 1);
+      if (!(least > args.threshold)) least = value_of(key_of(args.threshold) + 1);
       mark_groups<H>(maxima.key, least, shared.marks);
     }
     H::sync();  // the row has been read, but for the groups marked
@@ -308,7 +309,7 @@ __global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads
       }
     }
     if (usual) {
-      const bool with_zeros = !(L - kReach * now.alpha > threshold);
+      const bool with_zeros = !(L - kReach * now.alpha > args.threshold);
       const Few few = {few_values, few_indices, count, with_zeros ? n - count : 0, least, maximum};
       if constexpr (SOFT) {
         usual = write_soft<Element<S>::grain>(args, r, few, with_zeros ? 0 : L, now.k, now.alpha,

@@ -13,10 +13,11 @@ struct SelectArgs {
   Activation activation;
   Selecting mode;
   Code code;
-  bool wide_x, wide_activation;  // every row, bias and thresholds start on 16 bytes
-  bool fed;                      // of rows on chip: by the copy engine
-  bool all;                      // the careful kernel has all rows
-  int32_t room;                  // and the words that a block has for candidates
+  bool wide_x, wide_bias;  // every row, and the bias, starts on 16 bytes
+  bool fed;                // of rows on chip: by the copy engine
+  bool all;                // the careful kernel has all rows
+  int32_t room;            // and the words that a block has for candidates
+  float threshold;         // and the activation's, if it is one for all
 };
 
 inline constexpr int32_t kLeftRow = -2;        // marks a row, in the place of its count
@@ -35,7 +36,7 @@ class Activated {
         thresholds_(args.activation.thresholds),
         threshold_(T(args.activation.threshold)),
         n_(int32_t(args.x.n)),
-        wide_(args.wide_activation) {}
+        wide_(args.wide_bias) {}
 
   // Of the chunk whose first element is the row's `first`; what lies beyond the end stays.
   __device__ __forceinline__ Chunk<S> operator()(const Chunk<S>& chunk, int32_t first) const {
@@ -216,7 +217,7 @@ __device__ __forceinline__ void select_row(const SelectArgs& args, int64_t r, Gr
         if (masked) {
           value = in_mask >> i & 1 ? x[i] : T(0);
         } else if (soft) {
-          value *= p[i];
+          value = p[i] >= kLeastKept ? value * p[i] : T(0);
         }
         to.write(place, chunk_index<Group>(item) * kSize + i, value, x[i]);
       }

@@ -1,17 +1,15 @@
 // x_hat[r] = sum_j values[r, j] weight[indices[r, j]] + bias: the decoder's rows that a code
 // chooses.
 //
-// Bytes: every entry reads a row of the weight, from the L2 cache where that holds what is being
-// read. So the columns are cut into tiles, and all rows are decoded for one tile before the next:
-// n elements of a tile are to fit in the cache. A warp has a row and a tile; where the tile is
-// narrow, parts of the warp take entries in turn and are summed up at the end, in the same order
-// every time.
+// Bytes: every entry reads a row of the weight, from the L2 cache where that holds it. A warp has a
+// row and a tile of the columns, 512 bytes wide or, where the weight is larger than the cache,
+// 1024; all rows are decoded for one tile before the next. Where rows are shorter than that, parts
+// of the warp take entries in turn and are summed up at the end, in the same order every time.
 //
-// The ladder, in ms (H200, bfloat16, (rows, k, d, n) = (4096, 64, 768, 24576) | (4096, 64, 2304,
-// 16384) | (4096, 64, 2304, 65536) | (8192, 32, 4096, 131072)):
-//   LADDER
-#include <cstdlib>
-
+// In development runs on an H200 (bfloat16, microseconds, (rows, k, d, n) = (4096, 64, 768, 24576)
+// | (4096, 64, 2304, 16384) | (4096, 64, 2304, 65536) | (8192, 32, 4096, 131072)): tiles of 1024
+// bytes 61 | 145 | 174 | 405, of 512 bytes 56 | 147 | 186 | 415, of 256 bytes - | - | 184 | 416, of
+// 128 bytes - | - | 243 | 557: what a narrow tile gains in the cache it loses in requests.
 #include "launch.cuh"
 #include "layout.cuh"
 
@@ -30,6 +28,7 @@ struct DecodeArgs {
 };
 
 constexpr int kThreads = 128;
+constexpr int64_t kCached = 40 << 20;  // bytes of a weight that the L2 cache holds
 
 // LANES of a warp take an entry, each VECTORS chunks of it, LANES chunks apart. WIDE: all rows
 // start on 16 bytes.
@@ -126,12 +125,6 @@ __global__ void __launch_bounds__(kThreads) decode_rows(const DecodeArgs args) {
   }
 }
 
-// Of the weight, that a tile of its columns is to have at most.
-int64_t tile_bytes() {
-  const char* asked = std::getenv("SOFTTOPK_TILE_MB");
-  return (asked != nullptr ? std::atoi(asked) : 20) * int64_t(1) << 20;
-}
-
 template <class S, int LANES, int VECTORS>
 void launch_decode(DecodeArgs args, bool wide, void* stream) {
   constexpr int64_t kTile = LANES * VECTORS * Chunk<S>::size;
@@ -158,12 +151,11 @@ void decode(const void* values, const int32_t* indices, const int32_t* counts, i
     const DecodeArgs args = {values, indices, counts, rows, max_active, weight, d, bias, out};
     const bool wide = is_wide(weight, n, d, sizeof(S)) && is_wide(out, rows, d, sizeof(S)) &&
                       is_wide(bias, 1, 0, sizeof(S)) && d * sizeof(S) % 16 == 0;
-    // The columns of a tile in units of 16 bytes.
-    const int64_t fits = tile_bytes() / (n * 16), whole = (d * int64_t(sizeof(S)) + 15) / 16;
-    if (fits >= 64 && whole > 32) return launch_decode<S, 32, 2>(args, wide, stream);
-    if (fits >= 32 && whole > 16) return launch_decode<S, 32, 1>(args, wide, stream);
-    if (fits >= 16 && whole > 8) return launch_decode<S, 16, 1>(args, wide, stream);
-    launch_decode<S, 8, 1>(args, wide, stream);
+    const int64_t size = sizeof(S), chunks = (d * size + 15) / 16;
+    if (chunks <= 8) return launch_decode<S, 8, 1>(args, wide, stream);
+    if (chunks <= 16) return launch_decode<S, 16, 1>(args, wide, stream);
+    if (chunks <= 32 || n * d * size <= kCached) return launch_decode<S, 32, 1>(args, wide, stream);
+    launch_decode<S, 32, 2>(args, wide, stream);
   });
 }
 

@@ -58,19 +58,12 @@ void code_forward(const Rows& z, const PerRow& k, const PerRow& alpha, const Act
   const DeviceGuard guard(device);
   with_type(z.type, [&](auto tag) {
     using S = typename decltype(tag)::type;
-    const bool wide_bias = is_wide(activation.bias, 1, 0, sizeof(S));
     const Device& gpu = device_at(device);
-    const SelectArgs args = {z,
-                             k,
-                             alpha,
-                             activation,
-                             mode,
-                             code,
-                             is_wide(z.data, z.rows, z.stride, sizeof(S)),
-                             wide_bias,
-                             gpu.fed(),
-                             true,
-                             0};
+    const bool wide_x = is_wide(z.data, z.rows, z.stride, sizeof(S));
+    const bool wide_bias = is_wide(activation.bias, 1, 0, sizeof(S));
+    const float threshold = float(activation.threshold) + 0.0f;  // -0 becomes +0
+    const SelectArgs args = {z,      k,         alpha,     activation, mode, code,
+                             wide_x, wide_bias, gpu.fed(), true,       0,    threshold};
     select_rows<S>(args, gpu, stream);
   });
 }

@@ -29,7 +29,8 @@ from softsae.config import AutoencoderConfig, TrainConfig
 from softsae.losses import budget
 from softsae.schedules import Phase
 from softsae.selectors.contract import Selection, Selector
-from softtopk import hard_topk, soft_topk
+from softsae.sparse import Sparse, encode
+from softtopk import SparseCode, hard_topk, soft_topk
 
 STEEPNESS = 6.0  # of the sigmoid between the scores 0 and 10
 HELD_OUT = 5  # one sample in so many measures R^2
@@ -103,6 +104,23 @@ class AdaptiveK(Selector):
             a = a.detach()
         return Selection(a * hard_topk(a.detach(), k_hat), k_hat, a)
 
+    def dense_only(self, phase: Phase) -> None:
+        return None
+
+    def sparse(self, sae, x: Tensor, phase: Phase, sparse: Sparse) -> Selection:
+        self.x = x if phase.step is not None else None
+        learns = torch.is_grad_enabled() and self.learns_by_selection(phase)
+        with torch.set_grad_enabled(learns):
+            k_hat = self.k_hat(x)
+        if learns:
+            code = encode(sae, x, sparse, k_hat, phase.alpha, hard=True, selection_gradient=0.0)
+            return Selection(code, k_hat)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and phase.learns != "decoder"):
+            return Selection(encode(sae, x, sparse, k_hat.detach()), k_hat)
+
+    def most_active(self) -> float:
+        return self.options.k_max
+
     def learns_by_selection(self, phase: Phase) -> bool:
         return phase.step is not None and phase.learns == "all" and self.options.selection_gradient
 
@@ -113,7 +131,8 @@ class AdaptiveK(Selector):
         x, self.x = self.x, None
         if self.options.l1_weight:
             norm = target.norm(dim=1).clamp(min=torch.finfo(target.dtype).tiny)
-            terms["l1"] = (selection.latents.sum(1) / norm).mean()
+            f = selection.latents
+            terms["l1"] = ((f.values if isinstance(f, SparseCode) else f).sum(1) / norm).mean()
         if phase.learns != "all":
             return terms
         if self.options.selection_gradient:

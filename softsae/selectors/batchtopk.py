@@ -17,7 +17,10 @@ from torch import Tensor
 from softsae.config import AutoencoderConfig
 from softsae.schedules import Phase
 from softsae.selectors.contract import Selection, Selector
-from softtopk import hard_topk
+from softsae.sparse import Sparse, encode, only, places
+from softtopk import SparseCode, hard_topk
+
+ROOM = 4  # times k: the places of a row in a batch's code at first; more are made where a row needs them
 
 
 class BatchTopK(Selector):
@@ -45,17 +48,49 @@ class BatchTopK(Selector):
 
     def of_batch(self, a: Tensor) -> Tensor:
         """The mask (B, n) of the k B largest of a."""
-        count = min(math.floor(self.config.k * len(a) + 0.5), a.numel())
+        count = min(self.count(len(a)), a.numel())
         flat = a.reshape(-1)
         return (spread_topk(flat, count) if a.is_cuda else hard_topk(flat, count)).view_as(a)
+
+    def count(self, rows: int) -> int:
+        """How many activations of a batch are kept."""
+        return math.floor(self.config.k * rows + 0.5)
+
+    def dense_only(self, phase: Phase) -> str | None:
+        return None
+
+    def sparse(self, sae, x: Tensor, phase: Phase, sparse: Sparse) -> Selection:
+        room = sparse.max_active or places(self.most_active())
+        if phase.step is None:
+            threshold = self.threshold.float().expand(self.config.n).contiguous()
+            code = encode(sae, x, sparse, self.config.n, threshold=threshold, max_active=room)
+            return Selection(code, code.counts.float())
+        # The batch's largest are among the rows' largest, as long as each row has one left that is not kept.
+        most = encode(sae, x, sparse, room, max_active=room, check=False)
+        kept = self.of_code(most)
+        code = only(most, kept)
+        overflow = (code.counts == room).any()
+        self.follow(most.values.detach(), kept, overflow)
+        return Selection(code, code.counts.float(), overflow=overflow)
+
+    def of_code(self, code: SparseCode) -> Tensor:
+        """The mask (B, C) of the entries that are among the k B largest of the batch."""
+        values = code.values.detach()
+        count = min(self.count(len(values)), values.numel())
+        flat = values.reshape(-1)
+        mask = spread_topk(flat, count) if flat.is_cuda else hard_topk(flat, count)
+        return (mask.view_as(values) > 0) & (values > 0)
+
+    def most_active(self) -> float:
+        return min(ROOM * self.config.k, self.config.n)
 
     def smallest(self, kept: Tensor) -> Tensor:
         """Of the positive activations kept (B, n), inf where there are none."""
         return torch.where(kept > 0, kept, torch.inf).min()
 
     @torch.no_grad()
-    def follow(self, a: Tensor, mask: Tensor):
-        """Move the threshold to the smallest activation that is kept."""
+    def follow(self, a: Tensor, mask: Tensor, skip: Tensor | None = None):
+        """Move the threshold to the smallest activation that is kept; not where `skip`, () bool, is True."""
         self.steps += 1
         smallest = self.smallest(a * mask)
         decay = self.options.threshold_decay
@@ -63,7 +98,10 @@ class BatchTopK(Selector):
         moved = torch.where(
             self.threshold.isfinite() & (self.steps > self.options.threshold_from), mean, smallest
         )
-        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+        known = smallest.isfinite()
+        if skip is not None:
+            known = known & ~skip
+        self.threshold.copy_(torch.where(known, moved, self.threshold))
 
 
 class FeatureChoice(BatchTopK):
@@ -78,6 +116,9 @@ class FeatureChoice(BatchTopK):
 
     def smallest(self, kept: Tensor) -> Tensor:
         return torch.where(kept > 0, kept, torch.inf).amin(0)
+
+    def dense_only(self, phase: Phase) -> str | None:
+        return None if phase.step is None else "FeatureChoice ranks the samples of each latent"
 
 
 def spread_topk(a: Tensor, count: int) -> Tensor:

@@ -9,21 +9,25 @@ from torch import Tensor, nn
 
 from softsae.config import AutoencoderConfig, TrainConfig
 from softsae.schedules import Phase
-from softtopk import hard_topk
+from softsae.sparse import Sparse, encode
+from softtopk import SparseCode, hard_topk
 
 if TYPE_CHECKING:
     from softsae.autoencoder import SparseAutoencoder
 
 
 class Selection(NamedTuple):
-    """latents (B, n): activations times their gates. k_hat (B,): the float32 budget of each row.
+    """latents (B, n): activations times their gates, dense or a code. k_hat (B,): the float32 budgets.
 
-    activations (B, n): what a top-k rule selected from, >= 0, with its gradient; None of other rules.
+    activations (B, n): what a top-k rule selected from, >= 0, with its gradient; None of other rules and
+    beside a code. overflow () bool: whether a code has less than was selected, where it does not say so
+    itself.
     """
 
-    latents: Tensor
+    latents: Tensor | SparseCode
     k_hat: Tensor
     activations: Tensor | None = None
+    overflow: Tensor | None = None
 
 
 class Selector(nn.Module):
@@ -35,6 +39,15 @@ class Selector(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
+
+    def normed(self) -> tuple[str, ...]:
+        """The autoencoder's weights, W_dec apart, with gradients of a sparse pass that come from one function
+        which leaves squared norms (`Sparse.squares`): W_enc, where it is in `softsae.sparse.encode` alone."""
+        return ("W_enc",)
+
+    def expected_active(self) -> float:
+        """The mean number of active latents in a row of a code, as far as it is known before training."""
+        return self.config.k
 
     @classmethod
     def check(cls, config: AutoencoderConfig, source):
@@ -63,6 +76,21 @@ class Selector(nn.Module):
         """
         raise NotImplementedError
 
+    def dense_only(self, phase: Phase) -> str | None:
+        """Why the rule has no sparse path in a phase, None where it has one."""
+        return f"{type(self).__name__} has no sparse path"
+
+    def sparse(self, sae: SparseAutoencoder, x: Tensor, phase: Phase, sparse: Sparse) -> Selection:
+        """Select without anything of size (B, n) but the pre-activations, as `forward` does.
+
+        x (B, d) is normalised; the rule encodes it by `softsae.sparse.encode`.
+        """
+        raise NotImplementedError(self.dense_only(phase))
+
+    def most_active(self) -> float:
+        """The most latents of a row that a code should have room for at first."""
+        return self.config.k
+
     def activations(self, sae: SparseAutoencoder, pre: Tensor) -> Tensor:
         """What a k given at inference chooses from, (B, n): relu(pre) (B, n), which may be overwritten.
 
@@ -74,6 +102,10 @@ class Selector(nn.Module):
         """The round-half-up(k) largest `activations` of every row, k (B,), in place of the rule."""
         a = self.activations(sae, pre)
         return Selection(a * hard_topk(a.detach(), k), torch.floor(k + 0.5), a)
+
+    def sparse_largest(self, sae: SparseAutoencoder, x: Tensor, k: Tensor, sparse: Sparse) -> Selection:
+        """The same as a code, of normalised x (B, d), for a rule with a sparse path."""
+        return Selection(encode(sae, x, sparse, k), torch.floor(k + 0.5))
 
     def loss_terms(
         self, sae: SparseAutoencoder, target: Tensor, selection: Selection, phase: Phase

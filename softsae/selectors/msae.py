@@ -9,6 +9,7 @@ W_dec that they choose, many by a product with all of W_dec. Inference uses `k`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from softsae import losses
 from softsae.config import AutoencoderConfig
 from softsae.schedules import Phase
 from softsae.selectors.contract import Selection, Selector
-from softtopk import hard_topk
+from softsae.sparse import Sparse, decode_groups, encode
+from softtopk import SparseCode, hard_topk
 
 FEW = 32  # up to n / 32 latents a row, adding rows of W_dec takes less than the product
 
@@ -30,7 +32,9 @@ class MSAE(Selector):
         super().__init__(config)
         self.options = config.msae
         self.k = math.floor(config.k + 0.5)
-        self.ranking: Tensor | None = None  # of the last training pass, for its loss terms
+        # Of the last training pass, for its loss terms: the ranking or, of a sparse one, what it needs.
+        self.ranking: Tensor | None = None
+        self.nested: tuple[SparseCode, Tensor, Sparse] | None = None
 
     def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
         a = torch.relu_(pre)  # [B, n]
@@ -48,19 +52,50 @@ class MSAE(Selector):
         order = values.argsort(dim=1, descending=True, stable=True)
         return indices.clamp(min=0).gather(1, order)  # -1 stands in a row of NaN
 
+    def dense_only(self, phase: Phase) -> str | None:
+        if phase.step is not None and self.options.ks[-1] >= self.config.n:
+            return f"ks holds n={self.config.n}: all activations are decoded"
+        return None
+
+    def sparse(self, sae, x: Tensor, phase: Phase, sparse: Sparse) -> Selection:
+        k_hat = torch.full(x.shape[:1], float(self.k), device=x.device)
+        if phase.step is None:
+            return Selection(encode(sae, x, sparse, self.k), k_hat)
+        code = encode(sae, x, sparse, self.options.ks[-1])
+        values = code.values.detach()
+        order = values.argsort(dim=1, descending=True, stable=True)
+        place = torch.arange(values.shape[1], device=x.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(1, order, place)  # (B, C)
+        self.nested = code, sum((rank >= k).int() for k in self.options.ks), sparse
+        return Selection(code.with_values(torch.where(rank < self.k, code.values, 0)), k_hat)
+
+    def expected_active(self) -> float:
+        return self.options.ks[-1]
+
+    def most_active(self) -> float:
+        return self.options.ks[-1]
+
     def loss_terms(self, sae, target: Tensor, selection: Selection, phase: Phase) -> dict[str, Tensor]:
         if phase.step is None:
             return {}
-        a, ranking, self.ranking = selection.activations, self.ranking, None
         ks = self.options.ks
-        x_hat, start, terms = sae.b_dec, 0, []
-        for k in ks:
-            x_hat = x_hat + self.between(sae.W_dec, a, ranking, start, k)
-            terms.append(losses.reconstruction(target, x_hat))
-            start = k
+        terms = [losses.reconstruction(target, x_hat) for x_hat in self.reconstructions(sae, selection)]
         weights = range(len(ks), 0, -1) if self.options.weighting == "reverse" else [1] * len(ks)
         mean = sum(weight * term for weight, term in zip(weights, terms, strict=True)) / sum(weights)
         return {"reconstruction": mean}
+
+    def reconstructions(self, sae, selection: Selection) -> Iterator[Tensor]:
+        """Of the k largest activations for every k of the list."""
+        if self.nested is not None:
+            (code, group, sparse), self.nested = self.nested, None
+            yield from decode_groups(sae, code, group, len(self.options.ks), sparse)
+            return
+        a, ranking, self.ranking = selection.activations, self.ranking, None
+        x_hat, start = sae.b_dec, 0
+        for k in self.options.ks:
+            x_hat = x_hat + self.between(sae.W_dec, a, ranking, start, k)
+            yield x_hat
+            start = k
 
     def between(self, W_dec: Tensor, a: Tensor, ranking: Tensor, start: int, end: int) -> Tensor:
         """Decode the activations a (B, n) of the ranks start ... end - 1 of each row."""

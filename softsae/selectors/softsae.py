@@ -18,6 +18,7 @@ from softsae.k_estimator import KEstimator
 from softsae.losses import budget
 from softsae.schedules import Phase
 from softsae.selectors.contract import Selection, Selector
+from softsae.sparse import Sparse, encode
 from softtopk import hard_topk, soft_topk
 
 BELOW_ACTIVE = math.nextafter(2.0**-24, 0.0)  # a gate of at least 2^-24 counts as active
@@ -46,6 +47,34 @@ class SoftSAE(Selector):
             else:
                 torch.threshold_(p, BELOW_ACTIVE, 0.0)
         return Selection(a * p, k_hat, a)
+
+    def dense_only(self, phase: Phase) -> str | None:
+        floor = self.config.softsae.rounding == "floor"
+        if phase.hard and phase.learns == "all" and floor and phase.step is not None:
+            return "rounding 'floor' with hard_phase 'all': a code has the mask of the rounded budget"
+        return None
+
+    def sparse(self, sae, x: Tensor, phase: Phase, sparse: Sparse) -> Selection:
+        learns = torch.is_grad_enabled() and phase.learns == "all"
+        with torch.set_grad_enabled(learns):
+            k_hat = self.estimator(sae, x, None, sparse)  # [B]
+        floor = self.config.softsae.rounding == "floor"
+        if phase.hard and (floor or not learns):
+            k = k_hat.detach().floor() if floor else k_hat.detach()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and phase.learns != "decoder"):
+                return Selection(encode(sae, x, sparse, k), k_hat)
+        share = {"all": 1.0, "k": 0.0}.get(self.config.softsae.selection_gradient)
+        share = self.config.softsae.selection_gradient if share is None else share
+        code = encode(sae, x, sparse, k_hat, phase.alpha, hard=phase.hard, selection_gradient=share)
+        return Selection(code, k_hat)
+
+    def normed(self) -> tuple[str, ...]:
+        options = self.config.softsae.estimator
+        own = options.kind in ("wide", "bottleneck") and options.input == "x"
+        return (*(() if options.moves_encoder else ("W_enc",)), *(("selector.estimator.W",) if own else ()))
+
+    def most_active(self) -> float:
+        return self.config.softsae.k_max
 
     def routed(self, a: Tensor) -> Tensor:
         """a, with as much of the selection's gradient as selection_gradient lets through."""

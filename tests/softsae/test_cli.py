@@ -164,7 +164,8 @@ def test_train_takes_an_npy_file(tmp_path):
     [
         (
             ["nothing"],
-            "unknown command 'nothing'; choose one of demo, collect, train, sweep, eval, recipes, info",
+            "unknown command 'nothing'; choose one of demo, collect, train, sweep, eval, encode, recipes,"
+            " info",
         ),
         (["train", "--out", "{tmp}/r"], "activations"),
         (["train", "--out", "{tmp}/r", "--activations", "{tmp}/no"], "activations '{tmp}/no' do not exist"),

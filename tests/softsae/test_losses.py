@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from softsae import AutoencoderConfig, SparseAutoencoder, losses
+from softsae.dead import DeadLatents
 
 
 def test_reconstruction_sums_over_dimensions_and_averages_over_samples():
@@ -53,25 +54,28 @@ def test_auxk_without_error_is_finite():
     assert losses.auxk(torch.zeros(4, 6), torch.zeros(4, 2), torch.randn(2, 6)).item() == 0
 
 
+def dead(listed) -> list[int]:
+    return listed.indices[listed.valid].tolist()
+
+
 def test_dead_latents_are_counted_in_samples():
-    tracker = losses.DeadLatents(3, dead_after=10)
-    only_first = torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0]])
-    second = torch.tensor([[0.0, 0.5, 0.0]])
+    tracker = DeadLatents(3, dead_after=10, most=2)
+    only_first, second = torch.eye(3, dtype=torch.bool)[:2]
     for _ in range(5):
         tracker.update(only_first, 2)
     assert tracker.count().item() == 0  # silent for 10, not more
     tracker.update(second, 1)
     assert tracker.silent_for.tolist() == [1, 0, 11]
-    assert tracker.refresh(0).tolist() == [2]
+    assert dead(tracker.refresh(0)) == [2]
 
 
 def test_list_of_the_dead_is_renewed_only_every_refresh_steps():
-    tracker = losses.DeadLatents(2, dead_after=1)
-    tracker.update(torch.zeros(2, 2), 2)
-    assert tracker.refresh(0).tolist() == [0, 1]
-    tracker.update(torch.tensor([[1.0, 0.0]]), 1)
-    assert tracker.refresh(1).tolist() == [0, 1]
-    assert tracker.refresh(tracker.REFRESH).tolist() == [1]
+    tracker = DeadLatents(2, dead_after=1, most=2)
+    tracker.update(torch.zeros(2, dtype=torch.bool), 2)
+    assert dead(tracker.refresh(0)) == [0, 1]
+    tracker.update(torch.tensor([True, False]), 1)
+    assert dead(tracker.refresh(1)) == [0, 1]
+    assert dead(tracker.refresh(tracker.REFRESH)) == [1]
 
 
 def test_nested_reconstruction_is_the_mean_over_prefixes():

@@ -104,7 +104,7 @@ def test_overflow_in_encode(backend, device):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that a tensor made by an operator has."""
+    """The most bytes that a tensor made by an operator has."""
 
     most = 0
 
@@ -112,7 +112,7 @@ class Largest(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, Tensor):
-                self.most = max(self.most, t.numel())
+                self.most = max(self.most, t.nbytes)
         return out
 
 
@@ -121,7 +121,7 @@ def test_nothing_of_the_size_of_the_latents_is_kept_or_made(backend, device, mod
     """In the backward of encode and decode, and between forward and backward."""
     if backend == "reference":
         pytest.skip("the reference makes a row for every entry")
-    rows, d, n = 64, 4, 2000
+    rows, d, n = 64, 4, 600
     x, encoder, bias, decoder, out, *_ = autoencoder(rows, d, n, device=device, dtype=torch.float32)
     at = leaves(x, encoder, bias, decoder, out)
     saved = []
@@ -134,7 +134,7 @@ def test_nothing_of_the_size_of_the_latents_is_kept_or_made(backend, device, mod
     with Largest() as made:
         torch.autograd.grad(loss, at)
     assert max(saved) <= n * d < rows * n / 4
-    assert made.most < rows * n / 4
+    assert made.most < rows * n  # a quarter of the pre-activations, in float32
 
 
 @pytest.mark.parametrize("mode", ["soft", "straight_through", "hard"])

@@ -4,7 +4,7 @@ A row is kept in registers where it fits, and swept in chunks otherwise; nothing
 synchronisation, atomic or inline assembly is used, and no scratch memory but the output. With
 SOFTTOPK_AUTOTUNE=1 in the environment tile sizes are measured on first use and remembered, see
 autotune.py. With TRITON_INTERPRET=1 there before triton is first imported, the kernels run on the
-CPU, slowly, for tests.
+CPU, slowly, for tests. The sparse path is in sparse.py.
 """
 
 from __future__ import annotations

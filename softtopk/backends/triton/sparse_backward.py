@@ -110,8 +110,7 @@ def code_backward_kernel(
         start += BLOCK
     covariance = tl.sum(products) - (t_out - Q_out * mean_t) * (v_pivot + mean_v)
 
-    bound = (P == 0) & (Q == 0)  # k outside its range
-    to_k = tl.where(bound, 0, v_pivot + mean_v)
+    to_k = v_pivot + mean_v  # 0 where k was clamped: there q = 0
     to_alpha = tl.where(R == 0, 0, -(R * scale) * (covariance * slope))
     tl.store(grad_k + row, tl.where(bad, float("nan"), to_k))
     tl.store(grad_alpha + row, tl.where(bad, float("nan"), to_alpha))

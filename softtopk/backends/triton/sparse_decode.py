@@ -6,7 +6,6 @@ programs of one tile are neighbours, so that the weight's columns of that tile s
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

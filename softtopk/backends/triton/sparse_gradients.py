@@ -27,7 +27,7 @@ def entry_sums(
     scale, entries, first, end, y, weight, dots, latent, places, d, column, inside,
     T: tl.constexpr, AHEAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The sums of scale y, (TILE,), and of scale, over entries first ... end - 1 of a latent; stores the dots."""
+    """The sums of scale y, (TILE,), and of scale over entries first ... end - 1; stores the dots."""
     total = tl.zeros([TILE], T)
     factors = tl.zeros([AHEAD], T)
     if weight is not None:

@@ -58,9 +58,9 @@ def outside_sums(
     source, n, last, positives, near, r_A, r_B, q_A, q_B, reach, scale, rate, v, ties,
     MODE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Q_out and M_out: the sums of q and of q (a - anchor) / alpha over the elements that are not stored: those
-    that are no entries and those behind `last`. The zeros among them are all alike, and where the largest
-    other one, `near`, has no share that counts, so have none."""
+    """Q_out and M_out: the sums of q and of q (a - anchor) / alpha over the elements that are not stored,
+    those that are no entries and those behind `last`. The zeros among them are all alike; of the others
+    none has a share that counts where `near`, the largest, has none."""
     T: tl.constexpr = r_A.dtype
     NEGLIGIBLE: tl.constexpr = 128 if T == tl.float64 else 64
     anchor = tl.where(r_B == -INF, r_A, r_B)

@@ -101,8 +101,11 @@ def rounded(x, TYPE: tl.constexpr):
 @triton.jit
 def activated(source, start, places, inside, T: tl.constexpr):
     """The activations of a row at start + places, -inf where not inside: z = x + bias, rounded to x's dtype,
-    where it is above the threshold or a NaN, else 0. source: (x, bias or None, thresholds or None, threshold),
-    the pointer of the row, two of n elements, and the threshold of all elements in T."""
+    where it is above the threshold or a NaN, else 0.
+
+    source is (x, bias or None, thresholds or None, threshold): pointers to the row and to n elements each,
+    and the threshold that all have in T where there are no others.
+    """
     z = tl.load(element(source[0] + start, places), mask=inside, other=0)
     if source[1] is not None:
         added = z.to(T) + tl.load(element(source[1] + start, places), mask=inside, other=0).to(T)

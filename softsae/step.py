@@ -1,0 +1,199 @@
+"""One step of training as a function of a batch: losses, gradients, clip, update, what was active.
+
+Nothing in it waits for the device, and which kernels it launches depends on its plan alone, not on what
+tensors hold: so it runs as it is, or is recorded in a CUDA graph (softsae/graph.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softsae import metrics
+from softsae.autoencoder import SparseAutoencoder
+from softsae.config import RunConfig
+from softsae.dead import DeadLatents, DeadList, Revived
+from softsae.output import Output
+from softsae.schedules import Phase
+from softsae.sparse import Sparse
+from softtopk.optim import Adam, clip_factor
+
+
+class Numbers(NamedTuple):
+    """What changes from step to step: numbers or, in a recorded step, 0-d tensors that are written before.
+
+    phase: its alpha and k_target are such numbers as well. weights: of the loss terms by name, 1 where a
+    name is missing.
+    """
+
+    phase: Phase
+    lr: float | Tensor
+    weights: dict[str, float | Tensor]
+
+
+class Result(NamedTuple):
+    """What a step leaves on the device: scalars by name, and what others are made from where they are wanted
+    (`Step.report`): reconstruction (B, d_out) in normalised units, k_hat (B,) and fired (n,) bool."""
+
+    scalars: dict[str, Tensor]
+    reconstruction: Tensor
+    k_hat: Tensor
+    fired: Tensor
+
+
+class Plan(NamedTuple):
+    """What decides the kernels of a step, apart from the phase: whether it is sparse and if so with how many
+    places for a row, and the list of the dead latents, of which the length counts."""
+
+    max_active: int | None
+    dead: DeadList
+
+
+class Support(NamedTuple):
+    """What steps leave behind on the device for the choice of the path."""
+
+    mean: Tensor  # () active latents of a row in the last batch
+    most: Tensor  # () the most that a row had since this was last set to 0
+    skipped: Tensor  # () steps that were skipped, because a code had no room for its row
+
+    @classmethod
+    def of(cls, memory: Tensor) -> Support:
+        """The views of one tensor (3,)."""
+        return cls(*memory)
+
+
+class Step:
+    """Steps of one autoencoder.
+
+    Args:
+        sae: the autoencoder.
+        config: resolved.
+        optimizer: over the autoencoder's parameters and, as a second group, the estimator's.
+        dead: the tracker that counts the batches.
+        support: what is measured.
+        measure: whether dense steps measure as well.
+    """
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        config: RunConfig,
+        optimizer: Adam,
+        dead: DeadLatents,
+        support: Support,
+        measure: bool,
+    ):
+        self.sae, self.train, self.optimizer, self.dead = sae, config.train, optimizer, dead
+        self.support, self.measure = support, measure
+        self.names = {parameter: name for name, parameter in sae.named_parameters()}
+        self.squares: dict[str, Tensor] = {}
+        self.ready = False
+
+    def prepare_sparse(self):
+        """Make what sparse steps need besides the weights: copies in the dtype of the products, which the
+        optimizer then keeps up to date, and the buffers of squared norms."""
+        if self.ready:
+            return
+        self.ready = True
+        if self.train.dtype == "bfloat16":
+            for parameter in self.names:
+                if parameter.dim() == 2:
+                    self.optimizer.copies[parameter] = parameter.detach().bfloat16()
+        parameters = dict(self.sae.named_parameters())
+        for name in ("W_dec", *self.sae.selector.normed()):
+            if parameters[name].dtype == torch.float32:
+                self.squares[name] = parameters[name].new_zeros(len(parameters[name]))
+
+    def how(self, plan: Plan) -> Sparse | None:
+        if plan.max_active is None:
+            return None
+        copies = {self.names[parameter]: copy for parameter, copy in self.optimizer.copies.items()}
+        return Sparse(plan.max_active, False, copies, self.squares, project=True)
+
+    def __call__(self, x: Tensor, target: Tensor | None, numbers: Numbers, plan: Plan) -> Result:
+        """One step on x (B, d)."""
+        sae, train, how = self.sae, self.train, self.how(plan)
+        self.optimizer.zero_grad(set_to_none=True)
+        for squares in self.squares.values():
+            squares.zero_()
+        autocast = how is None and train.dtype == "bfloat16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+            out = sae(x, numbers.phase, target, how=how)
+            terms = dict(out.losses)
+            revived = Revived(sae, plan.dead, how) if train.auxk_weight and len(plan.dead.indices) else None
+            if revived is not None:
+                terms["auxk"] = revived.loss(x, out.reconstruction, target)
+        loss = sum(numbers.weights.get(name, 1.0) * term for name, term in terms.items())
+        loss.backward()
+        if revived is not None:
+            revived.add_gradients()
+        if how is None:
+            sae.project_decoder_gradient()
+        scale, norms = self.clip({} if how is None else how.squares)
+        for group in self.optimizer.param_groups:
+            group["lr"] = numbers.lr * group["multiplier"]
+        self.optimizer.step(scale=scale, found_inf=out.overflow)
+        l0, fired = self.count(out, len(x))
+        scalars = {
+            "loss": loss.detach(),
+            **{f"loss_{name}": term.detach() for name, term in terms.items()},
+            "l0": l0,
+            **norms,
+        }
+        return Result(scalars, out.reconstruction.detach(), out.k_hat.detach(), fired)
+
+    def clip(self, known: Mapping[str, Tensor]) -> tuple[Tensor | tuple[Tensor, ...], dict[str, Tensor]]:
+        """What gradients are to be multiplied by, the estimator's apart or with the others, and their norms.
+
+        known: the squared norms of gradients' rows that the backward pass has left, by parameter.
+        """
+        train = self.train
+        squares = [self.squares_of(group["params"], known) for group in self.optimizer.param_groups]
+        if train.clip == "global":
+            scale, norm = clip_factor(sum(squares, []), train.clip_norm)
+            return scale, {"grad_norm": norm}
+        limits = (train.clip_norm, train.estimator_clip_norm)
+        clips = [clip_factor(parts, limit) for parts, limit in zip(squares, limits, strict=False)]
+        scales, norms = zip(*clips, strict=True)
+        return scales, dict(zip(("grad_norm", "estimator_grad_norm"), norms, strict=False))
+
+    def squares_of(self, parameters: list[Tensor], known: Mapping[str, Tensor]) -> list[Tensor]:
+        """Parts of the squared norm of the parameters' gradients."""
+        learning = [parameter for parameter in parameters if parameter.grad is not None]
+        parts = [known[name] for name in map(self.names.get, learning) if name in known]
+        others = [parameter.grad for parameter in learning if self.names[parameter] not in known]
+        if others:
+            parts += [norm.square() for norm in torch._foreach_norm(others)]
+        return parts or [self.sae.b_enc.new_zeros(1)]
+
+    @torch.no_grad()
+    def count(self, out: Output, samples: int) -> tuple[Tensor, Tensor]:
+        """Count the batch's active latents; their mean number in a row, and which were active (n,)."""
+        if out.code is not None:
+            counts, fired, l0 = out.code.counts, out.code.fired(), out.code.l0()
+        else:
+            active = out.latents.detach() != 0
+            counts, fired = active.sum(1), active.any(0)
+            l0 = counts.sum() / samples
+        self.dead.update(fired, samples)
+        if self.measure or out.code is not None:
+            self.support.mean.copy_(counts.sum() / samples)
+            self.support.most.copy_(torch.maximum(self.support.most, counts.max()))
+        if out.overflow is not None:
+            self.support.skipped.add_(out.overflow)
+        return l0, fired
+
+    @torch.no_grad()
+    def report(self, result: Result, wanted: Tensor) -> dict[str, Tensor]:
+        """What is to be logged of a step on a batch that was to be reconstructed."""
+        x_hat, k_hat = self.sae.denormalize(result.reconstruction), result.k_hat
+        return {
+            **result.scalars,
+            "explained_variance": metrics.explained_variance(wanted, x_hat),
+            "k_hat_mean": k_hat.mean(),
+            "k_hat_sd": k_hat.std(correction=0),
+            "dead_latents": self.dead.count(),
+        }
