@@ -145,29 +145,28 @@ struct Columns {
   }
 };
 
-// What the warps add to the sums of a block: to the dot of each entry, to the square of each
-// latent.
-template <class T, int WARPS>
-struct OfWarps {
-  T dots[WARPS][kMost], squares[WARPS][kMost];
-  T along[2][WARPS];  // <grad, weight> of two latents in turn
+// What the warps add to the sums of a block, in dynamic shared memory: to the dot of each entry, to
+// the square of each latent, and to <grad, weight> of two latents in turn.
+template <class T>
+struct OfWarp {
+  T dots[kMost], squares[kMost], along[2];
 };
 
-// Blocks of VECTORS = 1 have up to 512 threads, the others up to 256.
+// With one vector to a thread registers suffice for the largest blocks.
 template <int VECTORS>
-inline constexpr int kMostWarps = VECTORS == 1 ? 16 : 8;
+inline constexpr int kMostThreads = VECTORS == 1 ? 1024 : 256;
 
 template <class S, class O, int VECTORS, bool WIDE, bool DOTS>
-__global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS >= 4 ? 1 : 2)
-    add_pieces(const GradientArgs args) {
+__global__ void __launch_bounds__(kMostThreads<VECTORS>) add_pieces(const GradientArgs args) {
   using T = Compute<S>;
   using Own = Columns<S, VECTORS, WIDE>;
-  constexpr int kSize = Chunk<S>::size, kTogether = 4, kWarps = kMostWarps<VECTORS>;
-  constexpr int kAhead = VECTORS <= 4 ? kTogether : 1;  // as many rows as registers hold
+  constexpr int kSize = Chunk<S>::size, kTogether = 4;
+  constexpr int kAhead = VECTORS == 1 ? kTogether : 1;  // as many rows as registers hold
+  extern __shared__ __align__(16) unsigned char memory[];
   __shared__ Entry<T> piece[kMost];
   __shared__ int32_t places[kMost], latents[kMost];  // of entries; of the block's latents in turn
-  __shared__ OfWarps<T, kWarps> of_warps;
-  __shared__ int32_t known;  // how many latents
+  __shared__ int32_t known;                          // how many latents
+  OfWarp<T>* const of_warps = reinterpret_cast<OfWarp<T>*>(memory);
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32, warps = int(blockDim.x) / 32;
   const int32_t total = args.offsets[args.n], begin = int32_t(blockIdx.x) * kPiece;
   if (begin >= total) return;
@@ -240,10 +239,10 @@ __global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS >= 4 ? 1 : 2
       if constexpr (DOTS) {
         if (args.project) {
           const T own = sum_of_warp(along);
-          if (lane == 0) of_warps.along[latent % 2][warp] = own;
+          if (lane == 0) of_warps[warp].along[latent % 2] = own;
           __syncthreads();
           T all = 0;
-          for (int other = 0; other < warps; ++other) all += of_warps.along[latent % 2][other];
+          for (int other = 0; other < warps; ++other) all += of_warps[other].along[latent % 2];
 #pragma unroll
           for (int v = 0; v < VECTORS; ++v) {
 #pragma unroll
@@ -262,7 +261,7 @@ __global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS >= 4 ? 1 : 2
           for (const T x : sum[v]) square += x * x;
         }
         square = sum_of_warp(square);
-        if (lane == 0) of_warps.squares[warp][latent] = square;
+        if (lane == 0) of_warps[warp].squares[latent] = square;
       }
       if (args.sums != nullptr && t == 0) {
         static_cast<T*>(args.sums)[latents[latent]] = of_scales;
@@ -317,7 +316,7 @@ __global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS >= 4 ? 1 : 2
     }
     if constexpr (DOTS) {
       const T four = sum_of_four(dots);
-      if (lane % 8 == 0 && base + lane / 8 < count) of_warps.dots[warp][base + lane / 8] = four;
+      if (lane % 8 == 0 && base + lane / 8 < count) of_warps[warp].dots[base + lane / 8] = four;
     }
   }
   if (!DOTS && args.squares == nullptr) return;
@@ -325,7 +324,7 @@ __global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS >= 4 ? 1 : 2
   for (int i = t; i < count; i += int(blockDim.x)) {
     if constexpr (DOTS) {
       T dot = 0;
-      for (int other = 0; other < warps; ++other) dot += of_warps.dots[other][i];
+      for (int other = 0; other < warps; ++other) dot += of_warps[other].dots[i];
       static_cast<T*>(args.dots)[places[i]] = dot;
     }
     if (!(piece[i].flags & kLast) || piece[i].flags & kShared || args.squares == nullptr) continue;
@@ -333,7 +332,7 @@ __global__ void __launch_bounds__(kMostWarps<VECTORS> * 32, VECTORS >= 4 ? 1 : 2
     int which = -1;
     for (int before = 0; before <= i; ++before) which += piece[before].flags & kFresh;
     T square = 0;
-    for (int other = 0; other < warps; ++other) square += of_warps.squares[other][which];
+    for (int other = 0; other < warps; ++other) square += of_warps[other].squares[which];
     static_cast<T*>(args.squares)[latents[which]] = square;
   }
 }
@@ -432,52 +431,47 @@ int64_t pieces_of(int64_t rows, int64_t max_active) {
 }
 
 void run(void (*kernel)(GradientArgs), GradientArgs args, int64_t blocks, int64_t threads,
-         void* stream) {
+         void* stream, int64_t shared = 0) {
   if (blocks == 0) return;
   void* pointers[] = {&args};
-  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0,
-                         static_cast<cudaStream_t>(stream)),
+  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers,
+                         size_t(shared), static_cast<cudaStream_t>(stream)),
         "kernel launch");
 }
 
 template <class S, class O, int VECTORS, bool WIDE>
 void add(const GradientArgs& args, int64_t pieces, int64_t threads, void* stream) {
-  if (args.weight != nullptr) {
-    run(add_pieces<S, O, VECTORS, WIDE, true>, args, pieces, threads, stream);
-  } else {
-    run(add_pieces<S, O, VECTORS, WIDE, false>, args, pieces, threads, stream);
-  }
+  const auto kernel = args.weight != nullptr ? add_pieces<S, O, VECTORS, WIDE, true>
+                                             : add_pieces<S, O, VECTORS, WIDE, false>;
+  const int64_t shared = threads / 32 * int64_t(sizeof(OfWarp<Compute<S>>));
+  if (shared > 32 * 1024) allow_shared_once(reinterpret_cast<const void*>(kernel));
+  run(kernel, args, pieces, threads, stream, shared);
 }
 
 template <class S, class O>
 void gradients(const GradientArgs& args, int64_t rows, void* stream) {
-  constexpr int64_t kSize = Chunk<S>::size;
+  constexpr int64_t kSize = Chunk<S>::size, kMostColumns = 8 * kMostThreads<8> * kSize;
   const int64_t d = args.d, pieces = pieces_of(rows, args.max_active);
   const bool wide = is_wide(args.y, rows, d, sizeof(S)) &&
                     is_wide(args.weight, args.n, d, sizeof(S)) &&
                     is_wide(args.grad, args.n, d, sizeof(O)) && d % kSize == 0;
-  const int64_t chunks = (d + kSize - 1) / kSize;
-  const auto threads = [&](int64_t each) {
-    return std::max<int64_t>(((chunks + each - 1) / each + 31) / 32, 1) * 32;  // d may be 0
-  };
-  constexpr int64_t kMostColumns = 8 * 32 * kMostWarps<8> * kSize;
   if (d > kMostColumns) {
     throw std::runtime_error("softtopk: d=" + std::to_string(d) +
                              " is more than the CUDA backend's gradients take of this type, " +
                              std::to_string(kMostColumns));
   }
+  // Whole warps, at least one: d may be 0.
+  const auto threads = [&](int64_t vectors) {
+    const int64_t columns = vectors * kSize * 32;
+    return std::max<int64_t>((d + columns - 1) / columns, 1) * 32;
+  };
   run(find_pieces, args, (args.n + kFinishing - 1) / kFinishing, kFinishing, stream);
-  const auto fits = [&](int64_t each) { return threads(each) <= (each == 1 ? 512 : 256); };
-  if (!wide) {
+  if (threads(1) > kMostThreads<1>) {
     add<S, O, 8, false>(args, pieces, threads(8), stream);
-  } else if (fits(1)) {
+  } else if (wide) {
     add<S, O, 1, true>(args, pieces, threads(1), stream);
-  } else if (fits(2)) {
-    add<S, O, 2, true>(args, pieces, threads(2), stream);
-  } else if (fits(3)) {
-    add<S, O, 3, true>(args, pieces, threads(3), stream);
   } else {
-    add<S, O, 8, true>(args, pieces, threads(8), stream);
+    add<S, O, 1, false>(args, pieces, threads(1), stream);
   }
   run(add_partial<S, O>, args, std::min<int64_t>({pieces, args.n, 2048}), kFinishing, stream);
   run(clear_silent<Compute<S>, O>, args, (args.n + kFinishing - 1) / kFinishing, kFinishing,
