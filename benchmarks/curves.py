@@ -31,15 +31,17 @@ from softsae.metrics import evaluate
 from softsae.options import DemoOptions
 from softsae.text import corpus
 
+NUDGED = "dense float32, lr up by 1e-6 of it"  # how far roundings alone take two trainings apart
 WAYS = {  # name -> (path, dtype of the products); the first is what the others are held against
     "dense float32": ("dense", "float32"),
     "sparse float32": ("sparse", "float32"),
     "dense bfloat16": ("dense", "bfloat16"),
     "sparse bfloat16": ("sparse", "bfloat16"),
+    NUDGED: ("dense", "float32"),
 }
 EVERY = 10  # steps between losses
 WINDOW = 5  # losses that are averaged
-COLOURS = ("black", "#3182bd", "#fdae6b", "#b2182b")
+COLOURS = ("black", "#3182bd", "#fdae6b", "#b2182b", "0.6")
 
 
 def smoothed(losses: list[float]) -> list[float]:
@@ -92,7 +94,7 @@ def train(args: argparse.Namespace, name: str, source, held_out: torch.Tensor) -
     training = TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,
-        lr=args.lr,
+        lr=args.lr * (1 + 1e-6) if name == NUDGED else args.lr,
         dtype=dtype,
         path=path,
         device=args.device,
@@ -141,7 +143,7 @@ def draw(path: Path, rows: list[dict], title: str) -> None:
     above.legend(frameon=False)
     for panel in (above, below):
         panel.spines[["top", "right"]].set_visible(False)
-    above.title.set_fontsize(9)
+    above.title.set_fontsize(7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
