@@ -17,7 +17,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks import plots, speed_tables
+from benchmarks import plots, sparse_plots, sparse_tables, speed_tables
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.tables import caption, load, markdown
 
@@ -186,6 +186,7 @@ TABLES = {
     "fuzz": fuzz,
     "transformer": transformer,
     **speed_tables.TABLES,
+    **sparse_tables.TABLES,
 }
 
 
@@ -200,7 +201,7 @@ def stale() -> list[Path]:
     found = [path for path in DOCUMENTS if render(path.read_text()) != path.read_text()]
     for path in speed_tables.files():
         found += plots.stale(path, json.loads(path.read_text())["rows"])
-    return found
+    return found + sparse_plots.stale()
 
 
 def main() -> None:
@@ -214,6 +215,7 @@ def main() -> None:
         sys.exit(f"stale: {old}; run python -m benchmarks.report" if old else 0)
     for path in speed_tables.files():
         plots.draw(path, json.loads(path.read_text())["rows"])
+    sparse_plots.draw()
     for path in DOCUMENTS:
         path.write_text(render(path.read_text()))
 

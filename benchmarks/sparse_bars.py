@@ -122,7 +122,7 @@ def bit_equal() -> Condition:
 
 def room(k: float) -> int:
     """The places that a code of budgets up to k has by default."""
-    return 32 * -(-int(1.25 * k) // 32) + 32
+    return 32 * math.ceil(1.25 * k / 32) + 32
 
 
 def selection_cells(backend: str) -> list[Cell]:

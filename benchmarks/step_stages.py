@@ -79,8 +79,8 @@ class Marker:
 def by_stage(kernels: list[Kernel], marks: list[Mark], steps: int) -> dict[str, dict[str, list[float]]]:
     """Durations by stage and kernel name of `steps` steps, whose marks are `marks` each.
 
-    What is launched before the first marker of a step, or after its last one, is "other". ValueError where
-    there are not as many markers as that.
+    What is in no stage is "other" until a mark says what it is then. ValueError where there are not as many
+    markers as that.
     """
     ordered = sorted(kernels, key=lambda kernel: kernel.start)
     found = sum(MARKER in kernel.name for kernel in ordered)
