@@ -1,35 +1,69 @@
 // The code of rows on chip, for what is usual: few elements near the threshold or above it.
 //
-// One pass over memory: the copy engine brings a row, its code is written. As in
-// quick_hard_topk.cuh all warps take the maxima of groups, and one of them finds a bound L that
-// more than k of these reach, so that L lies below the threshold. All mark the groups that reach L
-// less 32 alpha; what lies lower is below e^-32 of what lies at L. That warp takes the candidates
-// from these groups in the order of their indices. Then the next row is asked for, and the same
-// warp solves, while the others already wait for the next row, whose one warp is another. Where L
-// less 32 alpha is not above the activation's threshold all elements that are take part, and the
-// zeros are a tie below them. A row that does not fit the pattern, or whose solution is not right,
-// is marked, and left to the careful kernel of sparse_select.cu.
+// One pass over memory. A block has a unit of a row, all of it if it is short enough, on chip
+// (unit.cuh), and two kinds of warps. Four scan: they take the maxima of groups; one of them finds
+// a bound L that as many of these reach as there are elements wanted; all mark the groups that
+// reach L less 36 alpha; the one takes the candidates from these groups in the order of their
+// indices, hands them over, and asks for the next unit. The fifth warp solves the row while the
+// others are already at the next: it is never what a row waits for, as long as it is quicker than
+// the memory that its multiprocessor gets.
+//
+// What is wanted: so many elements from L on that they alone make up the budget at L - 4 alpha, so
+// that the threshold lies above it, and what is not a candidate adds less than e^-32 of its like.
+// Of a row in several units each has its share, with some to spare for chance; the last to
+// be done puts the candidates together, and then it is seen whether the threshold lies above all
+// units' bounds. Where L less 36 alpha is not above the activation's threshold all elements that
+// are take part, and the zeros are a tie below them. A row that does not fit the pattern, or whose
+// solution is not right, is marked, and left to the careful kernel of sparse_select.cu.
 //
 // An activation with one threshold for all and no bias costs nothing: what is not above it is never
 // a candidate. With a bias or thresholds every thread applies them to its own chunks on chip.
 //
-// The ladder, in fractions of reading the rows (H200, bfloat16, k about 64, alpha = 1e-4; 4096 rows
-// of 16384 | 24576 | 65536, 8192 of 131072): not measured yet.
+// The ladder, in fractions of reading the rows (H200, bfloat16, k 32 to 96, alpha = 1e-4; 4096 rows
+// of 16384 | 24576 | 65536, 8192 of 131072), where one warp did all for its row in turn, others of
+// the block waiting at the next row's first barrier, and clusters agreed on one bound: 0.56 | 0.58
+// | 0.53 | 0.40.
 #pragma once
 
 #include "few_select.cuh"
 #include "maxima.cuh"
+#include "unit.cuh"
 
 namespace softtopk::cuda {
 
-inline constexpr int kMostFew = 512;      // candidates of a row
+inline constexpr int kGroups = 8;         // of a thread's chunks: chunk i is of group i modulo this
+inline constexpr int kMostFew = 352;      // candidates of a row
+inline constexpr int kMostWanted = 192;   // of kMaxima maxima
 inline constexpr int kMostListed = 512;   // chunks looked at in one go
-inline constexpr float kReach = 32;       // alphas below L that candidates reach
+inline constexpr int kMostParts = 16;     // units of a row
+inline constexpr float kBelow = 4;        // alphas below L that the threshold may lie
+inline constexpr float kReach = 36;       // and that candidates reach
 inline constexpr int kTooMany = 0x10000;  // is added to a count of candidates that is not complete
+
+// Barriers of the collecting warp and the one that solves.
+enum : int { kFilled = 2, kEmptied = 3 };
+__device__ __forceinline__ void arrive_at(int barrier) {
+  __syncwarp();
+  asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void wait_at(int barrier) {
+  __syncwarp();
+  asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory");
+}
+
+// The candidates that a unit has room for in memory, where a row has several.
+__host__ __device__ constexpr int32_t room_of_part(int parts) { return 2 * kMostFew / parts + 16; }
 
 struct Entry {
   float value;
   int32_t index;
+};
+// What is known of candidates: how many there are, kTooMany if not all were taken; above which
+// value the threshold must lie, -infinity if all positive activations are candidates; bounds on all
+// values.
+struct alignas(16) Taken {
+  int32_t count;
+  float limit, least, most;
 };
 
 // A row's numbers.
@@ -39,35 +73,81 @@ struct Request {
   int32_t wanted;  // maxima that reach the bound; 0: the row is not for this kernel
 };
 
-template <class H>
 struct SelectShared {
-  static constexpr int warps = H::threads / 32, words = kGroupsOf<H> * warps;
   uint64_t barrier;
   union {
     uint4 maxima[kMaxima / 4];  // keys
     uint16_t listed[kMostListed];
   };
-  Request requests[2];    // of this row and the next, in turns
-  uint32_t marks[words];  // of groups that are looked at: item by item, a bit for each thread
-  LimitsShared<H> limits;
-  // What the blocks of a cluster tell the first.
-  uint64_t mailboxes[2];
-  int32_t counts_of_blocks[H::C::many ? kMostBlocks : 1];
+  uint32_t marks[kGroups * kScanners / 32];  // of groups looked at: a bit for each thread
+  float2 limits;                             // the bound and the maximum
+  Request requests[2];                       // of this unit's row and the next, in turns
+  // What is handed over, with the candidates of a row that has one unit.
+  Taken taken;
+  Request request;
+  // The candidates, by the solving warp also those of several units, and their places.
+  float values[kMostFew];
+  int32_t indices[kMostFew];
+  uint16_t places[kMostFew];
+  int32_t starts[kMostParts + 1];
 };
 
-// By all threads: marks the groups whose keys reach `least`.
-template <class H>
-__device__ __forceinline__ void mark_groups(const uint32_t (&key)[kGroupsOf<H>], float least,
+// The largest elements of the calling thread's groups, as keys; of a NaN, the largest of all.
+template <class S>
+__device__ __forceinline__ void keys_of_groups(const Unit<S>& unit, uint32_t (&key)[kGroups]) {
+  if constexpr (sizeof(S) == 2) {
+    constexpr uint32_t kLeast = Element<S>::minus_infinity * 0x10001u;
+    uint32_t most[kGroups];
+#pragma unroll
+    for (uint32_t& pair : most) pair = kLeast;
+#pragma unroll 1
+    for (int first = 0; first < unit.items(); first += kGroups) {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        if (first + i >= unit.items() || !unit.has(first + i)) continue;
+        const uint4 words = unit.chunk(first + i).words;
+        most[i] = max_of_pairs<S>(max_of_pairs<S>(most[i], words.x),
+                                  max_of_pairs<S>(words.y, max_of_pairs<S>(words.z, words.w)));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      using Raw = typename Element<S>::Raw;
+      key[i] = key_of(
+          max_with_nan(Element<S>::value(Raw(most[i])), Element<S>::value(Raw(most[i] >> 16))));
+    }
+  } else {
+    float most[kGroups];
+#pragma unroll
+    for (float& value : most) value = -infinity<float>;
+#pragma unroll 1
+    for (int first = 0; first < unit.items(); first += kGroups) {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        if (first + i >= unit.items() || !unit.has(first + i)) continue;
+        float x[4];
+        unit.chunk(first + i).read(x);
+        most[i] =
+            max_with_nan(max_with_nan(most[i], x[0]), max_with_nan(x[1], max_with_nan(x[2], x[3])));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) key[i] = key_of(most[i]);
+  }
+}
+
+// By all scanners: marks the groups whose keys reach `least`.
+__device__ __forceinline__ void mark_groups(const uint32_t (&key)[kGroups], float least,
                                             uint32_t* marks) {
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const uint32_t bound = key_of(least);
   uint32_t mine = 0;
 #pragma unroll
-  for (int i = 0; i < kGroupsOf<H>; ++i) {
+  for (int i = 0; i < kGroups; ++i) {
     const uint32_t word = __ballot_sync(~0u, key[i] >= bound);
     if (lane == i) mine = word;
   }
-  if (lane < kGroupsOf<H>) marks[lane * (H::threads / 32) + warp] = mine;
+  if (lane < kGroups) marks[lane * (kScanners / 32) + warp] = mine;
 }
 
 // Which elements of a chunk are from `least` > 0 on, as bits.
@@ -103,14 +183,14 @@ class Reaching {
 
 // By one warp: f(place, value, index) for the elements of the marked groups from `least` on, in the
 // order of their indices. Returns their number, and kTooMany if it has not looked at all.
-template <class H, class F>
-__device__ __forceinline__ int32_t collect_in_order(const ResidentRow<H>& row, float least,
-                                                    SelectShared<H>& shared, F f) {
-  constexpr int kSize = Chunk<typename H::S>::size, kWords = SelectShared<H>::words;
+template <class S, class F>
+__device__ __forceinline__ int32_t collect_in_order(const Unit<S>& unit, float least,
+                                                    SelectShared& shared, F f) {
+  constexpr int kSize = Chunk<S>::size, kWarps = kScanners / 32, kWords = kGroups * kWarps;
   const int lane = int(threadIdx.x) % 32;
   const uint32_t lanes_below = (1u << lane) - 1;
-  const int words = row.items() * SelectShared<H>::warps;
-  const Reaching<typename H::S> reaching(least);
+  const int words = unit.items() * kWarps;
+  const Reaching<S> reaching(least);
   int32_t count = 0;
 #pragma unroll 1
   for (int first = 0; first < words; first += 32) {
@@ -126,10 +206,10 @@ __device__ __forceinline__ int32_t collect_in_order(const ResidentRow<H>& row, f
     __syncwarp();
 #pragma unroll 1
     for (int start = 0; start < listed; start += 32) {
-      const bool any = start + lane < listed;
-      const int32_t chunk = any ? shared.listed[start + lane] : 0;
-      const int item = chunk / H::threads, thread = chunk % H::threads;
-      uint32_t found = any ? reaching(row.chunk(item, thread)) : 0;
+      const int chunk = start + lane < listed ? shared.listed[start + lane] : 0;
+      const int item = chunk / kScanners, t = chunk % kScanners;
+      const bool any = start + lane < listed && unit.has(item, t);
+      uint32_t found = any ? reaching(unit.chunk(item, t)) : 0;
       const int mine = __popc(found);
       int32_t place = count;
 #pragma unroll
@@ -139,8 +219,8 @@ __device__ __forceinline__ int32_t collect_in_order(const ResidentRow<H>& row, f
         count += bit * __popc(lanes);
       }
       for (; found != 0; found &= found - 1) {
-        const int32_t index = row.map().index(item, __ffs(int(found)) - 1, thread);
-        f(place++, row.element(item, index), index);
+        const int i = __ffs(int(found)) - 1;
+        f(place++, unit.element(item, t, i), unit.first(item, t) + i);
       }
     }
     __syncwarp();
@@ -148,179 +228,248 @@ __device__ __forceinline__ int32_t collect_in_order(const ResidentRow<H>& row, f
   return count;
 }
 
-// By one warp: puts the entries of a cluster's blocks, each in order and in `room` places, in the
-// order of all.
-template <class C>
-__device__ __forceinline__ void merge_blocks(const Entry* entries, const int32_t* counts,
-                                             int32_t room, float* values, int32_t* indices) {
-  for (int b = 0; b < C::size(); ++b) {
-    for (int32_t i = int(threadIdx.x) % 32; i < counts[b]; i += 32) {
-      const Entry own = entries[b * room + i];
-      int32_t place = i;
-      for (int other = 0; other < C::size(); ++other) {
-        if (other == b) continue;
-        int32_t low = 0, high = counts[other];  // those before own lie below `low`
+// The numbers of the row of unit u.
+template <bool SOFT>
+__device__ __forceinline__ Request request_of(const SelectArgs& args, int64_t u) {
+  const int64_t r = u >> args.units.log_parts;
+  if (r >= args.x.rows) return {Budget(0), 1, 0};
+  const double k = per_row(args.k, r), budget = SOFT ? k : std::floor(k + 0.5);
+  const float alpha = SOFT ? float(per_row(args.alpha, r)) : 1.0f,
+              rate = 1.4426950408889634f / alpha;
+  const bool fits =
+      (SOFT ? budget > 0 : budget >= 0) && budget < kMostFew && rate > 1e-36f && rate < 1e36f;
+  if (!fits) return {Budget(0), 1, 0};
+  const int32_t whole = int32_t(budget);
+  // At L - 4 alpha p is 1 - e^-4 / 2 from L on.
+  int32_t wanted = SOFT ? whole + whole / 64 + 2 : max(whole, 1);
+  if (args.units.log_parts > 0) {
+    const float share = float(wanted) / float(1 << args.units.log_parts);
+    wanted = int32_t(share + 5 * quick_sqrt(share)) + 4;
+  }
+  return {Budget(budget), alpha, wanted <= kMostWanted ? wanted : 0};
+}
+
+// The scanning warps.
+template <class S, bool SOFT>
+__device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit,
+                                           SelectShared& shared) {
+  const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
+  const int64_t units = args.x.rows << args.units.log_parts;
+  const int32_t room =
+      args.units.log_parts == 0 ? kMostFew : room_of_part(1 << args.units.log_parts);
+  uint32_t phase = 0;
+  int slot = 0;
+  unit.move_to(blockIdx.x);
+  if (args.units.fed && warp == 0) unit.ask();
+  for (int64_t u = blockIdx.x; u < units; u += gridDim.x) {
+    unit.receive(phase);
+    const Request now = shared.requests[slot];
+    slot ^= 1;
+    bool usual = false;
+    float L = 0, least = 0, most = 0;
+    if (now.wanted > 0) {
+      if (args.activation.bias != nullptr || args.activation.thresholds != nullptr) {
+        const Activated<S> activated(args);
+        for (int item = 0; item < unit.items(); ++item) {
+          if (unit.has(item)) unit.replace(item, activated(unit.chunk(item), unit.first(item)));
+        }
+        unit.release();
+      }
+      uint32_t key[kGroups];
+      keys_of_groups(unit, key);
+      uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared.maxima);
+      maxima[t] = max(max(key[0], key[2]), max(key[4], key[6]));
+      maxima[kScanners + t] = max(max(key[1], key[3]), max(key[5], key[7]));
+      sync_scanners();
+      if (warp == 0) {
+        const float2 limits = bound_of_maxima<Element<S>::grain>(shared.maxima, now.wanted,
+                                                                 now.wanted + now.wanted / 8);
+        if (lane == 0) shared.limits = limits;
+      } else if (t == 32) {
+        shared.requests[slot] = request_of<SOFT>(args, u + gridDim.x);
+      }
+      sync_scanners();
+      L = shared.limits.x, most = shared.limits.y;
+      usual = most < infinity<float>;  // neither is NaN
+      least = SOFT ? L - kReach * now.alpha : L;
+      if (!(least > args.threshold)) {
+        L = -infinity<float>;  // all that there are
+        least = value_of(key_of(args.threshold) + 1);
+      }
+      mark_groups(key, least, shared.marks);
+    } else if (t == 32) {
+      shared.requests[slot] = request_of<SOFT>(args, u + gridDim.x);
+    }
+    sync_scanners();  // the unit has been read, but for the groups marked
+    const int64_t next = u + gridDim.x;
+    if (warp == 0) {
+      wait_at(kEmptied);
+      int32_t count = kTooMany;
+      if (usual) {
+        Entry* const sent = args.sent + u * room;  // of a row in several units
+        count =
+            collect_in_order(unit, least, shared, [&](int32_t place, float value, int32_t index) {
+              if (place >= room) return;
+              if (args.units.log_parts > 0) {
+                sent[place] = {value, index};
+              } else {
+                shared.values[place] = value;
+                shared.indices[place] = index;
+              }
+            });
+        if (count > room) count += kTooMany;
+      }
+      if (lane == 0) {
+        shared.taken = {count, SOFT ? L - kBelow * now.alpha : L, least, most};
+        shared.request = now;
+      }
+      arrive_at(kFilled);
+    }
+    unit.move_to(next);
+    if (args.units.fed && next < units && warp == 0) unit.ask();
+  }
+  if (warp == 0) wait_at(kEmptied);  // no barrier is left behind half full
+}
+
+// By one warp, the last one to come with candidates of row r: puts those of all units into
+// shared memory, in order.
+__device__ __forceinline__ Taken merge_units(const SelectArgs& args, int64_t r,
+                                             SelectShared& shared) {
+  const int lane = int(threadIdx.x) % 32, parts = 1 << args.units.log_parts;
+  const int32_t room = room_of_part(parts);
+  const Entry* const entries = args.sent + (r << args.units.log_parts) * room;
+  Taken own = {0, -infinity<float>, infinity<float>, -infinity<float>};
+  if (lane < parts) {
+    const int4 words =
+        __ldcg(reinterpret_cast<const int4*>(args.taken + (r << args.units.log_parts) + lane));
+    own = {words.x, __int_as_float(words.y), __int_as_float(words.z), __int_as_float(words.w)};
+  }
+  Taken all;
+  const int32_t upto = int32_t(inclusive_scan<32>(unsigned(own.count), lane));
+  all.count = __shfl_sync(~0u, upto, 31);
+  all.limit = value_of(__reduce_max_sync(~0u, key_of(own.limit)));
+  all.least = value_of(__reduce_min_sync(~0u, key_of(own.least)));
+  all.most = value_of(__reduce_max_sync(~0u, key_of(own.most)));
+  if (all.count > kMostFew) return all;
+  if (lane < parts) shared.starts[lane + 1] = upto;
+  if (lane == 0) shared.starts[0] = 0;
+  __syncwarp();
+  const int32_t* const starts = shared.starts;
+  for (int part = 0; part < parts; ++part) {
+    for (int32_t i = starts[part] + lane; i < starts[part + 1]; i += 32) {
+      shared.indices[i] = __ldcg(&entries[part * room + i - starts[part]].index);
+    }
+  }
+  __syncwarp();
+  for (int part = 0; part < parts; ++part) {
+    for (int32_t i = starts[part] + lane; i < starts[part + 1]; i += 32) {
+      const int32_t index = shared.indices[i];
+      int32_t place = i - starts[part];
+      for (int other = 0; other < parts; ++other) {
+        if (other == part) continue;
+        int32_t low = starts[other], high = starts[other + 1];  // those before lie below `low`
         while (low < high) {
           const int32_t middle = (low + high) / 2;
-          if (entries[other * room + middle].index < own.index) {
+          if (shared.indices[middle] < index) {
             low = middle + 1;
           } else {
             high = middle;
           }
         }
-        place += low;
+        place += low - starts[other];
       }
-      values[place] = own.value;
-      indices[place] = own.index;
+      shared.places[i] = uint16_t(place);
     }
   }
   __syncwarp();
+  for (int part = 0; part < parts; ++part) {
+    for (int32_t i = starts[part] + lane; i < starts[part + 1]; i += 32) {
+      const int2 words =
+          __ldcg(reinterpret_cast<const int2*>(entries + part * room + i - starts[part]));
+      shared.values[shared.places[i]] = __int_as_float(words.x);
+      shared.indices[shared.places[i]] = words.y;
+    }
+  }
+  __syncwarp();
+  return all;
 }
 
-template <class H, bool SOFT>
-__global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads)
-    select_quick(const SelectArgs args) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ SelectShared<H> shared;
-  using S = typename H::S;
-  using C = typename H::C;
-  using Raw = typename Element<S>::Raw;
-  constexpr int kWarps = H::threads / 32, kKeys = kGroupsOf<H>;
+// By one warp: the code of row r from its candidates, if they suffice.
+template <class S, bool SOFT>
+__device__ __forceinline__ bool write_row(const SelectArgs& args, int64_t r, const Taken& taken,
+                                          const Request& now, const SelectShared& shared) {
+  if (taken.count > kMostFew) return false;
   constexpr float kLog2e = 1.4426950408889634f;
-  static_assert(kKeys <= 32 && kMostItems * H::threads <= 0x10000);
-  const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
-  const int warp = t / 32, lane = t % 32;
-  const Mapping<H> map{n};
-  ResidentRow<H> row(memory, &shared.barrier, map);
-  // The candidates of a row, then those that the blocks of a cluster have sent to the first.
-  const int32_t most = C::many ? kMostFew : min(kMostFew, args.room / 2);
-  float* const few_values = reinterpret_cast<float*>(memory + row.slot_bytes());
-  int32_t* const few_indices = reinterpret_cast<int32_t*>(few_values + most);
-  Entry* const sent = reinterpret_cast<Entry*>(few_indices + most);
-  const int32_t room = C::many ? kMostFew / C::size() : most;
-  Mailbox<2> bounds(shared.limits.mailboxes);
-  Mailbox<> counts(&shared.mailboxes[0]), entries(&shared.mailboxes[1]);
-
-  const int step = int(gridDim.x) / C::size();
-  const int64_t first_row = int64_t(blockIdx.x) / C::size();
-  const auto request = [&](int64_t r) -> Request {
-    if (r >= args.x.rows) return {Budget(0), 1, 0};
-    const double k = per_row(args.k, r), budget = SOFT ? k : std::floor(k + 0.5);
-    const float alpha = SOFT ? float(per_row(args.alpha, r)) : 1.0f, rate = kLog2e / alpha;
-    const int32_t limit = min(most * 3 / 4, C::size() * kKeys * H::threads / 2);
-    const bool fits =
-        (SOFT ? budget > 0 : budget >= 0) && budget < limit && rate > 1e-36f && rate < 1e36f;
-    if (!fits) return {Budget(0), 1, 0};
-    const int32_t whole = int32_t(budget);
-    const int32_t wanted = SOFT ? whole + whole / 8 + 6 : max(whole, 1);
-    return {Budget(budget), alpha, wanted <= limit ? wanted : 0};
-  };
-  if (t == 0) shared.requests[0] = request(first_row);
-  C::sync();
-
-  const auto data = [&](int64_t r) {
-    return static_cast<const Raw*>(args.x.data) + r * args.x.stride;
-  };
-  // Whole granules of the last ragged row would reach beyond its end.
-  const auto fed = [&](int64_t r) {
-    if (!args.fed || r >= args.x.rows) return false;
-    return H::ragged ? r + 1 < args.x.rows && args.x.stride >= n : args.wide_x;
-  };
-  uint32_t phase = 0;
-  if (fed(first_row)) row.ask(data(first_row), warp == 0);
-  // The warps take turns, as each has its place among those of other blocks; messages are the
-  // first one's.
-  int turn = 0, slot = 0;
-  for (int64_t r = first_row; r < args.x.rows; r += step) {
-    const bool in_turn = warp == turn;
-    if constexpr (!C::many) turn = (turn + 1) % kWarps;
-    const Request now = shared.requests[slot];
-    slot ^= 1;
-    // Another one than the one in turn asks for the next row's numbers, which take their time.
-    if (t == (C::many ? 32 : turn * 32)) shared.requests[slot] = request(r + step);
-    if (fed(r)) {
-      row.template wait<1>(phase);
-      phase ^= 1;
-    } else {
-      H::sync();  // the row before has been read
-      row.copy(data(r), args.wide_x);
+  const bool complete = taken.limit == -infinity<float>;
+  const Few few = {shared.values, shared.indices,
+                   taken.count,   complete ? int32_t(args.x.n) - taken.count : 0,
+                   taken.least,   taken.most};
+  if (!complete && args.units.log_parts > 0 && args.mode != Selecting::soft) {
+    // Whether all that a mask can have are above every unit's bound.
+    int32_t above = 0;
+    for (int32_t i = int(threadIdx.x) % 32; i < taken.count; i += 32) {
+      above += shared.values[i] >= taken.limit;
     }
-    bool usual = false;
-    float L = 0, least = 0, maximum = 0;
-    if (now.wanted > 0) {
-      if (args.activation.bias != nullptr || args.activation.thresholds != nullptr) {
-        const Activated<S> activation(args);
-        row.template for_each<1>(
-            [&](int item) { row.replace(item, activation(row.chunk(item), map.index(item, 0))); });
-        row.release();
-      }
-      Maxima<kKeys> maxima;
-      keys_of_maxima(row, maxima.key);
-      find_limits(maxima, (now.wanted - 1) / C::size() + 1, kMaxima / 2, in_turn, shared.maxima,
-                  shared.limits, bounds);
-      H::sync();
-      L = shared.limits.limits.x, maximum = shared.limits.limits.y;
-      usual = maximum < infinity<float>;  // neither is NaN
-      least = SOFT ? L - kReach * now.alpha : L;
-      if (!(least > args.threshold)) least = value_of(key_of(args.threshold) + 1);
-      mark_groups<H>(maxima.key, least, shared.marks);
-    }
-    H::sync();  // the row has been read, but for the groups marked
-    int32_t count = 0;
-    if (in_turn) {
-      if (usual) {
-        count =
-            collect_in_order(row, least, shared, [&](int32_t place, float value, int32_t index) {
-              if (place >= room) return;
-              if constexpr (C::many) {
-                entries.send(sent + C::rank() * room + place, 0, Entry{value, index});
-              } else {
-                few_values[place] = value;
-                few_indices[place] = index;
-              }
-            });
-      }
-      if constexpr (C::many) {
-        if (lane == 0 && now.wanted > 0) {
-          counts.send(&shared.counts_of_blocks[C::rank()], 0, count);
-        }
-      }
-      __syncwarp();
-    }
-    if (fed(r + step)) row.ask(data(r + step), in_turn);
-    if (C::rank() != 0 || !in_turn) continue;
-
-    usual = usual && count <= room;
-    if constexpr (C::many) {
-      if (now.wanted > 0) {
-        counts.receive(C::size() * sizeof(int32_t));
-        int32_t arriving = 0;
-        count = 0;
-        for (int b = 0; b < C::size(); ++b) {
-          const int32_t of_block = shared.counts_of_blocks[b];
-          usual = usual && of_block <= room;
-          arriving += min(of_block % kTooMany, room);
-          count += of_block;
-        }
-        entries.receive(arriving * sizeof(Entry));
-        if (usual) {
-          merge_blocks<C>(sent, shared.counts_of_blocks, room, few_values, few_indices);
-        }
-      }
-    }
-    if (usual) {
-      const bool with_zeros = !(L - kReach * now.alpha > args.threshold);
-      const Few few = {few_values, few_indices, count, with_zeros ? n - count : 0, least, maximum};
-      if constexpr (SOFT) {
-        usual = write_soft<Element<S>::grain>(args, r, few, with_zeros ? 0 : L, now.k, now.alpha,
-                                              kLog2e / now.alpha);
-      } else {
-        write_hard<Element<S>::grain>(args, r, few);
-      }
-    }
-    if (!usual && lane == 0) args.code.counts[r] = kLeftRow;
+    if (__reduce_add_sync(~0u, above) < hard_budget(args, r)) return false;
   }
-  C::sync();  // a block that has left can no longer be written to
+  if constexpr (SOFT) {
+    return write_soft<Element<S>::grain>(args, r, few, complete ? 0 : taken.limit, now.k, now.alpha,
+                                         kLog2e / now.alpha);
+  } else {
+    write_hard<Element<S>::grain>(args, r, few);
+    return true;
+  }
+}
+
+// The warp that solves.
+template <class S, bool SOFT>
+__device__ __forceinline__ void solve_rows(const SelectArgs& args, SelectShared& shared) {
+  const int lane = int(threadIdx.x) % 32, parts = 1 << args.units.log_parts;
+  const int64_t units = args.x.rows << args.units.log_parts;
+  arrive_at(kEmptied);
+  for (int64_t u = blockIdx.x; u < units; u += gridDim.x) {
+    const int64_t r = u >> args.units.log_parts;
+    wait_at(kFilled);
+    Taken taken = shared.taken;
+    const Request now = shared.request;
+    bool last = true;
+    if (parts > 1) {
+      arrive_at(kEmptied);
+      int32_t before = 0;
+      if (lane == 0) {
+        args.taken[u] = taken;
+        __threadfence();
+        before = atomicAdd(args.arrived + r, 1);
+      }
+      last = __shfl_sync(~0u, before, 0) == parts - 1;
+      if (last) {
+        __threadfence();
+        taken = merge_units(args, r, shared);
+      }
+    }
+    if (last && !write_row<S, SOFT>(args, r, taken, now, shared) && lane == 0) {
+      args.code.counts[r] = kLeftRow;
+    }
+    if (parts == 1) {
+      arrive_at(kEmptied);
+    } else {
+      __syncwarp();  // before others' candidates take their place
+    }
+  }
+}
+
+template <class S, bool SOFT>
+__global__ void __launch_bounds__(kScanners + 32, 6) select_quick(const SelectArgs args) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  __shared__ SelectShared shared;
+  Unit<S> unit(memory, &shared.barrier, args.units, args.x);
+  if (threadIdx.x == 0) shared.requests[0] = request_of<SOFT>(args, blockIdx.x);
+  __syncthreads();
+  if (threadIdx.x < kScanners) {
+    scan_units<S, SOFT>(args, unit, shared);
+  } else {
+    solve_rows<S, SOFT>(args, shared);
+  }
 }
 
 }  // namespace softtopk::cuda

@@ -4,8 +4,12 @@
 
 #include "row.cuh"
 #include "threshold.cuh"
+#include "unit.cuh"
 
 namespace softtopk::cuda {
+
+struct Entry;
+struct Taken;
 
 struct SelectArgs {
   Rows x;
@@ -14,10 +18,14 @@ struct SelectArgs {
   Selecting mode;
   Code code;
   bool wide_x, wide_bias;  // every row, and the bias, starts on 16 bytes
-  bool fed;                // of rows on chip: by the copy engine
   bool all;                // the careful kernel has all rows
-  int32_t room;            // and the words that a block has for candidates
-  float threshold;         // and the activation's, if it is one for all
+  float threshold;         // the activation's, if it is one for all
+  // Of rows on chip (quick_select.cuh): how they are cut, and where the units of a row put their
+  // candidates, what is known of these, and how many are done.
+  Units units;
+  Entry* sent;
+  Taken* taken;
+  int32_t* arrived;
 };
 
 inline constexpr int32_t kLeftRow = -2;        // marks a row, in the place of its count
@@ -38,11 +46,12 @@ class Activated {
         n_(int32_t(args.x.n)),
         wide_(args.wide_bias) {}
 
-  // Of the chunk whose first element is the row's `first`; what lies beyond the end stays.
+  // Of the chunk whose first element is the row's `first`; what lies before the row or beyond its
+  // end stays.
   __device__ __forceinline__ Chunk<S> operator()(const Chunk<S>& chunk, int32_t first) const {
     T x[kSize], bias[kSize] = {}, threshold[kSize];
     chunk.read(x);
-    const bool whole = first + kSize <= n_;
+    const bool whole = first >= 0 && first + kSize <= n_;
     if (bias_ != nullptr) {
       Chunk<S> biases{};
       if (wide_ && whole) {
@@ -50,14 +59,14 @@ class Activated {
       } else {
 #pragma unroll
         for (int i = 0; i < kSize; ++i)
-          biases.set_raw(i, first + i < n_ ? bias_[first + i] : Raw(0));
+          biases.set_raw(i, inside(first + i) ? bias_[first + i] : Raw(0));
       }
       biases.read(bias);
     }
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       threshold[i] = threshold_;
-      if (thresholds_ != nullptr && first + i < n_)
+      if (thresholds_ != nullptr && inside(first + i))
         threshold[i] = T(__ldg(thresholds_ + first + i));
     }
     Chunk<S> out{};
@@ -66,12 +75,16 @@ class Activated {
       Raw raw = chunk.raw(i);
       if (bias_ != nullptr) raw = Element<S>::raw(x[i] + bias[i]);
       if (Element<S>::value(raw) <= threshold[i]) raw = Raw(0);
-      out.set_raw(i, first + i < n_ ? raw : chunk.raw(i));
+      out.set_raw(i, inside(first + i) ? raw : chunk.raw(i));
     }
     return out;
   }
 
  private:
+  __device__ __forceinline__ bool inside(int32_t index) const {
+    return uint32_t(index) < uint32_t(n_);
+  }
+
   const Raw* bias_;
   const float* thresholds_;
   T threshold_;

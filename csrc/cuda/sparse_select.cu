@@ -3,15 +3,13 @@
 //
 // Bytes: a row is read once where it fits on chip and few of its elements lie near the threshold or
 // above it (quick_select.cuh), on every sweep of the search otherwise; 12 bytes are written for
-// each of the max_active places.
+// each of the max_active places, and where a row is shared by several blocks 8 bytes are written
+// and read for each candidate.
 #include "quick_select.cuh"
 #include "resident_launch.cuh"
 
 namespace softtopk::cuda {
 namespace {
-
-// Room for 416 candidates lets six rows of 2048 chunks onto a multiprocessor, for 512 five.
-constexpr Demand kQuick = {1, kAnyPart, 3, {64, 128, 128}, {800, 832, 832}, 2048};
 
 // The rows that select_quick has left, or all.
 template <class S>
@@ -31,20 +29,51 @@ __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2)
   }
 }
 
+constexpr int kItems = 16;               // stripes of a unit, 32 KiB, of which six fit
+constexpr int kMostStripes = 32;         // where a row would have more than kMostParts units
+constexpr int64_t kShortest = 256 * 16;  // bytes of a row that is worth it
+
+// How rows of so many bytes are cut; items = 0: they do not fit.
+Units cut_rows(int64_t bytes, bool ragged, bool fed) {
+  const int64_t granules = (bytes + 15) / 16 + ragged;
+  Units units = {0, 0, ragged, fed};
+  if (bytes <= kShortest) return units;
+  const auto items = [&] {
+    const int64_t stripe = int64_t(kScanners) << units.log_parts;
+    return (granules + stripe - 1) / stripe;
+  };
+  while (items() > kItems && 1 << units.log_parts < kMostParts) ++units.log_parts;
+  if (items() <= kMostStripes) units.items = int(items());
+  return units;
+}
+
 template <class S>
-void select_rows(SelectArgs args, const Device& device, void* stream) {
+void select_rows(SelectArgs args, void* workspace, const Device& device, void* stream) {
   const Rows& x = args.x;
   if constexpr (sizeof(S) <= 4) {
-    const Plan plan = plan_resident(x.n, sizeof(S), kQuick, device);
-    if (x.n * sizeof(S) > 256 * 16 && plan.blocks > 0) {
+    const bool ragged =
+        !is_wide(x.data, x.rows, x.stride, sizeof(S)) || x.n * int64_t(sizeof(S)) % 16 != 0;
+    const Units units = cut_rows(x.n * int64_t(sizeof(S)), ragged, device.fed());
+    if (units.items > 0) {
+      const int64_t all = x.rows << units.log_parts;
       args.all = false;
-      args.room = plan.room;
-      with_sharing<S, 64, 128, 256>(plan, x.n, [&](auto sharing) {
-        using H = decltype(sharing);
-        const auto kernel =
-            args.mode == Selecting::hard ? select_quick<H, false> : select_quick<H, true>;
-        launch_resident(kernel, args, x.rows, plan, device, stream);
-      });
+      args.units = units;
+      if (units.log_parts > 0) {
+        args.taken = static_cast<Taken*>(workspace);
+        args.sent = reinterpret_cast<Entry*>(args.taken + all);
+        args.arrived =
+            reinterpret_cast<int32_t*>(args.sent + all * room_of_part(1 << units.log_parts));
+        check(
+            cudaMemsetAsync(args.arrived, 0, size_t(4 * x.rows), static_cast<cudaStream_t>(stream)),
+            "cudaMemsetAsync");
+      }
+      const auto kernel =
+          args.mode == Selecting::hard ? select_quick<S, false> : select_quick<S, true>;
+      SelectArgs quick = args;
+      quick.wide_bias = args.wide_bias && !ragged;
+      launch_resident(kernel, quick, all,
+                      Plan{1, kScanners + 32, 0, int64_t(units.items) * kScanners * 16}, device,
+                      stream);
     }
   }
   launch_resident(select_careful<S>, args, x.rows, Plan{1, 256, 0, 0}, device, stream);
@@ -52,19 +81,28 @@ void select_rows(SelectArgs args, const Device& device, void* stream) {
 
 }  // namespace
 
+int64_t select_workspace(int64_t rows, int64_t n, Type type) {
+  const int64_t size = type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
+  const Units units = cut_rows(n * size, true, true);
+  const int parts = 1 << units.log_parts;
+  if (size == 8 || units.items == 0 || parts == 1) return 0;
+  return rows * (parts * int64_t(sizeof(Taken) + room_of_part(parts) * sizeof(Entry)) + 4);
+}
+
 void code_forward(const Rows& z, const PerRow& k, const PerRow& alpha, const Activation& activation,
-                  Selecting mode, const Code& code, int device, void* stream) {
+                  Selecting mode, const Code& code, void* workspace, int device, void* stream) {
   check_length(z.n);
   const DeviceGuard guard(device);
   with_type(z.type, [&](auto tag) {
     using S = typename decltype(tag)::type;
-    const Device& gpu = device_at(device);
-    const bool wide_x = is_wide(z.data, z.rows, z.stride, sizeof(S));
-    const bool wide_bias = is_wide(activation.bias, 1, 0, sizeof(S));
-    const float threshold = float(activation.threshold) + 0.0f;  // -0 becomes +0
-    const SelectArgs args = {z,      k,         alpha,     activation, mode, code,
-                             wide_x, wide_bias, gpu.fed(), true,       0,    threshold};
-    select_rows<S>(args, gpu, stream);
+    SelectArgs args = {};
+    args.x = z, args.k = k, args.alpha = alpha, args.activation = activation;
+    args.mode = mode, args.code = code;
+    args.wide_x = is_wide(z.data, z.rows, z.stride, sizeof(S));
+    args.wide_bias = is_wide(activation.bias, 1, 0, sizeof(S));
+    args.all = true;
+    args.threshold = float(activation.threshold) + 0.0f;  // -0 becomes +0
+    select_rows<S>(args, workspace, device_at(device), stream);
   });
 }
 
