@@ -1,5 +1,5 @@
-// What one warp does with the few candidates of a row, in the order of their indices: the search
-// for the threshold, or the hard mask, and the code.
+// What one warp does with the few candidates of a row: the search for the threshold, or the hard
+// mask, and the code.
 #pragma once
 
 #include "few.cuh"
@@ -8,11 +8,12 @@
 
 namespace softtopk::cuda {
 
-// The elements of a row that may be in its code, in the order of their indices. All others lie far
-// below the threshold, or are the `zeros`, which take part in the budget.
+// The elements of a row that may be in its code. All others lie far below the threshold, or are the
+// `zeros`, which take part in the budget.
 struct Few {
   const float* values;
   const int32_t* indices;
+  const uint16_t* order;  // of their indices
   int32_t count, zeros;
   float least, most;  // no value lies below or above
 };
@@ -84,11 +85,12 @@ __device__ __forceinline__ void write_hard(const SelectArgs& args, int64_t r, co
   int32_t kept = 0;
 #pragma unroll 1
   for (int32_t i = lane; i - lane < few.count; i += 32) {
-    const float x = i < few.count ? few.values[i] : -infinity<float>;
+    const int own = i < few.count ? few.order[i] : 0;
+    const float x = i < few.count ? few.values[own] : -infinity<float>;
     const bool keep = mask.holds(x);
     const uint32_t all = __ballot_sync(~0u, keep);
     const int32_t place = kept + __popc(all & Mask<GRAIN>::lanes_below());
-    if (keep) to.write(place, few.indices[i], x, x);
+    if (keep) to.write(place, few.indices[own], x, x);
     kept += __popc(all);
   }
   to.write_rest(kept, int32_t(args.x.n), lane, 32);
@@ -117,7 +119,8 @@ __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, co
   float Q_out = 0, M_out = 0;
 #pragma unroll 1
   for (int32_t i = lane; i - lane < few.count; i += 32) {
-    const float x = i < few.count ? few.values[i] : -infinity<float>;
+    const int own = i < few.count ? few.order[i] : 0;
+    const float x = i < few.count ? few.values[own] : -infinity<float>;
     const bool above = x >= s.r_A;
     const float e = faster_exp2(-fabsf(x - (above ? s.r_A : s.r_B)) * rate);
     bool keep = above || larger * e >= kLeastKept;
@@ -130,7 +133,7 @@ __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, co
     }
     const uint32_t all = __ballot_sync(~0u, keep);
     const int32_t place = kept + __popc(all & Mask<GRAIN>::lanes_below());
-    if (keep) to.write(place, few.indices[i], value, x);
+    if (keep) to.write(place, few.indices[own], value, x);
     if (i < few.count && !(keep && place < to.room())) {
       const float q = (above ? d.q_A : d.q_B) * e;
       Q_out += q;

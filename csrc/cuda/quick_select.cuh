@@ -1,12 +1,12 @@
 // The code of rows on chip, for what is usual: few elements near the threshold or above it.
 //
 // One pass over memory. A block has a unit of a row, all of it if it is short enough, on chip
-// (unit.cuh), and two kinds of warps. Four scan: they take the maxima of groups; one of them finds
-// a bound L that as many of these reach as there are elements wanted; all mark the groups that
-// reach L less 36 alpha; the one takes the candidates from these groups in the order of their
-// indices, hands them over, and asks for the next unit. The fifth warp solves the row while the
-// others are already at the next: it is never what a row waits for, as long as it is quicker than
-// the memory that its multiprocessor gets.
+// (unit.cuh), and two kinds of warps. Four scan: they take the maxima of groups, one of them finds
+// a bound L that as many of these reach as there are elements wanted, and all take the candidates,
+// which reach L less 36 alpha, from the groups that do, in any order. Then the next unit is asked
+// for, and the fifth warp, while the others are already at that, puts the candidates in order and
+// solves the row: it is never waited for, as long as it is quicker than the memory that its
+// multiprocessor gets.
 //
 // What is wanted: so many elements from L on that they alone make up the budget at L - 4 alpha, so
 // that the threshold lies above it, and what is not a candidate adds less than e^-32 of its like.
@@ -31,14 +31,13 @@
 
 namespace softtopk::cuda {
 
-inline constexpr int kGroups = 8;         // of a thread's chunks: chunk i is of group i modulo this
+inline constexpr int kGroups = 16;        // of a thread's chunks: chunk i is of group i modulo this
 inline constexpr int kMostFew = 352;      // candidates of a row
 inline constexpr int kMostWanted = 192;   // of kMaxima maxima
-inline constexpr int kMostListed = 512;   // chunks looked at in one go
 inline constexpr int kMostParts = 16;     // units of a row
 inline constexpr float kBelow = 4;        // alphas below L that the threshold may lie
 inline constexpr float kReach = 36;       // and that candidates reach
-inline constexpr int kTooMany = 0x10000;  // is added to a count of candidates that is not complete
+inline constexpr int kTooMany = 0x10000;  // a count of candidates that are not all there
 
 // Barriers of the collecting warp and the one that solves.
 enum : int { kFilled = 2, kEmptied = 3 };
@@ -75,21 +74,18 @@ struct Request {
 
 struct SelectShared {
   uint64_t barrier;
-  union {
-    uint4 maxima[kMaxima / 4];  // keys
-    uint16_t listed[kMostListed];
-  };
-  uint32_t marks[kGroups * kScanners / 32];  // of groups looked at: a bit for each thread
-  float2 limits;                             // the bound and the maximum
-  Request requests[2];                       // of this unit's row and the next, in turns
-  // What is handed over, with the candidates of a row that has one unit.
+  uint4 maxima[kMaxima / 4];  // keys
+  float2 limits;              // the bound and the maximum
+  Request requests[2];        // of this unit's row and the next, in turns
+  // What is handed over. The candidates of a row in several units go by way of memory, and are the
+  // solving warp's here.
+  int32_t count;
   Taken taken;
   Request request;
-  // The candidates, by the solving warp also those of several units, and their places.
   float values[kMostFew];
-  int32_t indices[kMostFew];
-  uint16_t places[kMostFew];
-  int32_t starts[kMostParts + 1];
+  alignas(16) int32_t indices[kMostFew];
+  uint16_t order[kMostFew];  // of their indices
+  int32_t starts[kMostParts];
 };
 
 // The largest elements of the calling thread's groups, as keys; of a NaN, the largest of all.
@@ -136,20 +132,6 @@ __device__ __forceinline__ void keys_of_groups(const Unit<S>& unit, uint32_t (&k
   }
 }
 
-// By all scanners: marks the groups whose keys reach `least`.
-__device__ __forceinline__ void mark_groups(const uint32_t (&key)[kGroups], float least,
-                                            uint32_t* marks) {
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const uint32_t bound = key_of(least);
-  uint32_t mine = 0;
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    const uint32_t word = __ballot_sync(~0u, key[i] >= bound);
-    if (lane == i) mine = word;
-  }
-  if (lane < kGroups) marks[lane * (kScanners / 32) + warp] = mine;
-}
-
 // Which elements of a chunk are from `least` > 0 on, as bits.
 template <class S>
 class Reaching {
@@ -181,51 +163,40 @@ class Reaching {
   uint32_t both_ = 0;  // in both halves, the lowest of S that is not below
 };
 
-// By one warp: f(place, value, index) for the elements of the marked groups from `least` on, in the
-// order of their indices. Returns their number, and kTooMany if it has not looked at all.
+// By all scanners: f(place, value, index) for the elements from `least` on, in any order; `count`,
+// which is 0 before, counts them.
 template <class S, class F>
-__device__ __forceinline__ int32_t collect_in_order(const Unit<S>& unit, float least,
-                                                    SelectShared& shared, F f) {
-  constexpr int kSize = Chunk<S>::size, kWarps = kScanners / 32, kWords = kGroups * kWarps;
-  const int lane = int(threadIdx.x) % 32;
-  const uint32_t lanes_below = (1u << lane) - 1;
-  const int words = unit.items() * kWarps;
+__device__ __forceinline__ void collect(const Unit<S>& unit, const uint32_t (&key)[kGroups],
+                                        float least, int32_t& count, F f) {
+  constexpr int kSize = Chunk<S>::size;
+  const int t = int(threadIdx.x), lane = t % 32;
+  const uint32_t lanes_below = (1u << lane) - 1, bound = key_of(least);
   const Reaching<S> reaching(least);
-  int32_t count = 0;
-#pragma unroll 1
-  for (int first = 0; first < words; first += 32) {
-    const int word = first + lane;
-    uint32_t marked = word < words ? shared.marks[word % kWords] : 0;
-    const int upto = int(inclusive_scan<32>(unsigned(__popc(marked)), lane));
-    const int listed = __shfl_sync(~0u, upto, 31);
-    if (listed > kMostListed) return count + kTooMany;
-    uint16_t* to = shared.listed + (upto - __popc(marked));
-    for (; marked != 0; marked &= marked - 1) {
-      *to++ = uint16_t(word * 32 + __ffs(int(marked)) - 1);
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (int start = 0; start < listed; start += 32) {
-      const int chunk = start + lane < listed ? shared.listed[start + lane] : 0;
-      const int item = chunk / kScanners, t = chunk % kScanners;
-      const bool any = start + lane < listed && unit.has(item, t);
-      uint32_t found = any ? reaching(unit.chunk(item, t)) : 0;
-      const int mine = __popc(found);
-      int32_t place = count;
+  uint32_t left = 0;  // of the thread's chunks
 #pragma unroll
-      for (int bit = 1; bit <= kSize; bit *= 2) {
-        const uint32_t lanes = __ballot_sync(~0u, mine & bit);
-        place += bit * __popc(lanes & lanes_below);
-        count += bit * __popc(lanes);
-      }
-      for (; found != 0; found &= found - 1) {
-        const int i = __ffs(int(found)) - 1;
-        f(place++, unit.element(item, t, i), unit.first(item, t) + i);
-      }
+  for (int i = 0; i < kGroups; ++i) left |= uint32_t(key[i] >= bound) << i;
+  left |= left << kGroups;
+#pragma unroll 1
+  while (__any_sync(~0u, left != 0)) {
+    const int item = left != 0 ? __ffs(int(left)) - 1 : kMostStripes;
+    left &= left - 1;
+    uint32_t found = item < unit.items() && unit.has(item) ? reaching(unit.chunk(item)) : 0;
+    const int mine = __popc(found);
+    int32_t before = 0, all = 0;
+#pragma unroll
+    for (int bit = 1; bit <= kSize; bit *= 2) {
+      const uint32_t lanes = __ballot_sync(~0u, mine & bit);
+      before += bit * __popc(lanes & lanes_below);
+      all += bit * __popc(lanes);
     }
-    __syncwarp();
+    int32_t base = 0;
+    if (lane == 0 && all > 0) base = atomicAdd(&count, all);
+    int32_t place = __shfl_sync(~0u, base, 0) + before;
+    for (; found != 0; found &= found - 1) {
+      const int i = __ffs(int(found)) - 1;
+      f(place++, unit.element(item, t, i), unit.first(item) + i);
+    }
   }
-  return count;
 }
 
 // The numbers of the row of unit u.
@@ -255,8 +226,8 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
                                            SelectShared& shared) {
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
   const int64_t units = args.x.rows << args.units.log_parts;
-  const int32_t room =
-      args.units.log_parts == 0 ? kMostFew : room_of_part(1 << args.units.log_parts);
+  const bool alone = args.units.log_parts == 0;
+  const int32_t room = alone ? kMostFew : room_of_part(1 << args.units.log_parts);
   uint32_t phase = 0;
   int slot = 0;
   unit.move_to(blockIdx.x);
@@ -265,8 +236,7 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
     unit.receive(phase);
     const Request now = shared.requests[slot];
     slot ^= 1;
-    bool usual = false;
-    float L = 0, least = 0, most = 0;
+    uint32_t key[kGroups];
     if (now.wanted > 0) {
       if (args.activation.bias != nullptr || args.activation.thresholds != nullptr) {
         const Activated<S> activated(args);
@@ -275,135 +245,145 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
         }
         unit.release();
       }
-      uint32_t key[kGroups];
       keys_of_groups(unit, key);
+      uint32_t most[2] = {key[0], key[1]};
+#pragma unroll
+      for (int i = 2; i < kGroups; ++i) most[i % 2] = max(most[i % 2], key[i]);
       uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared.maxima);
-      maxima[t] = max(max(key[0], key[2]), max(key[4], key[6]));
-      maxima[kScanners + t] = max(max(key[1], key[3]), max(key[5], key[7]));
-      sync_scanners();
-      if (warp == 0) {
-        const float2 limits = bound_of_maxima<Element<S>::grain>(shared.maxima, now.wanted,
-                                                                 now.wanted + now.wanted / 8);
-        if (lane == 0) shared.limits = limits;
-      } else if (t == 32) {
-        shared.requests[slot] = request_of<SOFT>(args, u + gridDim.x);
-      }
-      sync_scanners();
-      L = shared.limits.x, most = shared.limits.y;
-      usual = most < infinity<float>;  // neither is NaN
-      least = SOFT ? L - kReach * now.alpha : L;
-      if (!(least > args.threshold)) {
-        L = -infinity<float>;  // all that there are
-        least = value_of(key_of(args.threshold) + 1);
-      }
-      mark_groups(key, least, shared.marks);
-    } else if (t == 32) {
-      shared.requests[slot] = request_of<SOFT>(args, u + gridDim.x);
+      maxima[t] = most[0];
+      maxima[kScanners + t] = most[1];
     }
-    sync_scanners();  // the unit has been read, but for the groups marked
-    const int64_t next = u + gridDim.x;
+    sync_scanners();
     if (warp == 0) {
-      wait_at(kEmptied);
-      int32_t count = kTooMany;
-      if (usual) {
-        Entry* const sent = args.sent + u * room;  // of a row in several units
-        count =
-            collect_in_order(unit, least, shared, [&](int32_t place, float value, int32_t index) {
-              if (place >= room) return;
-              if (args.units.log_parts > 0) {
-                sent[place] = {value, index};
-              } else {
-                shared.values[place] = value;
-                shared.indices[place] = index;
-              }
-            });
-        if (count > room) count += kTooMany;
+      float2 limits = make_float2(0, infinity<float>);
+      if (now.wanted > 0) {
+        limits = bound_of_maxima<Element<S>::grain>(shared.maxima, now.wanted,
+                                                    now.wanted + now.wanted / 8);
       }
+      wait_at(kEmptied);
       if (lane == 0) {
-        shared.taken = {count, SOFT ? L - kBelow * now.alpha : L, least, most};
+        shared.limits = limits;
+        shared.count = 0;
+      }
+    }
+    sync_scanners();
+    float L = shared.limits.x;
+    const float most = shared.limits.y;
+    const bool usual = most < infinity<float>;  // neither is NaN
+    float least = SOFT ? L - kReach * now.alpha : L;
+    if (!(least > args.threshold)) {
+      L = -infinity<float>;  // all that there are
+      least = value_of(key_of(args.threshold) + 1);
+    }
+    if (usual) {
+      Entry* const sent = args.sent + u * room;
+      collect(unit, key, least, shared.count, [&](int32_t place, float value, int32_t index) {
+        if (place >= room) return;
+        if (alone) {
+          shared.values[place] = value;
+          shared.indices[place] = index;
+        } else {
+          sent[place] = {value, index};
+        }
+      });
+    }
+    sync_scanners();  // the unit has been read
+    const int64_t next = u + gridDim.x;
+    unit.move_to(next);
+    if (warp == 0) {
+      if (args.units.fed && next < units) unit.ask();
+      if (lane == 0) {
+        const int32_t count = shared.count;
+        shared.taken = {usual && count <= room ? count : kTooMany,
+                        SOFT ? L - kBelow * now.alpha : L, least, most};
         shared.request = now;
       }
       arrive_at(kFilled);
     }
-    unit.move_to(next);
-    if (args.units.fed && next < units && warp == 0) unit.ask();
   }
   if (warp == 0) wait_at(kEmptied);  // no barrier is left behind half full
 }
 
-// By one warp, the last one to come with candidates of row r: puts those of all units into
-// shared memory, in order.
-__device__ __forceinline__ Taken merge_units(const SelectArgs& args, int64_t r,
-                                             SelectShared& shared) {
+// By one warp, the last one to come with candidates of row r: brings those of all units.
+__device__ __forceinline__ Taken gather_units(const SelectArgs& args, int64_t r,
+                                              SelectShared& shared) {
   const int lane = int(threadIdx.x) % 32, parts = 1 << args.units.log_parts;
+  const int64_t first = r << args.units.log_parts;
   const int32_t room = room_of_part(parts);
-  const Entry* const entries = args.sent + (r << args.units.log_parts) * room;
   Taken own = {0, -infinity<float>, infinity<float>, -infinity<float>};
   if (lane < parts) {
-    const int4 words =
-        __ldcg(reinterpret_cast<const int4*>(args.taken + (r << args.units.log_parts) + lane));
+    const int4 words = __ldcg(reinterpret_cast<const int4*>(args.taken + first + lane));
     own = {words.x, __int_as_float(words.y), __int_as_float(words.z), __int_as_float(words.w)};
   }
-  Taken all;
   const int32_t upto = int32_t(inclusive_scan<32>(unsigned(own.count), lane));
-  all.count = __shfl_sync(~0u, upto, 31);
-  all.limit = value_of(__reduce_max_sync(~0u, key_of(own.limit)));
-  all.least = value_of(__reduce_min_sync(~0u, key_of(own.least)));
-  all.most = value_of(__reduce_max_sync(~0u, key_of(own.most)));
+  const Taken all = {__shfl_sync(~0u, upto, 31),
+                     value_of(__reduce_max_sync(~0u, key_of(own.limit))),
+                     value_of(__reduce_min_sync(~0u, key_of(own.least))),
+                     value_of(__reduce_max_sync(~0u, key_of(own.most)))};
   if (all.count > kMostFew) return all;
-  if (lane < parts) shared.starts[lane + 1] = upto;
-  if (lane == 0) shared.starts[0] = 0;
+  if (lane < parts) shared.starts[lane] = upto - own.count;
   __syncwarp();
-  const int32_t* const starts = shared.starts;
-  for (int part = 0; part < parts; ++part) {
-    for (int32_t i = starts[part] + lane; i < starts[part + 1]; i += 32) {
-      shared.indices[i] = __ldcg(&entries[part * room + i - starts[part]].index);
+#pragma unroll 4
+  for (int32_t i = lane; i < all.count; i += 32) {
+    int part = 0;  // the last that starts at i or before
+    for (int step = parts / 2; step > 0; step /= 2) {
+      if (shared.starts[part + step] <= i) part += step;
     }
-  }
-  __syncwarp();
-  for (int part = 0; part < parts; ++part) {
-    for (int32_t i = starts[part] + lane; i < starts[part + 1]; i += 32) {
-      const int32_t index = shared.indices[i];
-      int32_t place = i - starts[part];
-      for (int other = 0; other < parts; ++other) {
-        if (other == part) continue;
-        int32_t low = starts[other], high = starts[other + 1];  // those before lie below `low`
-        while (low < high) {
-          const int32_t middle = (low + high) / 2;
-          if (shared.indices[middle] < index) {
-            low = middle + 1;
-          } else {
-            high = middle;
-          }
-        }
-        place += low - starts[other];
-      }
-      shared.places[i] = uint16_t(place);
-    }
-  }
-  __syncwarp();
-  for (int part = 0; part < parts; ++part) {
-    for (int32_t i = starts[part] + lane; i < starts[part + 1]; i += 32) {
-      const int2 words =
-          __ldcg(reinterpret_cast<const int2*>(entries + part * room + i - starts[part]));
-      shared.values[shared.places[i]] = __int_as_float(words.x);
-      shared.indices[shared.places[i]] = words.y;
-    }
+    const Entry* const entry = args.sent + (first + part) * room + (i - shared.starts[part]);
+    const int2 words = __ldcg(reinterpret_cast<const int2*>(entry));
+    shared.values[i] = __int_as_float(words.x);
+    shared.indices[i] = words.y;
   }
   __syncwarp();
   return all;
 }
 
+// By one warp: the order of candidates by their indices.
+__device__ __forceinline__ void put_in_order(SelectShared& shared, int32_t count) {
+  constexpr int kOwn = 4;
+  const int lane = int(threadIdx.x) % 32;
+  const int32_t whole = (count + 3) / 4 * 4;
+  if (lane < whole - count) shared.indices[count + lane] = kLast;
+  __syncwarp();
+#pragma unroll 1
+  for (int32_t first = lane; first - lane < count; first += 32 * kOwn) {
+    int32_t own[kOwn], before[kOwn] = {};
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      own[j] = first + 32 * j < count ? shared.indices[first + 32 * j] : 0;
+    }
+#pragma unroll 2
+    for (int32_t i = 0; i < whole; i += 4) {
+      const int4 others = *reinterpret_cast<const int4*>(shared.indices + i);
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) {
+        before[j] += (others.x < own[j]) + (others.y < own[j]);
+        before[j] += (others.z < own[j]) + (others.w < own[j]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (first + 32 * j < count) shared.order[before[j]] = uint16_t(first + 32 * j);
+    }
+  }
+  __syncwarp();
+}
+
 // By one warp: the code of row r from its candidates, if they suffice.
 template <class S, bool SOFT>
 __device__ __forceinline__ bool write_row(const SelectArgs& args, int64_t r, const Taken& taken,
-                                          const Request& now, const SelectShared& shared) {
+                                          const Request& now, SelectShared& shared) {
   if (taken.count > kMostFew) return false;
+  put_in_order(shared, taken.count);
   constexpr float kLog2e = 1.4426950408889634f;
   const bool complete = taken.limit == -infinity<float>;
-  const Few few = {shared.values, shared.indices,
-                   taken.count,   complete ? int32_t(args.x.n) - taken.count : 0,
-                   taken.least,   taken.most};
+  const Few few = {shared.values,
+                   shared.indices,
+                   shared.order,
+                   taken.count,
+                   complete ? int32_t(args.x.n) - taken.count : 0,
+                   taken.least,
+                   taken.most};
   if (!complete && args.units.log_parts > 0 && args.mode != Selecting::soft) {
     // Whether all that a mask can have are above every unit's bound.
     int32_t above = 0;
@@ -421,17 +401,20 @@ __device__ __forceinline__ bool write_row(const SelectArgs& args, int64_t r, con
   }
 }
 
-// The warp that solves.
+// The warp that solves. It also asks for the numbers of the rows to come.
 template <class S, bool SOFT>
 __device__ __forceinline__ void solve_rows(const SelectArgs& args, SelectShared& shared) {
   const int lane = int(threadIdx.x) % 32, parts = 1 << args.units.log_parts;
   const int64_t units = args.x.rows << args.units.log_parts;
+  int slot = 0;
   arrive_at(kEmptied);
   for (int64_t u = blockIdx.x; u < units; u += gridDim.x) {
     const int64_t r = u >> args.units.log_parts;
     wait_at(kFilled);
     Taken taken = shared.taken;
     const Request now = shared.request;
+    if (lane == 0) shared.requests[slot] = request_of<SOFT>(args, u + 2 * int64_t(gridDim.x));
+    slot ^= 1;
     bool last = true;
     if (parts > 1) {
       arrive_at(kEmptied);
@@ -444,7 +427,7 @@ __device__ __forceinline__ void solve_rows(const SelectArgs& args, SelectShared&
       last = __shfl_sync(~0u, before, 0) == parts - 1;
       if (last) {
         __threadfence();
-        taken = merge_units(args, r, shared);
+        taken = gather_units(args, r, shared);
       }
     }
     if (last && !write_row<S, SOFT>(args, r, taken, now, shared) && lane == 0) {
@@ -463,7 +446,10 @@ __global__ void __launch_bounds__(kScanners + 32, 6) select_quick(const SelectAr
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ SelectShared shared;
   Unit<S> unit(memory, &shared.barrier, args.units, args.x);
-  if (threadIdx.x == 0) shared.requests[0] = request_of<SOFT>(args, blockIdx.x);
+  if (threadIdx.x < 2) {
+    shared.requests[threadIdx.x] =
+        request_of<SOFT>(args, blockIdx.x + threadIdx.x * int64_t(gridDim.x));
+  }
   __syncthreads();
   if (threadIdx.x < kScanners) {
     scan_units<S, SOFT>(args, unit, shared);

@@ -30,7 +30,6 @@ __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2)
 }
 
 constexpr int kItems = 16;               // stripes of a unit, 32 KiB, of which six fit
-constexpr int kMostStripes = 32;         // where a row would have more than kMostParts units
 constexpr int64_t kShortest = 256 * 16;  // bytes of a row that is worth it
 
 // How rows of so many bytes are cut; items = 0: they do not fit.

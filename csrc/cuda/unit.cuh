@@ -10,7 +10,8 @@
 
 namespace softtopk::cuda {
 
-inline constexpr int kScanners = 128;  // threads that read a unit
+inline constexpr int kScanners = 128;    // threads that read a unit
+inline constexpr int kMostStripes = 32;  // of a unit: a warp asks for them
 
 // How rows are cut.
 struct Units {
