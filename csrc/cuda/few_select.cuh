@@ -11,12 +11,62 @@ namespace softtopk::cuda {
 // The elements of a row that may be in its code. All others lie far below the threshold, or are the
 // `zeros`, which take part in the budget.
 struct Few {
-  const float* values;
-  const int32_t* indices;
-  const uint16_t* order;  // of their indices
+  float* values;
+  int32_t* indices;  // aligned to 16 bytes
+  uint16_t* order;   // room for an order of them
+  int32_t places;    // of the arrays, a multiple of 4; what is not an element is -inf
   int32_t count, zeros;
   float least, most;  // no value lies below or above
 };
+
+// By one warp: moves the elements for which keep(value), asked of all 32 at once, to the front, and
+// puts them in the order of their indices; their number.
+template <class F>
+__device__ __forceinline__ int32_t keep_in_order(const Few& few, F keep) {
+  constexpr int kOwn = 3;
+  const int lane = int(threadIdx.x) % 32;
+  int32_t kept = 0;
+#pragma unroll 1
+  for (int32_t i = lane; i - lane < few.places; i += 32) {
+    const float x = i < few.places ? few.values[i] : -infinity<float>;
+    const int32_t index = i < few.places ? few.indices[i] : 0;
+    const bool own = keep(x);
+    const uint32_t all = __ballot_sync(~0u, own);  // all have read before one writes
+    if (own) {
+      const int32_t place = kept + __popc(all & ((1u << lane) - 1));
+      few.values[place] = x;
+      few.indices[place] = index;
+    }
+    kept += __popc(all);
+  }
+  __syncwarp();
+  const int32_t whole = (kept + 3) / 4 * 4;
+  if (lane < whole - kept) few.indices[kept + lane] = kLast;
+  __syncwarp();
+#pragma unroll 1
+  for (int32_t first = lane; first - lane < kept; first += 32 * kOwn) {
+    int32_t own[kOwn], before[kOwn] = {};
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      own[j] = first + 32 * j < kept ? few.indices[first + 32 * j] : 0;
+    }
+#pragma unroll 2
+    for (int32_t i = 0; i < whole; i += 4) {
+      const int4 others = *reinterpret_cast<const int4*>(few.indices + i);
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) {
+        before[j] += (others.x < own[j]) + (others.y < own[j]);
+        before[j] += (others.z < own[j]) + (others.w < own[j]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (first + 32 * j < kept) few.order[before[j]] = uint16_t(first + 32 * j);
+    }
+  }
+  __syncwarp();
+  return kept;
+}
 
 // Which of few elements are in the hard mask: those with a key above the bound, and of those with
 // the bound for a key the first `ties`.
@@ -31,7 +81,7 @@ __device__ __forceinline__ MaskCut mask_cut(const Few& few, int32_t k) {
   const int lane = int(threadIdx.x) % 32;
   const auto reach = [&](uint32_t least) {
     int32_t reached = 0;
-    for (int32_t i = lane; i < few.count; i += 32) {
+    for (int32_t i = lane; i < few.places; i += 32) {
       reached += key_of(few.values[i]) / GRAIN >= least;
     }
     return __reduce_add_sync(~0u, reached);
@@ -80,13 +130,15 @@ __device__ __forceinline__ int32_t hard_budget(const SelectArgs& args, int64_t r
 template <uint32_t GRAIN>
 __device__ __forceinline__ void write_hard(const SelectArgs& args, int64_t r, const Few& few) {
   const int lane = int(threadIdx.x) % 32;
-  Mask<GRAIN> mask(mask_cut<GRAIN>(few, hard_budget(args, r)));
+  const MaskCut cut = mask_cut<GRAIN>(few, hard_budget(args, r));
+  const int32_t count = keep_in_order(few, [&](float x) { return key_of(x) / GRAIN >= cut.bound; });
+  Mask<GRAIN> mask(cut);
   const CodeRow<float> to(args.code, r);
   int32_t kept = 0;
 #pragma unroll 1
-  for (int32_t i = lane; i - lane < few.count; i += 32) {
-    const int own = i < few.count ? few.order[i] : 0;
-    const float x = i < few.count ? few.values[own] : -infinity<float>;
+  for (int32_t i = lane; i - lane < count; i += 32) {
+    const int own = i < count ? few.order[i] : 0;
+    const float x = i < count ? few.values[own] : -infinity<float>;
     const bool keep = mask.holds(x);
     const uint32_t all = __ballot_sync(~0u, keep);
     const int32_t place = kept + __popc(all & Mask<GRAIN>::lanes_below());
@@ -105,24 +157,39 @@ __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, co
   const int lane = int(threadIdx.x) % 32;
   int32_t right;
   const Solution<float> s =
-      FewSearch<GRAIN>(few.values, {L, few.most}, few.count, float(few.zeros), k, alpha, rate)
+      FewSearch<GRAIN>(few.values, {L, few.most}, few.places, float(few.zeros), k, alpha, rate)
           .solve(right);
   if (!right) return false;
   const Densities<float> d = quick_densities(s, rate);
   const float larger = fmaxf(d.h_B, d.q_B);
   const bool masked = args.mode == Selecting::straight_through;
-  Mask<GRAIN> mask({0, 0});
-  if (masked) mask = Mask<GRAIN>(mask_cut<GRAIN>(few, hard_budget(args, r)));
+  MaskCut cut = {~0u, 0};
+  if (masked) cut = mask_cut<GRAIN>(few, hard_budget(args, r));
   constexpr float kLn2 = 0.6931471805599453f;
+  float Q_out = 0, M_out = 0;
+  const auto tail = [&](float x) {
+    return faster_exp2(-fabsf(x - (x >= s.r_A ? s.r_A : s.r_B)) * rate);
+  };
+  const auto leave = [&](float x) {  // out of the code
+    const float q = (x >= s.r_A ? d.q_A : d.q_B) * tail(x);
+    Q_out += q;
+    if (q > 0) M_out = fmaf(q, (x - s.r_B) * rate, M_out);
+  };
+  const int32_t count = keep_in_order(few, [&](float x) {
+    const bool keep =
+        x >= s.r_A || larger * tail(x) >= kLeastKept || (masked && key_of(x) / GRAIN >= cut.bound);
+    if (!keep) leave(x);
+    return keep;
+  });
+  Mask<GRAIN> mask(cut);
   const CodeRow<float> to(args.code, r);
   int32_t kept = 0;
-  float Q_out = 0, M_out = 0;
 #pragma unroll 1
-  for (int32_t i = lane; i - lane < few.count; i += 32) {
-    const int own = i < few.count ? few.order[i] : 0;
-    const float x = i < few.count ? few.values[own] : -infinity<float>;
+  for (int32_t i = lane; i - lane < count; i += 32) {
+    const int own = i < count ? few.order[i] : 0;
+    const float x = i < count ? few.values[own] : -infinity<float>;
     const bool above = x >= s.r_A;
-    const float e = faster_exp2(-fabsf(x - (above ? s.r_A : s.r_B)) * rate);
+    const float e = tail(x);
     bool keep = above || larger * e >= kLeastKept;
     const float p = above ? fmaf(-d.h_A, e, 1.0f) : d.h_B * e;
     float value = p >= kLeastKept ? x * p : 0;
@@ -134,11 +201,7 @@ __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, co
     const uint32_t all = __ballot_sync(~0u, keep);
     const int32_t place = kept + __popc(all & Mask<GRAIN>::lanes_below());
     if (keep) to.write(place, few.indices[own], value, x);
-    if (i < few.count && !(keep && place < to.room())) {
-      const float q = (above ? d.q_A : d.q_B) * e;
-      Q_out += q;
-      if (q > 0) M_out = fmaf(q, (x - s.r_B) * rate, M_out);
-    }
+    if (i < count && !(keep && place < to.room())) leave(x);
     kept += __popc(all);
   }
 #pragma unroll

@@ -2,17 +2,18 @@
 //
 // One pass over memory. A block has a unit of a row, all of it if it is short enough, on chip
 // (unit.cuh), and two kinds of warps. Four scan: they take the maxima of groups, one of them finds
-// a bound L that as many of these reach as there are elements wanted, and all take the candidates,
-// which reach L less 36 alpha, from the groups that do, in any order. Then the next unit is asked
-// for, and the fifth warp, while the others are already at that, puts the candidates in order and
-// solves the row: it is never waited for, as long as it is quicker than the memory that its
-// multiprocessor gets.
+// a bound L that as many of these reach as there are elements wanted, and each takes its
+// candidates, which reach L less 36 alpha, from the groups that do, to places of its own. Then the
+// next unit is asked for, and the fifth warp, while the others are already at that, solves the row
+// and puts what is kept in order: it is never waited for, as long as it is quicker than the memory
+// that its multiprocessor gets.
 //
 // What is wanted: so many elements from L on that they alone make up the budget at L - 4 alpha, so
 // that the threshold lies above it, and what is not a candidate adds less than e^-32 of its like.
 // Of a row in several units each has its share, with some to spare for chance; the last to
 // be done puts the candidates together, and then it is seen whether the threshold lies above all
-// units' bounds. Where L less 36 alpha is not above the activation's threshold all elements that
+// units' bounds. That one is then behind the others: units of such rows are drawn, so that it takes
+// fewer of them. Where L less 36 alpha is not above the activation's threshold all elements that
 // are take part, and the zeros are a tie below them. A row that does not fit the pattern, or whose
 // solution is not right, is marked, and left to the careful kernel of sparse_select.cu.
 //
@@ -31,13 +32,15 @@
 
 namespace softtopk::cuda {
 
-inline constexpr int kGroups = 16;        // of a thread's chunks: chunk i is of group i modulo this
-inline constexpr int kMostFew = 352;      // candidates of a row
+inline constexpr int kGroups = 16;  // of a thread's chunks: chunk i is of group i modulo this
+inline constexpr int kScanningWarps = kScanners / 32;
+inline constexpr int kOfWarp = 96;  // candidates of a row from one warp
+inline constexpr int kMostFew = kScanningWarps * kOfWarp;
 inline constexpr int kMostWanted = 192;   // of kMaxima maxima
 inline constexpr int kMostParts = 16;     // units of a row
 inline constexpr float kBelow = 4;        // alphas below L that the threshold may lie
 inline constexpr float kReach = 36;       // and that candidates reach
-inline constexpr int kTooMany = 0x10000;  // a count of candidates that are not all there
+inline constexpr int kTooMany = 0x10000;  // a count of candidates that are not to be had
 
 // Barriers of the collecting warp and the one that solves.
 enum : int { kFilled = 2, kEmptied = 3 };
@@ -50,23 +53,28 @@ __device__ __forceinline__ void wait_at(int barrier) {
   asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory");
 }
 
-// The candidates that a unit has room for in memory, where a row has several.
-__host__ __device__ constexpr int32_t room_of_part(int parts) { return 2 * kMostFew / parts + 16; }
+// The candidates that a warp has room for in memory, where a row has several units.
+__host__ __device__ constexpr int32_t room_of_warp(int parts) { return 192 / parts + 12; }
 
 struct Entry {
   float value;
   int32_t index;
 };
-// What is known of candidates: how many there are, kTooMany if not all were taken; above which
-// value the threshold must lie, -infinity if all positive activations are candidates; bounds on all
-// values.
-struct alignas(16) Taken {
-  int32_t count;
+// What is known of candidates: above which value the threshold must lie, -infinity if all positive
+// activations are candidates; bounds on all values.
+struct Taken {
   float limit, least, most;
 };
+// The same of a unit in memory, with how many each warp has, more than its room if they are not all
+// there.
+struct alignas(16) Part {
+  int32_t counts[kScanningWarps];
+  Taken taken;
+};
 
-// A row's numbers.
+// A unit that is to come, and its row's numbers.
 struct Request {
+  int64_t unit;
   Budget k;
   float alpha;
   int32_t wanted;  // maxima that reach the bound; 0: the row is not for this kernel
@@ -76,16 +84,18 @@ struct SelectShared {
   uint64_t barrier;
   uint4 maxima[kMaxima / 4];  // keys
   float2 limits;              // the bound and the maximum
-  Request requests[2];        // of this unit's row and the next, in turns
-  // What is handed over. The candidates of a row in several units go by way of memory, and are the
-  // solving warp's here.
-  int32_t count;
+  Request requests[2];        // of this unit and the next, in turns
+  // What is handed over. A warp's candidates are kScanningWarps places apart. Those of a row in
+  // several units go by way of memory, and the places here are the solving warp's.
+  int32_t counts[kScanningWarps];
   Taken taken;
   Request request;
   float values[kMostFew];
   alignas(16) int32_t indices[kMostFew];
-  uint16_t order[kMostFew];  // of their indices
-  int32_t starts[kMostParts];
+  union {
+    uint16_t order[kMostFew];
+    int32_t starts[kScanningWarps * kMostParts];  // of the candidates in memory
+  };
 };
 
 // The largest elements of the calling thread's groups, as keys; of a NaN, the largest of all.
@@ -163,11 +173,11 @@ class Reaching {
   uint32_t both_ = 0;  // in both halves, the lowest of S that is not below
 };
 
-// By all scanners: f(place, value, index) for the elements from `least` on, in any order; `count`,
-// which is 0 before, counts them.
+// By a scanning warp: f(place, value, index) for its elements from `least` on; returns how many.
+// Where they go depends on nothing but the row.
 template <class S, class F>
-__device__ __forceinline__ void collect(const Unit<S>& unit, const uint32_t (&key)[kGroups],
-                                        float least, int32_t& count, F f) {
+__device__ __forceinline__ int32_t collect(const Unit<S>& unit, const uint32_t (&key)[kGroups],
+                                           float least, F f) {
   constexpr int kSize = Chunk<S>::size;
   const int t = int(threadIdx.x), lane = t % 32;
   const uint32_t lanes_below = (1u << lane) - 1, bound = key_of(least);
@@ -176,40 +186,39 @@ __device__ __forceinline__ void collect(const Unit<S>& unit, const uint32_t (&ke
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) left |= uint32_t(key[i] >= bound) << i;
   left |= left << kGroups;
+  int32_t count = 0;
 #pragma unroll 1
   while (__any_sync(~0u, left != 0)) {
     const int item = left != 0 ? __ffs(int(left)) - 1 : kMostStripes;
     left &= left - 1;
     uint32_t found = item < unit.items() && unit.has(item) ? reaching(unit.chunk(item)) : 0;
     const int mine = __popc(found);
-    int32_t before = 0, all = 0;
+    int32_t place = count;
 #pragma unroll
     for (int bit = 1; bit <= kSize; bit *= 2) {
       const uint32_t lanes = __ballot_sync(~0u, mine & bit);
-      before += bit * __popc(lanes & lanes_below);
-      all += bit * __popc(lanes);
+      place += bit * __popc(lanes & lanes_below);
+      count += bit * __popc(lanes);
     }
-    int32_t base = 0;
-    if (lane == 0 && all > 0) base = atomicAdd(&count, all);
-    int32_t place = __shfl_sync(~0u, base, 0) + before;
     for (; found != 0; found &= found - 1) {
       const int i = __ffs(int(found)) - 1;
       f(place++, unit.element(item, t, i), unit.first(item) + i);
     }
   }
+  return count;
 }
 
-// The numbers of the row of unit u.
+// Unit u, which may be none, and the numbers of its row.
 template <bool SOFT>
 __device__ __forceinline__ Request request_of(const SelectArgs& args, int64_t u) {
   const int64_t r = u >> args.units.log_parts;
-  if (r >= args.x.rows) return {Budget(0), 1, 0};
+  if (r >= args.x.rows) return {u, Budget(0), 1, 0};
   const double k = per_row(args.k, r), budget = SOFT ? k : std::floor(k + 0.5);
   const float alpha = SOFT ? float(per_row(args.alpha, r)) : 1.0f,
               rate = 1.4426950408889634f / alpha;
   const bool fits =
       (SOFT ? budget > 0 : budget >= 0) && budget < kMostFew && rate > 1e-36f && rate < 1e36f;
-  if (!fits) return {Budget(0), 1, 0};
+  if (!fits) return {u, Budget(0), 1, 0};
   const int32_t whole = int32_t(budget);
   // At L - 4 alpha p is 1 - e^-4 / 2 from L on.
   int32_t wanted = SOFT ? whole + whole / 64 + 2 : max(whole, 1);
@@ -217,7 +226,7 @@ __device__ __forceinline__ Request request_of(const SelectArgs& args, int64_t u)
     const float share = float(wanted) / float(1 << args.units.log_parts);
     wanted = int32_t(share + 5 * quick_sqrt(share)) + 4;
   }
-  return {Budget(budget), alpha, wanted <= kMostWanted ? wanted : 0};
+  return {u, Budget(budget), alpha, wanted <= kMostWanted ? wanted : 0};
 }
 
 // The scanning warps.
@@ -227,15 +236,16 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
   const int64_t units = args.x.rows << args.units.log_parts;
   const bool alone = args.units.log_parts == 0;
-  const int32_t room = alone ? kMostFew : room_of_part(1 << args.units.log_parts);
+  const int32_t room = alone ? kOfWarp : room_of_warp(1 << args.units.log_parts);
   uint32_t phase = 0;
   int slot = 0;
   unit.move_to(blockIdx.x);
   if (args.units.fed && warp == 0) unit.ask();
-  for (int64_t u = blockIdx.x; u < units; u += gridDim.x) {
-    unit.receive(phase);
+  while (true) {
     const Request now = shared.requests[slot];
+    if (now.unit >= units) break;
     slot ^= 1;
+    unit.receive(phase);
     uint32_t key[kGroups];
     if (now.wanted > 0) {
       if (args.activation.bias != nullptr || args.activation.thresholds != nullptr) {
@@ -261,10 +271,7 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
                                                     now.wanted + now.wanted / 8);
       }
       wait_at(kEmptied);
-      if (lane == 0) {
-        shared.limits = limits;
-        shared.count = 0;
-      }
+      if (lane == 0) shared.limits = limits;
     }
     sync_scanners();
     float L = shared.limits.x;
@@ -275,27 +282,27 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
       L = -infinity<float>;  // all that there are
       least = value_of(key_of(args.threshold) + 1);
     }
+    int32_t count = kTooMany;
     if (usual) {
-      Entry* const sent = args.sent + u * room;
-      collect(unit, key, least, shared.count, [&](int32_t place, float value, int32_t index) {
+      Entry* const sent = args.sent + (now.unit * kScanningWarps + warp) * room;
+      count = collect(unit, key, least, [&](int32_t place, float value, int32_t index) {
         if (place >= room) return;
         if (alone) {
-          shared.values[place] = value;
-          shared.indices[place] = index;
+          shared.values[place * kScanningWarps + warp] = value;
+          shared.indices[place * kScanningWarps + warp] = index;
         } else {
           sent[place] = {value, index};
         }
       });
     }
+    if (lane == 0) shared.counts[warp] = count;
     sync_scanners();  // the unit has been read
-    const int64_t next = u + gridDim.x;
+    const int64_t next = shared.requests[slot].unit;
     unit.move_to(next);
     if (warp == 0) {
       if (args.units.fed && next < units) unit.ask();
       if (lane == 0) {
-        const int32_t count = shared.count;
-        shared.taken = {usual && count <= room ? count : kTooMany,
-                        SOFT ? L - kBelow * now.alpha : L, least, most};
+        shared.taken = {SOFT ? L - kBelow * now.alpha : L, least, most};
         shared.request = now;
       }
       arrive_at(kFilled);
@@ -304,90 +311,96 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
   if (warp == 0) wait_at(kEmptied);  // no barrier is left behind half full
 }
 
-// By one warp, the last one to come with candidates of row r: brings those of all units.
-__device__ __forceinline__ Taken gather_units(const SelectArgs& args, int64_t r,
-                                              SelectShared& shared) {
-  const int lane = int(threadIdx.x) % 32, parts = 1 << args.units.log_parts;
-  const int64_t first = r << args.units.log_parts;
-  const int32_t room = room_of_part(parts);
-  Taken own = {0, -infinity<float>, infinity<float>, -infinity<float>};
-  if (lane < parts) {
-    const int4 words = __ldcg(reinterpret_cast<const int4*>(args.taken + first + lane));
-    own = {words.x, __int_as_float(words.y), __int_as_float(words.z), __int_as_float(words.w)};
+// A row's candidates: at so many places, of which some may be empty.
+struct Gathered {
+  int32_t places, count;
+  Taken taken;
+};
+
+// By one warp: those of the one unit of a row, where they are; empty places become -inf.
+__device__ __forceinline__ Gathered gather_warps(SelectShared& shared) {
+  const int lane = int(threadIdx.x) % 32, warp = lane % kScanningWarps;
+  const int32_t own = shared.counts[warp];  // of all places that this lane sees
+  const int32_t most = __reduce_max_sync(~0u, own);
+  const int32_t count = __reduce_add_sync(~0u, own) / (32 / kScanningWarps);
+  if (most > kOfWarp) return {kTooMany, kTooMany, shared.taken};
+  for (int32_t i = lane; i < most * kScanningWarps; i += 32) {
+    if (i / kScanningWarps >= own) shared.values[i] = -infinity<float>;
   }
-  const int32_t upto = int32_t(inclusive_scan<32>(unsigned(own.count), lane));
-  const Taken all = {__shfl_sync(~0u, upto, 31),
-                     value_of(__reduce_max_sync(~0u, key_of(own.limit))),
-                     value_of(__reduce_min_sync(~0u, key_of(own.least))),
-                     value_of(__reduce_max_sync(~0u, key_of(own.most)))};
-  if (all.count > kMostFew) return all;
-  if (lane < parts) shared.starts[lane] = upto - own.count;
+  __syncwarp();
+  return {most * kScanningWarps, count, shared.taken};
+}
+
+// By one warp, the last one to come with candidates of row r: brings those of all units.
+__device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t r,
+                                                 SelectShared& shared) {
+  constexpr int kEach = kScanningWarps * kMostParts / 32;  // warps whose candidates a lane counts
+  const int lane = int(threadIdx.x) % 32, parts = 1 << args.units.log_parts;
+  const int segments = parts * kScanningWarps;
+  const int64_t first = r << args.units.log_parts;
+  const int32_t room = room_of_warp(parts);
+  Taken own = {-infinity<float>, infinity<float>, -infinity<float>};
+  if (lane < parts) {
+    const float* const from = &args.sent_parts[first + lane].taken.limit;
+    own = {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2)};
+  }
+  int32_t counts[kEach], sum = 0;
+  bool all_there = true;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int segment = lane * kEach + i;
+    counts[i] = segment < segments ? __ldcg(&args.sent_parts[first + segment / kScanningWarps]
+                                                 .counts[segment % kScanningWarps])
+                                   : 0;
+    all_there = all_there && counts[i] <= room;
+    sum += counts[i];
+  }
+  const Taken taken = {value_of(__reduce_max_sync(~0u, key_of(own.limit))),
+                       value_of(__reduce_min_sync(~0u, key_of(own.least))),
+                       value_of(__reduce_max_sync(~0u, key_of(own.most)))};
+  const int32_t upto = int32_t(inclusive_scan<32>(unsigned(sum), lane));
+  const int32_t count = __shfl_sync(~0u, upto, 31);
+  if (__any_sync(~0u, !all_there) || count > kMostFew) return {kTooMany, kTooMany, taken};
+  int32_t start = upto - sum;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    shared.starts[lane * kEach + i] = start;
+    start += counts[i];
+  }
   __syncwarp();
 #pragma unroll 4
-  for (int32_t i = lane; i < all.count; i += 32) {
-    int part = 0;  // the last that starts at i or before
-    for (int step = parts / 2; step > 0; step /= 2) {
-      if (shared.starts[part + step] <= i) part += step;
+  for (int32_t i = lane; i < count; i += 32) {
+    int segment = 0;  // the last that starts at i or before
+    for (int step = segments / 2; step > 0; step /= 2) {
+      if (shared.starts[segment + step] <= i) segment += step;
     }
-    const Entry* const entry = args.sent + (first + part) * room + (i - shared.starts[part]);
+    const Entry* const entry =
+        args.sent + (first * kScanningWarps + segment) * room + (i - shared.starts[segment]);
     const int2 words = __ldcg(reinterpret_cast<const int2*>(entry));
     shared.values[i] = __int_as_float(words.x);
     shared.indices[i] = words.y;
   }
   __syncwarp();
-  return all;
-}
-
-// By one warp: the order of candidates by their indices.
-__device__ __forceinline__ void put_in_order(SelectShared& shared, int32_t count) {
-  constexpr int kOwn = 4;
-  const int lane = int(threadIdx.x) % 32;
-  const int32_t whole = (count + 3) / 4 * 4;
-  if (lane < whole - count) shared.indices[count + lane] = kLast;
-  __syncwarp();
-#pragma unroll 1
-  for (int32_t first = lane; first - lane < count; first += 32 * kOwn) {
-    int32_t own[kOwn], before[kOwn] = {};
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      own[j] = first + 32 * j < count ? shared.indices[first + 32 * j] : 0;
-    }
-#pragma unroll 2
-    for (int32_t i = 0; i < whole; i += 4) {
-      const int4 others = *reinterpret_cast<const int4*>(shared.indices + i);
-#pragma unroll
-      for (int j = 0; j < kOwn; ++j) {
-        before[j] += (others.x < own[j]) + (others.y < own[j]);
-        before[j] += (others.z < own[j]) + (others.w < own[j]);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      if (first + 32 * j < count) shared.order[before[j]] = uint16_t(first + 32 * j);
-    }
-  }
-  __syncwarp();
+  return {count, count, taken};
 }
 
 // By one warp: the code of row r from its candidates, if they suffice.
 template <class S, bool SOFT>
-__device__ __forceinline__ bool write_row(const SelectArgs& args, int64_t r, const Taken& taken,
-                                          const Request& now, SelectShared& shared) {
-  if (taken.count > kMostFew) return false;
-  put_in_order(shared, taken.count);
+__device__ __forceinline__ bool write_row(const SelectArgs& args, int64_t r,
+                                          const Gathered& gathered, const Request& now,
+                                          SelectShared& shared) {
+  if (gathered.places > kMostFew) return false;
   constexpr float kLog2e = 1.4426950408889634f;
+  const Taken& taken = gathered.taken;
   const bool complete = taken.limit == -infinity<float>;
-  const Few few = {shared.values,
-                   shared.indices,
-                   shared.order,
-                   taken.count,
-                   complete ? int32_t(args.x.n) - taken.count : 0,
-                   taken.least,
-                   taken.most};
+  const Few few = {shared.values,  shared.indices,
+                   shared.order,   gathered.places,
+                   gathered.count, complete ? int32_t(args.x.n) - gathered.count : 0,
+                   taken.least,    taken.most};
   if (!complete && args.units.log_parts > 0 && args.mode != Selecting::soft) {
     // Whether all that a mask can have are above every unit's bound.
     int32_t above = 0;
-    for (int32_t i = int(threadIdx.x) % 32; i < taken.count; i += 32) {
+    for (int32_t i = int(threadIdx.x) % 32; i < few.places; i += 32) {
       above += shared.values[i] >= taken.limit;
     }
     if (__reduce_add_sync(~0u, above) < hard_budget(args, r)) return false;
@@ -401,36 +414,43 @@ __device__ __forceinline__ bool write_row(const SelectArgs& args, int64_t r, con
   }
 }
 
-// The warp that solves. It also asks for the numbers of the rows to come.
+// The warp that solves. It also says which units are to come, and asks for their numbers.
 template <class S, bool SOFT>
 __device__ __forceinline__ void solve_rows(const SelectArgs& args, SelectShared& shared) {
   const int lane = int(threadIdx.x) % 32, parts = 1 << args.units.log_parts;
-  const int64_t units = args.x.rows << args.units.log_parts;
+  const int64_t units = args.x.rows << args.units.log_parts, step = gridDim.x;
   int slot = 0;
+  // The unit after the two that are requested. What was drawn is not looked at before the next
+  // turn.
+  int64_t upcoming = blockIdx.x + 2 * step;
+  if (lane == 0 && args.drawn != nullptr) upcoming = 2 * step + atomicAdd(args.drawn, 1);
   arrive_at(kEmptied);
-  for (int64_t u = blockIdx.x; u < units; u += gridDim.x) {
-    const int64_t r = u >> args.units.log_parts;
+  while (shared.requests[slot].unit < units) {
     wait_at(kFilled);
-    Taken taken = shared.taken;
     const Request now = shared.request;
-    if (lane == 0) shared.requests[slot] = request_of<SOFT>(args, u + 2 * int64_t(gridDim.x));
-    slot ^= 1;
-    bool last = true;
-    if (parts > 1) {
-      arrive_at(kEmptied);
-      int32_t before = 0;
-      if (lane == 0) {
-        args.taken[u] = taken;
-        __threadfence();
-        before = atomicAdd(args.arrived + r, 1);
-      }
-      last = __shfl_sync(~0u, before, 0) == parts - 1;
-      if (last) {
-        __threadfence();
-        taken = gather_units(args, r, shared);
-      }
+    if (lane == 0) {
+      shared.requests[slot] = request_of<SOFT>(args, upcoming);
+      upcoming = args.drawn != nullptr ? 2 * step + atomicAdd(args.drawn, 1) : upcoming + step;
     }
-    if (last && !write_row<S, SOFT>(args, r, taken, now, shared) && lane == 0) {
+    slot ^= 1;
+    const int64_t r = now.unit >> args.units.log_parts;
+    Gathered gathered;
+    if (parts == 1) {
+      gathered = gather_warps(shared);
+    } else {
+      Part* const part = args.sent_parts + now.unit;
+      if (lane < kScanningWarps) part->counts[lane] = shared.counts[lane];
+      if (lane == kScanningWarps) part->taken = shared.taken;
+      arrive_at(kEmptied);
+      __threadfence();
+      __syncwarp();
+      int32_t before = 0;
+      if (lane == 0) before = atomicAdd(args.arrived + r, 1);
+      if (__shfl_sync(~0u, before, 0) != parts - 1) continue;
+      __threadfence();
+      gathered = gather_units(args, r, shared);
+    }
+    if (!write_row<S, SOFT>(args, r, gathered, now, shared) && lane == 0) {
       args.code.counts[r] = kLeftRow;
     }
     if (parts == 1) {

@@ -9,7 +9,7 @@
 namespace softtopk::cuda {
 
 struct Entry;
-struct Taken;
+struct Part;
 
 struct SelectArgs {
   Rows x;
@@ -21,11 +21,12 @@ struct SelectArgs {
   bool all;                // the careful kernel has all rows
   float threshold;         // the activation's, if it is one for all
   // Of rows on chip (quick_select.cuh): how they are cut, and where the units of a row put their
-  // candidates, what is known of these, and how many are done.
+  // candidates, what is known of these, and how many are done; and how many units have been drawn.
   Units units;
   Entry* sent;
-  Taken* taken;
+  Part* sent_parts;
   int32_t* arrived;
+  int32_t* drawn;  // null: a block has every so-manieth unit
 };
 
 inline constexpr int32_t kLeftRow = -2;        // marks a row, in the place of its count

@@ -58,13 +58,14 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
       args.all = false;
       args.units = units;
       if (units.log_parts > 0) {
-        args.taken = static_cast<Taken*>(workspace);
-        args.sent = reinterpret_cast<Entry*>(args.taken + all);
-        args.arrived =
-            reinterpret_cast<int32_t*>(args.sent + all * room_of_part(1 << units.log_parts));
-        check(
-            cudaMemsetAsync(args.arrived, 0, size_t(4 * x.rows), static_cast<cudaStream_t>(stream)),
-            "cudaMemsetAsync");
+        args.sent_parts = static_cast<Part*>(workspace);
+        args.sent = reinterpret_cast<Entry*>(args.sent_parts + all);
+        args.arrived = reinterpret_cast<int32_t*>(
+            args.sent + all * kScanningWarps * room_of_warp(1 << units.log_parts));
+        args.drawn = args.arrived + x.rows;
+        check(cudaMemsetAsync(args.arrived, 0, size_t(4 * (x.rows + 1)),
+                              static_cast<cudaStream_t>(stream)),
+              "cudaMemsetAsync");
       }
       const auto kernel =
           args.mode == Selecting::hard ? select_quick<S, false> : select_quick<S, true>;
@@ -85,7 +86,8 @@ int64_t select_workspace(int64_t rows, int64_t n, Type type) {
   const Units units = cut_rows(n * size, true, true);
   const int parts = 1 << units.log_parts;
   if (size == 8 || units.items == 0 || parts == 1) return 0;
-  return rows * (parts * int64_t(sizeof(Taken) + room_of_part(parts) * sizeof(Entry)) + 4);
+  const int64_t entries = int64_t(kScanningWarps) * room_of_warp(parts);
+  return rows * (parts * (int64_t(sizeof(Part)) + entries * int64_t(sizeof(Entry))) + 4) + 4;
 }
 
 void code_forward(const Rows& z, const PerRow& k, const PerRow& alpha, const Activation& activation,
