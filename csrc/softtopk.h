@@ -178,8 +178,9 @@ void relu_dot(const void* z, Type type, int64_t rows, int64_t columns, int64_t s
               const void* w2, bool add, void* scores, uint8_t* mask, int64_t mask_stride,
               int device, void* stream);
 
-// The other way: 1 where the mask is set, 0 elsewhere, rows on 16 bytes; and sums (parts, columns),
-// whose total over the parts is gamma_j = sum_b g_b mask_bj, with g (rows,) of the compute type.
+// The other way: g_b rounded to the type where the mask is set, 0 elsewhere, rows on 16 bytes; and
+// sums (parts, columns), whose total over the parts is gamma_j = sum_b g_b mask_bj, with g (rows,)
+// of the compute type.
 int64_t expand_mask_parts(int64_t rows);
 void expand_mask(const uint8_t* mask, int64_t mask_stride, int64_t rows, int64_t columns, Type type,
                  const void* g, void* expanded, int64_t stride, void* sums, int device,
