@@ -123,7 +123,10 @@ PyMethodDef method(const char* name) {
       method<&softtopk::cuda::expand_mask_parts>("expand_mask_parts"), \
       method<&softtopk::cuda::expand_mask>("expand_mask"),             \
       method<&softtopk::cuda::scale_gradient>("scale_gradient"),       \
-      method<&softtopk::cuda::adam_step>("adam_step"),
+      method<&softtopk::cuda::adam_flat>("adam_flat"),                 \
+      method<&softtopk::cuda::adam_rows>("adam_rows"),                 \
+      method<&softtopk::cuda::clip_blocks>("clip_blocks"),             \
+      method<&softtopk::cuda::clip_factors>("clip_factors"),
 
 void define(py::module_ m, PyMethodDef* launchers) {
   if (PyModule_AddFunctions(m.ptr(), launchers)) throw py::error_already_set();

@@ -194,16 +194,40 @@ void scale_gradient(const void* products, const void* weight, Type type, const v
                     int64_t columns, int64_t d, void* grad_weight, Type out_type, void* grad_bias,
                     void* grad_w2, void* squares, int device, void* stream);
 
-// One step of Adam on a parameter (rows, d) and its copy in bfloat16 (or null), as
-// softtopk/optim.py has it. On the device: lr (null: lr_number), the number of this step, the
-// factor of the gradient (null: 1), and found_inf (null: 0), which leaves everything as it is when
-// it is not 0. With offsets (rows + 1,) rows with equal neighbours are left alone; `normalize`
-// scales rows to unit norm.
-void adam_step(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq,
+// One step of Adam on parameters and their copies in bfloat16 (or null), as softtopk/optim.py has
+// it. On the device: lr (null: lr_number), the number of this step, the factor of the gradient
+// (null: 1), and found_inf (null: 0), which leaves everything as it is when it is not 0.
+struct FlatParameter {
+  float* parameter;
+  const float* gradient;
+  float *exp_avg, *exp_avg_sq;
+  void* copy;
+  int64_t size;
+  const float* lr;
+  double lr_number, beta1, beta2, eps;
+  const float *step, *scale;
+};
+void adam_flat(const FlatParameter* parameters, int64_t count, const float* found_inf, int device,
+               void* stream);
+
+// The same by rows (rows, d): with offsets (rows + 1,) those with equal neighbours are left alone;
+// `normalize` scales them to unit norm.
+void adam_rows(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq,
                void* copy, int64_t rows, int64_t d, const float* lr, double lr_number, double beta1,
                double beta2, double eps, const float* step, const float* scale,
                const float* found_inf, const int32_t* offsets, bool normalize, int device,
                void* stream);
+
+// The factors and norms of a gradient clip, out (2, groups), as softtopk/optim.py has it, of parts
+// in the order of their groups: gradients, or what has been squared already. sums: as many as the
+// blocks of all parts.
+struct ClipPart {
+  const float* data;
+  int64_t size, squared, group;
+};
+int64_t clip_blocks(int64_t size);
+void clip_factors(const ClipPart* parts, int64_t count, const double* max_norms, int64_t groups,
+                  double* sums, float* out, int device, void* stream);
 
 }  // namespace cuda
 

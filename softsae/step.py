@@ -19,7 +19,7 @@ from softsae.dead import DeadLatents, DeadList, Revived
 from softsae.output import Output
 from softsae.schedules import Phase
 from softsae.sparse import Sparse
-from softtopk.optim import Adam, clip_factor
+from softtopk.optim import Adam, Clipped, clip_factors
 
 
 class Numbers(NamedTuple):
@@ -150,24 +150,20 @@ class Step:
 
         known: the squared norms of gradients' rows that the backward pass has left, by parameter.
         """
-        train = self.train
-        squares = [self.squares_of(group["params"], known) for group in self.optimizer.param_groups]
-        if train.clip == "global":
-            scale, norm = clip_factor(sum(squares, []), train.clip_norm)
-            return scale, {"grad_norm": norm}
+        train, groups = self.train, [group["params"] for group in self.optimizer.param_groups]
         limits = (train.clip_norm, train.estimator_clip_norm)
-        clips = [clip_factor(parts, limit) for parts, limit in zip(squares, limits, strict=False)]
-        scales, norms = zip(*clips, strict=True)
-        return scales, dict(zip(("grad_norm", "estimator_grad_norm"), norms, strict=False))
+        if train.clip == "global":
+            groups = [sum(groups, [])]
+        parts = [self.clipped(group, known, limit) for group, limit in zip(groups, limits, strict=False)]
+        scales, norms = clip_factors(parts)
+        names = ("grad_norm", "estimator_grad_norm")
+        return scales[0] if train.clip == "global" else scales, dict(zip(names, norms, strict=False))
 
-    def squares_of(self, parameters: list[Tensor], known: Mapping[str, Tensor]) -> list[Tensor]:
-        """Parts of the squared norm of the parameters' gradients."""
+    def clipped(self, parameters: list[Tensor], known: Mapping[str, Tensor], limit: float) -> Clipped:
         learning = [parameter for parameter in parameters if parameter.grad is not None]
-        parts = [known[name] for name in map(self.names.get, learning) if name in known]
+        squares = [known[name] for name in map(self.names.get, learning) if name in known]
         others = [parameter.grad for parameter in learning if self.names[parameter] not in known]
-        if others:
-            parts += [norm.square() for norm in torch._foreach_norm(others)]
-        return parts or [self.sae.b_enc.new_zeros(1)]
+        return Clipped(squares, others, limit)
 
     @torch.no_grad()
     def count(self, out: Output, samples: int) -> tuple[Tensor, Tensor]:

@@ -136,10 +136,20 @@ class cuda:
         squares: int, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
-    def adam_step(
+    def adam_flat(
+        parameters: int, count: int, found_inf: int, device: int, stream: int, /
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def adam_rows(
         parameter: int, gradient: int, exp_avg: int, exp_avg_sq: int, copy: int, rows: int, d: int,
         lr: int, lr_number: float, beta1: float, beta2: float, eps: float,
         step: int, scale: int, found_inf: int, offsets: int, normalize: bool, device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def clip_blocks(size: int, /) -> int: ...
+    @staticmethod
+    def clip_factors(
+        parts: int, count: int, max_norms: int, groups: int, sums: int, out: int, device: int, stream: int, /
     ) -> None: ...  # fmt: skip
     @staticmethod
     def code_forward(

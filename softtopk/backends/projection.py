@@ -10,8 +10,8 @@ the cache. What a backend does with a chunk are three steps:
     scale_gradient(products, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares)
 
 With G_j = sum_b g_b mask_bj x_b, the products of the expanded mask and x, the gradients are w2_j G_j of the
-weight, w2_j gamma_j of the bias and <W_j, G_j> + c_j gamma_j of w2, since relu(z) = mask (x W^T + c). squares,
-where wanted, are |w2_j G_j|^2.
+weight, w2_j gamma_j of the bias and <W_j, G_j> + c_j gamma_j of w2, since relu(z) = mask (x W^T + c).
+squares, where wanted, are |w2_j G_j|^2.
 """
 
 from __future__ import annotations
