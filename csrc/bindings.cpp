@@ -126,7 +126,10 @@ PyMethodDef method(const char* name) {
       method<&softtopk::cuda::adam_flat>("adam_flat"),                 \
       method<&softtopk::cuda::adam_rows>("adam_rows"),                 \
       method<&softtopk::cuda::clip_blocks>("clip_blocks"),             \
-      method<&softtopk::cuda::clip_factors>("clip_factors"),
+      method<&softtopk::cuda::clip_factors>("clip_factors"),           \
+      method<&softtopk::cuda::budget_forward>("budget_forward"),       \
+      method<&softtopk::cuda::budget_backward>("budget_backward"),     \
+      method<&softtopk::cuda::budget_excess>("budget_excess"),
 
 void define(py::module_ m, PyMethodDef* launchers) {
   if (PyModule_AddFunctions(m.ptr(), launchers)) throw py::error_already_set();

@@ -169,7 +169,9 @@ void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* 
                       void* grad, void* dots, void* sums, void* squares, void* workspace,
                       int device, void* stream);
 
-// The columns of relu(x W^T + c) . w2 in chunks, and a step of Adam: on the CPU torch does as well.
+// What follows is for steps of training: on the CPU torch does as well.
+
+// The columns of relu(x W^T + c) . w2 in chunks.
 
 // From z = x W^T + c, a chunk (rows, columns) whose rows start on 16 bytes: its part of the scores
 // (rows,), added to what is there or with `add` false put there, and mask[row * mask_stride + j /
@@ -228,6 +230,17 @@ struct ClipPart {
 int64_t clip_blocks(int64_t size);
 void clip_factors(const ClipPart* parts, int64_t count, const double* max_norms, int64_t groups,
                   double* sums, float* out, int device, void* stream);
+
+// Budgets k = clamp(scale * sigmoid(score + shift), low, high) of scores (rows,), the gradients
+// from those of k, and out (2,): softplus_beta(mean k - target) and the gradient of it to each of
+// k. On the device: shift, and the target (null: target_number).
+void budget_forward(const float* score, const float* shift, double scale, double low, double high,
+                    int64_t rows, float* k, int device, void* stream);
+void budget_backward(const float* score, const float* shift, double scale, double low, double high,
+                     const float* g, int64_t rows, float* of_score, float* of_shift, int device,
+                     void* stream);
+void budget_excess(const float* k, int64_t rows, const float* target, double target_number,
+                   double beta, float* out, int device, void* stream);
 
 }  // namespace cuda
 

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from softsae.config import AutoencoderConfig, square_norm
 from softsae.sparse import CenterGradient, Sparse
 from softtopk import relu_projection
+from softtopk.budget import budget
 
 if TYPE_CHECKING:
     from softsae.autoencoder import SparseAutoencoder
@@ -70,11 +71,12 @@ class KEstimator(nn.Module):
                 score = h.to(self.w2.dtype) @ self.w2
             else:
                 score = self.projection(sae, x, sparse, dtype)
-            score = score + self.c2
+        limits = self.options.k_max, self.options.k_min, self.config.n
         if options.dtype == "bfloat16":
-            score = score.bfloat16()
-        k_hat = self.options.k_max * torch.sigmoid(score)
-        return k_hat.clamp(self.options.k_min, self.config.n).to(self.w2.dtype).expand(rows)
+            k_hat = budget((score + self.c2).bfloat16(), self.c2.new_zeros((), dtype=torch.bfloat16), *limits)
+        else:
+            k_hat = budget(score, self.c2, *limits)
+        return k_hat.to(self.w2.dtype).expand(rows)
 
     def projection(
         self, sae: SparseAutoencoder, x: Tensor, sparse: Sparse | None, dtype: torch.dtype

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from softsae.config import RegularizerConfig
 from softtopk import hard_topk
+from softtopk.budget import excess
 
 
 def reconstruction(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def nested_reconstruction(
 
 def budget(k_hat: Tensor, k_target: float, beta: float) -> Tensor:
     """softplus_beta(mean_b k_hat - k_target) for k_hat (B,)."""
-    return F.softplus(k_hat.mean() - k_target, beta=beta)
+    return excess(k_hat, k_target, beta)
 
 
 def regularizers(activations: Tensor, latents: Tensor, config: RegularizerConfig) -> dict[str, Tensor]:

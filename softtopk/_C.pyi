@@ -152,6 +152,21 @@ class cuda:
         parts: int, count: int, max_norms: int, groups: int, sums: int, out: int, device: int, stream: int, /
     ) -> None: ...  # fmt: skip
     @staticmethod
+    def budget_forward(
+        score: int, shift: int, scale: float, low: float, high: float, rows: int, k: int,
+        device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def budget_backward(
+        score: int, shift: int, scale: float, low: float, high: float, g: int, rows: int,
+        of_score: int, of_shift: int, device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def budget_excess(
+        k: int, rows: int, target: int, target_number: float, beta: float, out: int,
+        device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
     def code_forward(
         z: int, z_type: int, rows: int, n: int, z_stride: int, largest: bool,
         k: int, k_type: int, k_stride: int, k_number: float,
