@@ -129,7 +129,10 @@ PyMethodDef method(const char* name) {
       method<&softtopk::cuda::clip_factors>("clip_factors"),           \
       method<&softtopk::cuda::budget_forward>("budget_forward"),       \
       method<&softtopk::cuda::budget_backward>("budget_backward"),     \
-      method<&softtopk::cuda::budget_excess>("budget_excess"),
+      method<&softtopk::cuda::budget_excess>("budget_excess"),         \
+      method<&softtopk::cuda::most_latents>("most_latents"),           \
+      method<&softtopk::cuda::latents_activity>("latents_activity"),   \
+      method<&softtopk::cuda::codes_activity>("codes_activity"),
 
 void define(py::module_ m, PyMethodDef* launchers) {
   if (PyModule_AddFunctions(m.ptr(), launchers)) throw py::error_already_set();

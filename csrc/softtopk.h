@@ -242,6 +242,17 @@ void budget_backward(const float* score, const float* shift, double scale, doubl
 void budget_excess(const float* k, int64_t rows, const float* target, double target_number,
                    double beta, float* out, int device, void* stream);
 
+// found, 3 int64 and n bytes: of latents (rows, n) the number that is not 0, the same again, the
+// most in a row, and for each latent whether it is not 0 in some row; of a code the number of
+// values that are not 0, the entries, the most entries of a row, and the same of its values. n is
+// at most most_latents().
+int64_t most_latents();
+void latents_activity(const void* latents, Type type, int64_t rows, int64_t n, void* found,
+                      int device, void* stream);
+void codes_activity(const void* values, Type type, const int32_t* indices, const int32_t* counts,
+                    int64_t rows, int64_t max_active, int64_t n, void* found, int device,
+                    void* stream);
+
 }  // namespace cuda
 
 }  // namespace softtopk

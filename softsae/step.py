@@ -19,6 +19,7 @@ from softsae.dead import DeadLatents, DeadList, Revived
 from softsae.output import Output
 from softsae.schedules import Phase
 from softsae.sparse import Sparse
+from softtopk.activity import activity
 from softtopk.optim import Adam, Clipped, clip_factors
 
 
@@ -168,19 +169,14 @@ class Step:
     @torch.no_grad()
     def count(self, out: Output, samples: int) -> tuple[Tensor, Tensor]:
         """Count the batch's active latents; their mean number in a row, and which were active (n,)."""
-        if out.code is not None:
-            counts, fired, l0 = out.code.counts, out.code.fired(), out.code.l0()
-        else:
-            active = out.latents.detach() != 0
-            counts, fired = active.sum(1), active.any(0)
-            l0 = counts.sum() / samples
-        self.dead.update(fired, samples)
+        found = activity(out.selected)
+        self.dead.update(found.fired, samples)
         if self.measure or out.code is not None:
-            self.support.mean.copy_(counts.sum() / samples)
-            self.support.most.copy_(torch.maximum(self.support.most, counts.max()))
+            torch.div(found.entries, samples, out=self.support.mean)
+            torch.maximum(self.support.most, found.most, out=self.support.most)
         if out.overflow is not None:
             self.support.skipped.add_(out.overflow)
-        return l0, fired
+        return found.active / samples, found.fired
 
     @torch.no_grad()
     def report(self, result: Result, wanted: Tensor) -> dict[str, Tensor]:

@@ -167,6 +167,17 @@ class cuda:
         device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
+    def most_latents() -> int: ...
+    @staticmethod
+    def latents_activity(
+        latents: int, latents_type: int, rows: int, n: int, found: int, device: int, stream: int, /
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def codes_activity(
+        values: int, values_type: int, indices: int, counts: int, rows: int, max_active: int, n: int,
+        found: int, device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
     def code_forward(
         z: int, z_type: int, rows: int, n: int, z_stride: int, largest: bool,
         k: int, k_type: int, k_stride: int, k_number: float,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from softtopk.backends.native import _C, Kernels, reads
+from softtopk.backends.native_activity import ActivityKernels
 from softtopk.backends.native_budget import BudgetKernels
 from softtopk.backends.native_optim import OptimKernels
 from softtopk.backends.native_projection import NativeSteps
@@ -54,9 +55,11 @@ def device_and_stream(x: Tensor) -> tuple[int, int]:
 
 kernels = Kernels(_C.cuda, device_and_stream, log_needs_solution=True)
 sparse = SparseKernels(_C.cuda, device_and_stream)
+activities = ActivityKernels(_C.cuda, device_and_stream)
 budgets = BudgetKernels(_C.cuda, device_and_stream)
 optim = OptimKernels(_C.cuda, device_and_stream)
 __all__ = [
+    "activities",
     "adam_flat",
     "adam_rows",
     "budgets",
