@@ -132,7 +132,9 @@ PyMethodDef method(const char* name) {
       method<&softtopk::cuda::budget_excess>("budget_excess"),         \
       method<&softtopk::cuda::most_latents>("most_latents"),           \
       method<&softtopk::cuda::latents_activity>("latents_activity"),   \
-      method<&softtopk::cuda::codes_activity>("codes_activity"),
+      method<&softtopk::cuda::codes_activity>("codes_activity"),       \
+      method<&softtopk::cuda::gate_forward>("gate_forward"),           \
+      method<&softtopk::cuda::gate_backward>("gate_backward"),
 
 void define(py::module_ m, PyMethodDef* launchers) {
   if (PyModule_AddFunctions(m.ptr(), launchers)) throw py::error_already_set();

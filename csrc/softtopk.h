@@ -253,6 +253,13 @@ void codes_activity(const void* values, Type type, const int32_t* indices, const
                     int64_t rows, int64_t max_active, int64_t n, void* found, int device,
                     void* stream);
 
+// Of `size` activations and gates on 16 bytes a * p, where p of at most `cut` counts as 0; and from
+// the gradient of that g * p, likewise, and g * a.
+void gate_forward(const void* a, const void* p, Type type, double cut, int64_t size, void* out,
+                  int device, void* stream);
+void gate_backward(const void* a, const void* p, const void* g, Type type, double cut, int64_t size,
+                   void* of_a, void* of_p, int device, void* stream);
+
 }  // namespace cuda
 
 }  // namespace softtopk

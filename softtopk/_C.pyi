@@ -178,6 +178,15 @@ class cuda:
         found: int, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
+    def gate_forward(
+        a: int, p: int, type: int, cut: float, size: int, out: int, device: int, stream: int, /
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def gate_backward(
+        a: int, p: int, g: int, type: int, cut: float, size: int, of_a: int, of_p: int,
+        device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
     def code_forward(
         z: int, z_type: int, rows: int, n: int, z_stride: int, largest: bool,
         k: int, k_type: int, k_stride: int, k_number: float,

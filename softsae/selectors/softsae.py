@@ -20,6 +20,7 @@ from softsae.schedules import Phase
 from softsae.selectors.contract import Selection, Selector
 from softsae.sparse import Sparse, centered, encode
 from softtopk import hard_topk, soft_topk
+from softtopk.gate import gated
 
 BELOW_ACTIVE = math.nextafter(2.0**-24, 0.0)  # a gate of at least 2^-24 counts as active
 
@@ -41,11 +42,10 @@ class SoftSAE(Selector):
                 a = a.detach()
             return Selection(a * self.hard_mask(a, k_hat), k_hat, a)
         p = soft_topk(self.routed(a), k_hat, phase.alpha)
+        if not phase.hard:
+            return Selection(gated(a, p, BELOW_ACTIVE), k_hat, a)
         with torch.no_grad():  # the gradient of p is not touched by what its value is set to
-            if phase.hard:
-                p.copy_(self.hard_mask(a, k_hat))
-            else:
-                torch.threshold_(p, BELOW_ACTIVE, 0.0)
+            p.copy_(self.hard_mask(a, k_hat))
         return Selection(a * p, k_hat, a)
 
     def dense_only(self, phase: Phase) -> str | None:
