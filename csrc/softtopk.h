@@ -260,6 +260,14 @@ void gate_forward(const void* a, const void* p, Type type, double cut, int64_t s
 void gate_backward(const void* a, const void* p, const void* g, Type type, double cut, int64_t size,
                    void* of_a, void* of_p, int device, void* stream);
 
+// mean_b |x_b - y_b|^2 of x and y (rows, d) on 16 bytes, y of any type but float64, and from the
+// gradient g of it that to y. sums: as many as there are blocks.
+int64_t squared_error_blocks(int64_t size);
+void squared_error_forward(const float* x, const void* y, Type type, int64_t rows, int64_t d,
+                           double* sums, float* out, int device, void* stream);
+void squared_error_backward(const float* x, const void* y, Type type, int64_t rows, int64_t d,
+                            const float* g, void* gradient, int device, void* stream);
+
 }  // namespace cuda
 
 }  // namespace softtopk

@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from softsae.config import RegularizerConfig
 from softtopk import hard_topk
 from softtopk.budget import excess
+from softtopk.squared_error import squared_error
 
 
 def reconstruction(x: Tensor, x_hat: Tensor) -> Tensor:
     """mean_b |x - x_hat|^2 for x, x_hat (B, d)."""
-    return (x_hat - x).pow(2).sum(1).mean()
+    return squared_error(x, x_hat)
 
 
 def nested_reconstruction(

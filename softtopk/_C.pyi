@@ -187,6 +187,16 @@ class cuda:
         device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
+    def squared_error_blocks(size: int, /) -> int: ...
+    @staticmethod
+    def squared_error_forward(
+        x: int, y: int, y_type: int, rows: int, d: int, sums: int, out: int, device: int, stream: int, /
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def squared_error_backward(
+        x: int, y: int, y_type: int, rows: int, d: int, g: int, gradient: int, device: int, stream: int, /
+    ) -> None: ...  # fmt: skip
+    @staticmethod
     def code_forward(
         z: int, z_type: int, rows: int, n: int, z_stride: int, largest: bool,
         k: int, k_type: int, k_stride: int, k_number: float,

@@ -1,6 +1,7 @@
 // Budgets of k from scores, and the softplus of how far their mean is above a target: chains of
 // small steps on (rows,) float32, each chain in one launch. Sums are made by one block, in an order
 // that the number of rows alone decides.
+#include "block_sum.cuh"
 #include "launch.cuh"
 
 namespace softtopk::cuda {
@@ -25,20 +26,6 @@ __global__ void __launch_bounds__(kThreads) budget_forward_kernel(const BudgetAr
   args.out[row] = k < args.low ? args.low : k > args.high ? args.high : k;  // NaN stays
 }
 
-struct Total {
-  double value;
-  __device__ void combine(const Total& other) { value += other.value; }
-};
-
-// The sum over a block of kSumming threads, in its thread 0.
-__device__ __forceinline__ double sum_of_block(double value) {
-  __shared__ double of_warps[kSumming / 32];
-  value = reduce_lanes<32>(Total{value}).value;
-  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  return threadIdx.x < 32 ? reduce_lanes<32>(Total{of_warps[threadIdx.x]}).value : 0;
-}
-
 // One block.
 __global__ void __launch_bounds__(kSumming) budget_backward_kernel(const BudgetArgs args) {
   const float shift = *args.shift;
@@ -50,7 +37,7 @@ __global__ void __launch_bounds__(kSumming) budget_backward_kernel(const BudgetA
     args.out[row] = gradient;
     sum += gradient;
   }
-  sum = sum_of_block(sum);
+  sum = sum_of_block<kSumming>(sum);
   if (threadIdx.x == 0) *args.of_shift = float(sum);
 }
 
@@ -66,7 +53,7 @@ struct ExcessArgs {
 __global__ void __launch_bounds__(kSumming) budget_excess_kernel(const ExcessArgs args) {
   double sum = 0;
   for (int64_t row = threadIdx.x; row < args.rows; row += kSumming) sum += args.k[row];
-  sum = sum_of_block(sum);
+  sum = sum_of_block<kSumming>(sum);
   if (threadIdx.x != 0) return;
   const double target = args.target != nullptr ? double(*args.target) : args.target_number;
   const double x = args.beta * (sum / double(args.rows) - target);

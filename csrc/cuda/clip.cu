@@ -3,6 +3,7 @@
 // A block adds up a stretch of one tensor, in float32 what a thread has of it and then in float64;
 // the last launch adds those sums up, a block for each group. All in an order that the sizes alone
 // decide.
+#include "block_sum.cuh"
 #include "launch.cuh"
 
 namespace softtopk::cuda {
@@ -21,24 +22,6 @@ struct SumArgs {
   double* sums;                  // of the blocks
 };
 static_assert(sizeof(SumArgs) <= 4096);
-
-struct Total {
-  double value;
-  __device__ void combine(const Total& other) { value += other.value; }
-};
-
-// The sum over the block, in thread 0.
-__device__ __forceinline__ double sum_of_block(double value) {
-  __shared__ double of_warps[kThreads / 32];
-  value = reduce_lanes<32>(Total{value}).value;
-  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  double total = 0;
-  if (threadIdx.x == 0) {
-    for (const double of_warp : of_warps) total += of_warp;
-  }
-  return total;
-}
 
 __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ SumArgs args) {
   int which = 0;
@@ -59,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const __grid_constant__ S
   } else {
     for (int64_t i = begin + int(threadIdx.x); i < end; i += kThreads) add(data[i]);
   }
-  const double total = sum_of_block(sum);
+  const double total = sum_of_block<kThreads>(sum);
   if (threadIdx.x == 0) args.sums[blockIdx.x] = total;
 }
 
@@ -76,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) factor_kernel(const __grid_constant_
   for (int64_t i = args.first[blockIdx.x] + int(threadIdx.x); i < end; i += kThreads) {
     sum += args.sums[i];
   }
-  const double total = sum_of_block(sum);
+  const double total = sum_of_block<kThreads>(sum);
   if (threadIdx.x != 0) return;
   const double norm = sqrt(total), factor = args.max_norm[blockIdx.x] / (norm + 1e-6);
   args.out[blockIdx.x] = float(factor > 1 ? 1 : factor);  // NaN stays

@@ -6,6 +6,7 @@ from torch import Tensor
 from softtopk.backends.native import _C, Kernels, reads
 from softtopk.backends.native_activity import ActivityKernels
 from softtopk.backends.native_budget import BudgetKernels
+from softtopk.backends.native_error import ErrorKernels
 from softtopk.backends.native_gate import GateKernels
 from softtopk.backends.native_optim import OptimKernels
 from softtopk.backends.native_projection import NativeSteps
@@ -58,6 +59,7 @@ kernels = Kernels(_C.cuda, device_and_stream, log_needs_solution=True)
 sparse = SparseKernels(_C.cuda, device_and_stream)
 activities = ActivityKernels(_C.cuda, device_and_stream)
 budgets = BudgetKernels(_C.cuda, device_and_stream)
+errors = ErrorKernels(_C.cuda, device_and_stream)
 gates = GateKernels(_C.cuda, device_and_stream)
 optim = OptimKernels(_C.cuda, device_and_stream)
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "adam_rows",
     "budgets",
     "clip_factors",
+    "errors",
     "gates",
     "hard_topk_indices",
     "hard_topk_mask",
