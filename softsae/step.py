@@ -6,6 +6,7 @@ tensors hold: so it runs as it is, or is recorded in a CUDA graph (softsae/graph
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -127,7 +128,7 @@ class Step:
             revived = Revived(sae, plan.dead, how) if train.auxk_weight and len(plan.dead.indices) else None
             if revived is not None:
                 terms["auxk"] = revived.loss(x, out.reconstruction, target)
-        loss = sum(numbers.weights.get(name, 1.0) * term for name, term in terms.items())
+        loss = weighted(terms, numbers.weights)
         loss.backward()
         if revived is not None:
             revived.add_gradients()
@@ -135,7 +136,7 @@ class Step:
             sae.project_decoder_gradient()
         scale, norms = self.clip({} if how is None else how.squares)
         for group in self.optimizer.param_groups:
-            group["lr"] = numbers.lr * group["multiplier"]
+            group["lr"] = numbers.lr if group["multiplier"] == 1 else numbers.lr * group["multiplier"]
         self.optimizer.step(scale=scale, found_inf=out.overflow)
         l0, fired = self.count(out, len(x))
         scalars = {
@@ -189,3 +190,9 @@ class Step:
             "k_hat_sd": k_hat.std(correction=0),
             "dead_latents": self.dead.count(),
         }
+
+
+def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
+    """The sum of the terms; what has no weight, and the first, costs no kernel."""
+    parts = [weights[name] * term if name in weights else term for name, term in terms.items()]
+    return functools.reduce(torch.add, parts)

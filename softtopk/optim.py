@@ -137,7 +137,7 @@ class Adam(torch.optim.Optimizer):
         counted = 1.0
         if found_inf is not None:
             found_inf = found_inf.reshape(()).to(torch.float32)
-            counted = (found_inf == 0).to(torch.float32)
+            counted = torch.eq(found_inf, 0, out=torch.empty_like(found_inf))
         learning, flat = [], {}
         for index, group in enumerate(self.param_groups):
             factor = scale if scale is None or isinstance(scale, Tensor) else scale[index]
