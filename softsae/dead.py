@@ -123,7 +123,7 @@ class Revived:
         """Of a batch x (B, d) with its reconstruction (B, d_out) in normalised units."""
         rows = self.sae.normalize(x)
         error = self.sae.target_rows(x, rows, target) - reconstruction
-        centered = self.how.cast(rows - self.sae.center.detach(), "W_enc")
+        centered = self.how.shifted(rows, self.sae.center.detach(), "W_enc")
         W, b = self.rows["W_enc"], self.rows["b_enc"]
         pre = F.linear(centered, W, b.to(W.dtype))
         return losses.auxk(error, pre, self.rows["W_dec"], self.dead.valid)

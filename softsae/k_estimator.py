@@ -105,7 +105,7 @@ class KEstimator(nn.Module):
         if moves and torch.is_grad_enabled():
             c = c + CenterGradient.apply(sae.center, (W if copy is None else copy).detach())
         squares = None if shared else sparse.of(name)["squares"]  # W_enc's are of all that it is used for
-        rows = sparse.cast(x - center, name) if centered is None else centered
+        rows = sparse.shifted(x, center, name) if centered is None else centered
         return relu_projection(rows, W, c, self.w2, copy=copy, squares=squares)
 
     @torch.no_grad()

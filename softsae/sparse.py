@@ -20,6 +20,7 @@ from torch import Tensor
 
 from softsae.losses import reconstruction
 from softtopk import SparseCode, encode_hard_topk, encode_soft_topk, sparse_decode
+from softtopk.shift import shifted
 from softtopk.sparse_autograd import Weighting, weight_gradient
 from softtopk.sparse_code import Transposition
 
@@ -49,10 +50,10 @@ class Sparse:
         squares = self.squares.get(name) if torch.is_grad_enabled() else None
         return {"copy": self.copies.get(name), "squares": squares}
 
-    def cast(self, x: Tensor, name: str) -> Tensor:
-        """x in the dtype that a weight is multiplied in."""
+    def shifted(self, x: Tensor, center: Tensor, name: str) -> Tensor:
+        """x - center in the dtype that a weight is multiplied in."""
         copy = self.copies.get(name)
-        return x if copy is None else x.to(copy.dtype)
+        return shifted(x, center, dtype=None if copy is None else copy.dtype)
 
 
 def places(k: float) -> int:
@@ -83,7 +84,7 @@ def encode(
 
 def centered(sae: SparseAutoencoder, x: Tensor, sparse: Sparse) -> Tensor:
     """What W_enc is multiplied with for normalised rows x (B, d): a constant."""
-    return sparse.cast(x - sae.center.detach(), "W_enc")
+    return sparse.shifted(x, sae.center.detach(), "W_enc")
 
 
 def inputs(
