@@ -454,8 +454,8 @@ void add(GradientArgs args, void* stream) {
         args.tiles * 32, stream);
     return;
   }
-  const auto kernel = args.weight != nullptr ? add_pieces<S, O, VECTORS, WIDE, true, false>
-                                             : add_pieces<S, O, VECTORS, WIDE, false, false>;
+  const auto kernel = args.dots != nullptr ? add_pieces<S, O, VECTORS, WIDE, true, false>
+                                           : add_pieces<S, O, VECTORS, WIDE, false, false>;
   const dim3 blocks(unsigned((args.pieces + kWarps - 1) / kWarps), unsigned(args.tiles));
   run(kernel, args, blocks, kWarps * 32, stream);
 }
