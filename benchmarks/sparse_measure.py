@@ -252,7 +252,7 @@ def backward_of_decoding(cell, kernels, latents: list[Latents], weights, outer, 
     """The transposition with the gradients of weights and values, and each of the two by itself."""
 
     def gradients(at: Latents, weight: Tensor, g: Tensor, transposed: tuple):
-        out = (at.values, *transposed, g, weight, weight.dtype, False, False)
+        out = (at.values, at.indices, *transposed, g, weight, weight.dtype, False, False)
         return kernels.latent_gradients(*out)
 
     def transposition(at: Latents):

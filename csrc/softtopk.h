@@ -101,18 +101,20 @@ void decode(const void* values, const int32_t* indices, const int32_t* counts, i
             int64_t max_active, const void* weight, Type type, int64_t n, int64_t d,
             const void* bias, void* out, int threads);
 
-// For every latent l with its entries e, in their order: grad[l] = sum_e scale_e y[row of e] (n, d)
-// of out_type; with a weight (n, d), dots_e = <weight[l], y[row of e]> (rows, max_active), 0 in
-// unused places, and with `project` grad[l] without its part along weight[l], which has unit norm;
-// where not null, sums[l] = sum_e scale_e and squares[l] = |grad[l]|^2. A latent without entries
-// has grad[l] = 0, or without `zero_silent` its place in grad is left alone. y (rows, d) and weight
-// are of `type`; scale, dots, sums and squares of its compute type.
-int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t n, int64_t d);  // bytes
-void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,
-                      int64_t rows, int64_t max_active, int64_t n, int64_t d, const void* y,
-                      const void* weight, Type type, Type out_type, bool project, bool zero_silent,
-                      void* grad, void* dots, void* sums, void* squares, void* workspace,
-                      int threads);
+// For every latent l with its entries e, in their order, of a code with these indices: grad[l] =
+// sum_e scale_e y[row of e] (n, d) of out_type; with a weight (n, d), dots_e = <weight[l], y[row of
+// e]> (rows, max_active), 0 in unused places, and with `project` grad[l] without its part along
+// weight[l], which has unit norm; where not null, sums[l] = sum_e scale_e and squares[l] =
+// |grad[l]|^2. A latent without entries has grad[l] = 0, or without `zero_silent` its place in grad
+// is left alone. y (rows, d) and weight are of `type`; scale, dots, sums and squares of its compute
+// type.
+int64_t gradients_workspace(Type type, int64_t rows, int64_t max_active, int64_t n, int64_t d,
+                            bool dots, bool squares);  // bytes
+void latent_gradients(const void* scale, const int32_t* indices, const int32_t* offsets,
+                      const int32_t* entries, int64_t rows, int64_t max_active, int64_t n,
+                      int64_t d, const void* y, const void* weight, Type type, Type out_type,
+                      bool project, bool zero_silent, void* grad, void* dots, void* sums,
+                      void* squares, void* workspace, int threads);
 
 }  // namespace cpu
 
@@ -156,18 +158,20 @@ void decode(const void* values, const int32_t* indices, const int32_t* counts, i
             int64_t max_active, const void* weight, Type type, int64_t n, int64_t d,
             const void* bias, void* out, int device, void* stream);
 
-// For every latent l with its entries e, in their order: grad[l] = sum_e scale_e y[row of e] (n, d)
-// of out_type; with a weight (n, d), dots_e = <weight[l], y[row of e]> (rows, max_active), 0 in
-// unused places, and with `project` grad[l] without its part along weight[l], which has unit norm;
-// where not null, sums[l] = sum_e scale_e and squares[l] = |grad[l]|^2. A latent without entries
-// has grad[l] = 0, or without `zero_silent` its place in grad is left alone. y (rows, d) and weight
-// are of `type`; scale, dots, sums and squares of its compute type.
-int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t n, int64_t d);  // bytes
-void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,
-                      int64_t rows, int64_t max_active, int64_t n, int64_t d, const void* y,
-                      const void* weight, Type type, Type out_type, bool project, bool zero_silent,
-                      void* grad, void* dots, void* sums, void* squares, void* workspace,
-                      int device, void* stream);
+// For every latent l with its entries e, in their order, of a code with these indices: grad[l] =
+// sum_e scale_e y[row of e] (n, d) of out_type; with a weight (n, d), dots_e = <weight[l], y[row of
+// e]> (rows, max_active), 0 in unused places, and with `project` grad[l] without its part along
+// weight[l], which has unit norm; where not null, sums[l] = sum_e scale_e and squares[l] =
+// |grad[l]|^2. A latent without entries has grad[l] = 0, or without `zero_silent` its place in grad
+// is left alone. y (rows, d) and weight are of `type`; scale, dots, sums and squares of its compute
+// type.
+int64_t gradients_workspace(Type type, int64_t rows, int64_t max_active, int64_t n, int64_t d,
+                            bool dots, bool squares);  // bytes
+void latent_gradients(const void* scale, const int32_t* indices, const int32_t* offsets,
+                      const int32_t* entries, int64_t rows, int64_t max_active, int64_t n,
+                      int64_t d, const void* y, const void* weight, Type type, Type out_type,
+                      bool project, bool zero_silent, void* grad, void* dots, void* sums,
+                      void* squares, void* workspace, int device, void* stream);
 
 // What follows is for steps of training: on the CPU torch does as well.
 

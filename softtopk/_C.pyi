@@ -81,10 +81,12 @@ class cpu:
         weight: int, weight_type: int, n: int, d: int, bias: int, out: int, threads: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
-    def gradients_workspace(rows: int, max_active: int, n: int, d: int, /) -> int: ...  # bytes
+    def gradients_workspace(
+        type: int, rows: int, max_active: int, n: int, d: int, dots: bool, squares: bool, /
+    ) -> int: ...  # bytes
     @staticmethod
     def latent_gradients(
-        scale: int, offsets: int, entries: int, rows: int, max_active: int, n: int, d: int,
+        scale: int, indices: int, offsets: int, entries: int, rows: int, max_active: int, n: int, d: int,
         y: int, weight: int, y_type: int, out_type: int, project: bool, zero_silent: bool,
         grad: int, dots: int, sums: int, squares: int, workspace: int, threads: int, /,
     ) -> None: ...  # fmt: skip
@@ -230,10 +232,12 @@ class cuda:
         weight: int, weight_type: int, n: int, d: int, bias: int, out: int, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
-    def gradients_workspace(rows: int, max_active: int, n: int, d: int, /) -> int: ...  # bytes
+    def gradients_workspace(
+        type: int, rows: int, max_active: int, n: int, d: int, dots: bool, squares: bool, /
+    ) -> int: ...  # bytes
     @staticmethod
     def latent_gradients(
-        scale: int, offsets: int, entries: int, rows: int, max_active: int, n: int, d: int,
+        scale: int, indices: int, offsets: int, entries: int, rows: int, max_active: int, n: int, d: int,
         y: int, weight: int, y_type: int, out_type: int, project: bool, zero_silent: bool,
         grad: int, dots: int, sums: int, squares: int, workspace: int, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
