@@ -107,7 +107,7 @@ void decode(const void* values, const int32_t* indices, const int32_t* counts, i
 // where not null, sums[l] = sum_e scale_e and squares[l] = |grad[l]|^2. A latent without entries
 // has grad[l] = 0, or without `zero_silent` its place in grad is left alone. y (rows, d) and weight
 // are of `type`; scale, dots, sums and squares of its compute type.
-int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t n, int64_t d);  // bytes
+int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t d, Type type);  // bytes
 void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,
                       int64_t rows, int64_t max_active, int64_t n, int64_t d, const void* y,
                       const void* weight, Type type, Type out_type, bool project, bool zero_silent,
@@ -162,7 +162,7 @@ void decode(const void* values, const int32_t* indices, const int32_t* counts, i
 // where not null, sums[l] = sum_e scale_e and squares[l] = |grad[l]|^2. A latent without entries
 // has grad[l] = 0, or without `zero_silent` its place in grad is left alone. y (rows, d) and weight
 // are of `type`; scale, dots, sums and squares of its compute type.
-int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t n, int64_t d);  // bytes
+int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t d, Type type);  // bytes
 void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,
                       int64_t rows, int64_t max_active, int64_t n, int64_t d, const void* y,
                       const void* weight, Type type, Type out_type, bool project, bool zero_silent,

@@ -93,12 +93,12 @@ class Step:
         self.ready = False
 
     def prepare_sparse(self):
-        """Make what sparse steps need besides the weights: copies in the dtype of the products, which the
-        optimizer then keeps up to date, and the buffers of squared norms."""
+        """Make what sparse steps need besides the weights: the buffers of squared norms and, where copies in
+        the dtype of the products are wanted, these, which the optimizer then keeps up to date."""
         if self.ready:
             return
         self.ready = True
-        if self.train.dtype == "bfloat16":
+        if self.train.dtype == "bfloat16" and self.train.keep_copies:
             for parameter in self.names:
                 if parameter.dim() == 2:
                     self.optimizer.copies[parameter] = parameter.detach().bfloat16()
@@ -110,8 +110,9 @@ class Step:
     def how(self, plan: Plan) -> Sparse | None:
         if plan.max_active is None:
             return None
+        dtype = torch.bfloat16 if self.train.dtype == "bfloat16" else None
         copies = {self.names[parameter]: copy for parameter, copy in self.optimizer.copies.items()}
-        return Sparse(plan.max_active, False, copies, self.squares, project=True)
+        return Sparse(plan.max_active, False, dtype, copies, self.squares, project=True)
 
     def __call__(self, x: Tensor, target: Tensor | None, numbers: Numbers, plan: Plan) -> Result:
         """One step on x (B, d)."""
@@ -127,7 +128,9 @@ class Step:
             if revived is not None:
                 terms["auxk"] = revived.loss(x, out.reconstruction, target)
         loss = sum(numbers.weights.get(name, 1.0) * term for name, term in terms.items())
-        loss.backward()
+        # In this thread: another would have a cuBLAS workspace of its own, 32 MiB on an H200.
+        with torch.autograd.set_multithreading_enabled(False):
+            loss.backward()
         if revived is not None:
             revived.add_gradients()
         if how is None:

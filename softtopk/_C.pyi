@@ -81,7 +81,7 @@ class cpu:
         weight: int, weight_type: int, n: int, d: int, bias: int, out: int, threads: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
-    def gradients_workspace(rows: int, max_active: int, n: int, d: int, /) -> int: ...  # bytes
+    def gradients_workspace(rows: int, max_active: int, d: int, type: int, /) -> int: ...  # bytes
     @staticmethod
     def latent_gradients(
         scale: int, offsets: int, entries: int, rows: int, max_active: int, n: int, d: int,
@@ -170,7 +170,7 @@ class cuda:
         weight: int, weight_type: int, n: int, d: int, bias: int, out: int, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
-    def gradients_workspace(rows: int, max_active: int, n: int, d: int, /) -> int: ...  # bytes
+    def gradients_workspace(rows: int, max_active: int, d: int, type: int, /) -> int: ...  # bytes
     @staticmethod
     def latent_gradients(
         scale: int, offsets: int, entries: int, rows: int, max_active: int, n: int, d: int,

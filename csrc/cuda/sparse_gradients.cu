@@ -480,9 +480,9 @@ void gradients(const GradientArgs& args, int64_t rows, void* stream) {
 
 }  // namespace
 
-int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t, int64_t d) {
-  const int64_t pieces = pieces_of(rows, max_active);
-  return pieces * (2 * 8 * (d + 1) + 8) + 4;
+int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t d, Type type) {
+  const int64_t pieces = pieces_of(rows, max_active), size = type == Type::float64 ? 8 : 4;
+  return pieces * (2 * size * (d + 1) + 8) + 4;
 }
 
 void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,

@@ -146,7 +146,8 @@ class SparseKernels:
         dots = None if weight is None else torch.empty_like(scale)
         sums = scale.new_empty(n) if want_sums else None
         squares = scale.new_empty(n) if want_squares else None
-        workspace = y.new_empty(self.launchers.gradients_workspace(*scale.shape, n, d), dtype=torch.uint8)
+        size = self.launchers.gradients_workspace(*scale.shape, d, TYPES[y.dtype])
+        workspace = y.new_empty(size, dtype=torch.uint8)
         self.launchers.latent_gradients(
             scale.data_ptr(),
             offsets.data_ptr(),

@@ -28,7 +28,8 @@ COLUMNS = 256  # a chunk's columns are a multiple of these, but for the last
 
 class Projection:
     """The forward and the backward on the steps of a backend. x (B, d), weight (n, d) and bias (n,) are of
-    one dtype and contiguous; w2 (n,), the scores (B,) and their gradient g of its compute dtype."""
+    one dtype and contiguous, but a weight of another is rounded to that, a chunk at a time; w2 (n,), the
+    scores (B,) and their gradient g are of its compute dtype."""
 
     def __init__(self, steps):
         self.steps = steps
@@ -42,7 +43,7 @@ class Projection:
         chunks, buffer = columns_at_a_time(x, len(weight), self.chunk_columns(x, weight))
         for part in chunks:
             z = columns_of(buffer, len(x), part)
-            torch.addmm(bias[part], x, weight[part].t(), out=z)
+            torch.addmm(bias[part], x, weight[part].to(x.dtype).t(), out=z)
             self.steps.relu_dot(z, w2[part], part.start > 0, scores, mask[:, part.start // 8 :])
         return scores, mask
 
@@ -73,7 +74,8 @@ class Projection:
                 part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
             )
             if want_x:
-                scaled = torch.mul(weight[part], w2[part, None], out=torch.empty_like(weight[part]))
+                rounded = weight[part].to(x.dtype)
+                scaled = torch.mul(rounded, w2[part, None], out=torch.empty_like(rounded))
                 grad_x += multiply(expanded, scaled, torch.empty_like(grad_x))
         return grad_weight, grad_bias, grad_w2, None if grad_x is None else grad_x.mul_(g[:, None])
 
@@ -92,7 +94,7 @@ class Projection:
             multiply(expanded[:, place].t(), gx, products)
             self.steps.scale_gradient(
                 products,
-                weight[inner],
+                weight[inner].to(expanded.dtype),
                 bias[inner],
                 w2[inner],
                 sums[:, place],

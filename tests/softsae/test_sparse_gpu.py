@@ -138,14 +138,15 @@ def test_interrupted_and_resumed_goes_on_as_without(tmp_path):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
 
 
-def test_memory_is_accounted_for():
-    run, found = records("softsae-wide", path="sparse", dtype="bfloat16", **GPU)
+@pytest.mark.parametrize("keep_copies", [False, True])
+def test_memory_is_accounted_for(keep_copies):
+    run, found = records("softsae-wide", path="sparse", dtype="bfloat16", keep_copies=keep_copies, **GPU)
     memory = found[-1]["memory"]
     assert all("memory" not in record for record in found[:-1])
     floats = sum(parameter.numel() for parameter in run.sae.parameters())
     matrices = sum(p.numel() for p in run.sae.parameters() if p.dim() == 2)
     assert memory["parameters"] == memory["gradients"] == 4 * floats
-    assert memory["copies"] == 2 * matrices
+    assert memory["copies"] == 2 * matrices * keep_copies
     assert memory["optimizer"] == 8 * floats + 4 * len(list(run.sae.parameters()))
     parts = [value for name, value in memory.items() if name != "peak"]
     assert sum(parts) == memory["peak"] and memory["rest"] > 0

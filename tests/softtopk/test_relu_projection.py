@@ -93,6 +93,10 @@ def test_mixed_precision(backend, device, kind, shape, small_chunks):
     g = weights_of(scores)
     gradients = torch.autograd.grad(scores, (x, weight, bias, w2), g)
     assert [t.dtype for t in (scores, *gradients)] == [torch.float32] * 5
+    again = relu_projection(x, weight, bias, w2, copy=kind, backend=backend)  # rounded by the chunk
+    repeated = again, *torch.autograd.grad(again, (x, weight, bias, w2), g)
+    for a, b in zip(repeated, (scores, *gradients), strict=True):
+        assert torch.equal(a, b)
 
     rounded = [t.detach().to(kind).double().requires_grad_() for t in (x, copy, bias)]
     rounded.append(w2.detach().double().requires_grad_())
@@ -220,6 +224,8 @@ def test_errors():
             relu_projection(*wrong)
     with pytest.raises(ValueError, match="copy"):
         relu_projection(x, weight, bias, w2, copy=weight[:3])
+    with pytest.raises(TypeError, match="copy"):
+        relu_projection(x, weight, bias, w2, copy=torch.int8)
     for squares in (torch.zeros(5), torch.zeros(6, dtype=torch.float64), torch.zeros(12)[::2]):
         with pytest.raises(ValueError, match="squares"):
             relu_projection(x, weight, bias, w2, squares=squares)
