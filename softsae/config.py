@@ -239,7 +239,7 @@ class TrainConfig:
     """with path 'auto', the share of active latents below which it is sparse; None is 1/16 on the CPU, on a
     GPU 1/32 or, with bfloat16 products, 1/150"""
     keep_copies: bool = False
-    """with bfloat16 products, have the optimizer write a bfloat16 copy of every weight, for sparse steps, which
+    """with bfloat16 products, let the optimizer keep bfloat16 copies of the weights for sparse steps, which
     otherwise round weights where they use them: a little faster, for 2 bytes a parameter beside its 16"""
     cuda_graph: bool = True
     """on a GPU, record the step once and replay it"""

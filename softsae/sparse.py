@@ -67,25 +67,34 @@ def encode(
     sparse: Sparse,
     k: float | Tensor,
     alpha: float | Tensor | None = None,
+    rows: Tensor | None = None,
     **options,
 ) -> SparseCode:
     """The code of normalised rows x (B, d): soft at an alpha (or straight-through, hard=True), else hard.
 
-    Options: of softtopk.encode_soft_topk and encode_hard_topk.
+    rows: `centered` of x, where that is there already. Options: of softtopk.encode_soft_topk and
+    encode_hard_topk.
     """
-    rows, bias = inputs(sae, x, sparse)
+    rows, bias = inputs(sae, x, sparse, rows)
     options = {"max_active": sparse.max_active, "check": sparse.check, **sparse.of("W_enc"), **options}
     if alpha is None:
         return encode_hard_topk(rows, sae.W_enc, bias, k, **options)
     return encode_soft_topk(rows, sae.W_enc, bias, k, alpha, **options)
 
 
-def inputs(sae: SparseAutoencoder, x: Tensor, sparse: Sparse) -> tuple[Tensor, Tensor]:
+def centered(sae: SparseAutoencoder, x: Tensor, sparse: Sparse) -> Tensor:
+    """What W_enc is multiplied with for normalised rows x (B, d): a constant."""
+    return sparse.cast(x - sae.center.detach())
+
+
+def inputs(
+    sae: SparseAutoencoder, x: Tensor, sparse: Sparse, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What W_enc is multiplied with, and the bias, for normalised rows x (B, d)."""
     bias = sae.b_enc
     if torch.is_grad_enabled() and sae.center.requires_grad:
         bias = bias + CenterGradient.apply(sae.center, sae.W_enc.detach())
-    return sparse.cast(x - sae.center.detach()), bias
+    return centered(sae, x, sparse) if rows is None else rows, bias
 
 
 def learning(sae: SparseAutoencoder, x: Tensor, code: SparseCode, sparse: Sparse) -> SparseCode:

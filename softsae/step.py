@@ -6,6 +6,7 @@ tensors hold: so it runs as it is, or is recorded in a CUDA graph (softsae/graph
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ from softsae.dead import DeadLatents, DeadList, Revived
 from softsae.output import Output
 from softsae.schedules import Phase
 from softsae.sparse import Sparse
-from softtopk.optim import Adam, clip_factor
+from softtopk.activity import activity
+from softtopk.optim import Adam, Clipped, clip_factors
 
 
 class Numbers(NamedTuple):
@@ -127,7 +129,7 @@ class Step:
             revived = Revived(sae, plan.dead, how) if train.auxk_weight and len(plan.dead.indices) else None
             if revived is not None:
                 terms["auxk"] = revived.loss(x, out.reconstruction, target)
-        loss = sum(numbers.weights.get(name, 1.0) * term for name, term in terms.items())
+        loss = weighted(terms, numbers.weights)
         # In this thread: another would have a cuBLAS workspace of its own, 32 MiB on an H200.
         with torch.autograd.set_multithreading_enabled(False):
             loss.backward()
@@ -137,7 +139,7 @@ class Step:
             sae.project_decoder_gradient()
         scale, norms = self.clip({} if how is None else how.squares)
         for group in self.optimizer.param_groups:
-            group["lr"] = numbers.lr * group["multiplier"]
+            group["lr"] = numbers.lr if group["multiplier"] == 1 else numbers.lr * group["multiplier"]
         self.optimizer.step(scale=scale, found_inf=out.overflow)
         l0, fired = self.count(out, len(x))
         scalars = {
@@ -153,41 +155,32 @@ class Step:
 
         known: the squared norms of gradients' rows that the backward pass has left, by parameter.
         """
-        train = self.train
-        squares = [self.squares_of(group["params"], known) for group in self.optimizer.param_groups]
-        if train.clip == "global":
-            scale, norm = clip_factor(sum(squares, []), train.clip_norm)
-            return scale, {"grad_norm": norm}
+        train, groups = self.train, [group["params"] for group in self.optimizer.param_groups]
         limits = (train.clip_norm, train.estimator_clip_norm)
-        clips = [clip_factor(parts, limit) for parts, limit in zip(squares, limits, strict=False)]
-        scales, norms = zip(*clips, strict=True)
-        return scales, dict(zip(("grad_norm", "estimator_grad_norm"), norms, strict=False))
+        if train.clip == "global":
+            groups = [sum(groups, [])]
+        parts = [self.clipped(group, known, limit) for group, limit in zip(groups, limits, strict=False)]
+        scales, norms = clip_factors(parts)
+        names = ("grad_norm", "estimator_grad_norm")
+        return scales[0] if train.clip == "global" else scales, dict(zip(names, norms, strict=False))
 
-    def squares_of(self, parameters: list[Tensor], known: Mapping[str, Tensor]) -> list[Tensor]:
-        """Parts of the squared norm of the parameters' gradients."""
+    def clipped(self, parameters: list[Tensor], known: Mapping[str, Tensor], limit: float) -> Clipped:
         learning = [parameter for parameter in parameters if parameter.grad is not None]
-        parts = [known[name] for name in map(self.names.get, learning) if name in known]
+        squares = [known[name] for name in map(self.names.get, learning) if name in known]
         others = [parameter.grad for parameter in learning if self.names[parameter] not in known]
-        if others:
-            parts += [norm.square() for norm in torch._foreach_norm(others)]
-        return parts or [self.sae.b_enc.new_zeros(1)]
+        return Clipped(squares, others, limit)
 
     @torch.no_grad()
     def count(self, out: Output, samples: int) -> tuple[Tensor, Tensor]:
         """Count the batch's active latents; their mean number in a row, and which were active (n,)."""
-        if out.code is not None:
-            counts, fired, l0 = out.code.counts, out.code.fired(), out.code.l0()
-        else:
-            active = out.latents.detach() != 0
-            counts, fired = active.sum(1), active.any(0)
-            l0 = counts.sum() / samples
-        self.dead.update(fired, samples)
+        found = activity(out.selected)
+        self.dead.update(found.fired, samples)
         if self.measure or out.code is not None:
-            self.support.mean.copy_(counts.sum() / samples)
-            self.support.most.copy_(torch.maximum(self.support.most, counts.max()))
+            torch.div(found.entries, samples, out=self.support.mean)
+            torch.maximum(self.support.most, found.most, out=self.support.most)
         if out.overflow is not None:
             self.support.skipped.add_(out.overflow)
-        return l0, fired
+        return found.active / samples, found.fired
 
     @torch.no_grad()
     def report(self, result: Result, wanted: Tensor) -> dict[str, Tensor]:
@@ -200,3 +193,9 @@ class Step:
             "k_hat_sd": k_hat.std(correction=0),
             "dead_latents": self.dead.count(),
         }
+
+
+def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
+    """The sum of the terms; what has no weight, and the first, costs no kernel."""
+    parts = [weights[name] * term if name in weights else term for name, term in terms.items()]
+    return functools.reduce(torch.add, parts)
