@@ -254,11 +254,12 @@ void codes_activity(const void* values, Type type, const int32_t* indices, const
                     void* stream);
 
 // Of `size` activations and gates on 16 bytes a * p, where p of at most `cut` counts as 0; and from
-// the gradient of that g * p, likewise, and g * a.
+// the gradient of that g * p, likewise and with `rectified` 0 where a is, and g * a if of_p is not
+// null.
 void gate_forward(const void* a, const void* p, Type type, double cut, int64_t size, void* out,
                   int device, void* stream);
-void gate_backward(const void* a, const void* p, const void* g, Type type, double cut, int64_t size,
-                   void* of_a, void* of_p, int device, void* stream);
+void gate_backward(const void* a, const void* p, const void* g, Type type, double cut,
+                   bool rectified, int64_t size, void* of_a, void* of_p, int device, void* stream);
 
 // mean_b |x_b - y_b|^2 of x and y (rows, d) on 16 bytes, y of any type but float64, and from the
 // gradient g of it that to y. sums: as many as there are blocks.

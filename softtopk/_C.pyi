@@ -183,7 +183,7 @@ class cuda:
     ) -> None: ...  # fmt: skip
     @staticmethod
     def gate_backward(
-        a: int, p: int, g: int, type: int, cut: float, size: int, of_a: int, of_p: int,
+        a: int, p: int, g: int, type: int, cut: float, rectified: bool, size: int, of_a: int, of_p: int,
         device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod

@@ -10,34 +10,48 @@ from softtopk import dispatch
 from softtopk.functional import FLOATS
 
 
-def gated(a: Tensor, p: Tensor, cut: float) -> Tensor:
+def gated(a: Tensor, p: Tensor, cut: float = 0.0, *, rectified: bool = False) -> Tensor:
     """a * p, with 0 in place of a p of at most `cut`; a, p of one shape and dtype. p may be overwritten.
 
-    The gradient of p is that of a * p for all of it.
+    The gradient of p is that of a * p for all of it. rectified: a is relu(z) as a value but has z's gradient,
+    as after an in-place ReLU that autograd was not told of; what is 0 then gets none.
     """
-    if fits(a, p):
-        return Gated.apply(a, p, float(cut))
-    with torch.no_grad():  # the gradient of p is not touched by what its value is set to
-        torch.threshold_(p, cut, 0.0)
-    return a * p
+    return Gated.apply(a, p, float(cut), rectified)
+
+
+def rectify(z: Tensor) -> Tensor:
+    """z, made relu(z) behind autograd's back: for `gated` with `rectified`, and for nothing else that has a
+    gradient. z must not be what autograd has kept of its own computation."""
+    with torch.no_grad():
+        torch.relu_(z)
+    return z
 
 
 class Gated(torch.autograd.Function):
-    """On csrc/cuda/gate.cu: a pass over a and p, and one over them and the gradient."""
+    """On a GPU csrc/cuda/gate.cu: a pass over a and p, and one over them and the gradient."""
 
     @staticmethod
-    def forward(ctx, a, p, cut):
+    def forward(ctx, a, p, cut, rectified):
+        ctx.kernels = dispatch.module("cuda").gates if fits(a, p) else None
+        ctx.cut, ctx.rectified = cut, rectified
         ctx.save_for_backward(a, p)
-        ctx.cut = cut
-        return dispatch.module("cuda").gates.forward(a, p, cut)
+        if ctx.kernels is not None:
+            return ctx.kernels.forward(a, p, cut)
+        torch.threshold_(p, cut, 0.0)
+        return a * p
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        a, p = ctx.saved_tensors
-        g = g.contiguous()
-        g = g if g.data_ptr() % 16 == 0 else g.clone()
-        return *dispatch.module("cuda").gates.backward(a, p, g, ctx.cut), None
+        (a, p), want_p = ctx.saved_tensors, ctx.needs_input_grad[1]
+        if ctx.kernels is not None:
+            g = g.contiguous()
+            g = g if g.data_ptr() % 16 == 0 else g.clone()
+            return *ctx.kernels.backward(a, p, g, ctx.cut, ctx.rectified, want_p), None, None
+        of_a = g * p
+        if ctx.rectified:
+            of_a.masked_fill_(a <= 0, 0)
+        return of_a, g * a if want_p else None, None, None
 
 
 def fits(a: Tensor, p: Tensor) -> bool:

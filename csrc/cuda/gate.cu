@@ -1,5 +1,6 @@
 // Activations times their gates, and the gradients of both: one pass each over whole vectors of 16
-// bytes. A gate of at most `cut` counts as 0, but for its own gradient.
+// bytes. A gate of at most `cut` counts as 0, but for its own gradient; with `rectified` that of
+// the activations goes on through the ReLU that they are from.
 #include "launch.cuh"
 
 namespace softtopk::cuda {
@@ -10,8 +11,9 @@ constexpr int kThreads = 256, kItems = 2;
 struct GateArgs {
   const void *a, *p, *g;
   double cut;
+  bool rectified;
   int64_t size;
-  void *of_a, *of_p;  // of_a: the product itself in the forward
+  void *of_a, *of_p;  // of_a: the product itself in the forward; of_p: null where it is not wanted
 };
 
 template <class S>
@@ -30,7 +32,8 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const GateArgs args) {
   const auto one = [&](Raw a, Raw p, Raw g, Raw& of_a, Raw& of_p) {
     const T factor = gate<S>(Element<S>::value(p), cut), value = Element<S>::value(a);
     if constexpr (BACKWARD) {
-      of_a = Element<S>::raw(Element<S>::value(g) * factor);
+      const bool off = args.rectified && value <= 0;
+      of_a = Element<S>::raw(off ? T(0) : Element<S>::value(g) * factor);
       of_p = Element<S>::raw(Element<S>::value(g) * value);
     } else {
       of_a = Element<S>::raw(value * factor);
@@ -60,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const GateArgs args) {
       if (BACKWARD) of_p.set_raw(e, to_p);
     }
     static_cast<uint4*>(args.of_a)[i] = of_a.words;
-    if (BACKWARD) static_cast<uint4*>(args.of_p)[i] = of_p.words;
+    if (BACKWARD && args.of_p != nullptr) static_cast<uint4*>(args.of_p)[i] = of_p.words;
   }
   const int64_t rest = chunks * kSize + int(threadIdx.x);
   if (blockIdx.x == 0 && rest < args.size) {
@@ -68,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) gate_kernel(const GateArgs args) {
     Raw to_a = 0, to_p = 0;
     one(at(args.a), at(args.p), BACKWARD ? at(args.g) : Raw(0), to_a, to_p);
     static_cast<Raw*>(args.of_a)[rest] = to_a;
-    if (BACKWARD) static_cast<Raw*>(args.of_p)[rest] = to_p;
+    if (BACKWARD && args.of_p != nullptr) static_cast<Raw*>(args.of_p)[rest] = to_p;
   }
 }
 
@@ -91,12 +94,12 @@ void run(bool backward, GateArgs args, Type type, int device, void* stream) {
 
 void gate_forward(const void* a, const void* p, Type type, double cut, int64_t size, void* out,
                   int device, void* stream) {
-  run(false, {a, p, nullptr, cut, size, out, nullptr}, type, device, stream);
+  run(false, {a, p, nullptr, cut, false, size, out, nullptr}, type, device, stream);
 }
 
-void gate_backward(const void* a, const void* p, const void* g, Type type, double cut, int64_t size,
-                   void* of_a, void* of_p, int device, void* stream) {
-  run(true, {a, p, g, cut, size, of_a, of_p}, type, device, stream);
+void gate_backward(const void* a, const void* p, const void* g, Type type, double cut,
+                   bool rectified, int64_t size, void* of_a, void* of_p, int device, void* stream) {
+  run(true, {a, p, g, cut, rectified, size, of_a, of_p}, type, device, stream);
 }
 
 }  // namespace softtopk::cuda

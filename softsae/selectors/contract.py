@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Selection(NamedTuple):
     """latents (B, n): activations times their gates, dense or a code. k_hat (B,): the float32 budgets.
 
-    activations (B, n): what a top-k rule selected from, >= 0, with its gradient; None of other rules and
-    beside a code. overflow () bool: whether a code has less than was selected, where it does not say so
-    itself.
+    activations (B, n): what a top-k rule selected from, >= 0, with its gradient where the phase has a
+    regularizer; None of other rules and beside a code. overflow () bool: whether a code has less than was
+    selected, where it does not say so itself.
     """
 
     latents: Tensor | SparseCode

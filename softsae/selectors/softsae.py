@@ -20,7 +20,7 @@ from softsae.schedules import Phase
 from softsae.selectors.contract import Selection, Selector
 from softsae.sparse import Sparse, centered, encode
 from softtopk import hard_topk, soft_topk
-from softtopk.gate import gated
+from softtopk.gate import gated, rectify
 
 BELOW_ACTIVE = math.nextafter(2.0**-24, 0.0)  # a gate of at least 2^-24 counts as active
 
@@ -33,8 +33,9 @@ class SoftSAE(Selector):
         self.estimator = KEstimator(config)
 
     def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
-        a = torch.relu_(pre)  # [B, n]
         learns = torch.is_grad_enabled() and phase.learns == "all"
+        rectified = self.gates_alone(phase)
+        a = rectify(pre) if rectified else torch.relu_(pre)  # [B, n]
         with torch.set_grad_enabled(learns):
             k_hat = self.estimator(sae, x, a)  # [B]
         if phase.hard and not learns:
@@ -43,7 +44,7 @@ class SoftSAE(Selector):
             return Selection(a * self.hard_mask(a, k_hat), k_hat, a)
         p = soft_topk(self.routed(a), k_hat, phase.alpha)
         if not phase.hard:
-            return Selection(gated(a, p, BELOW_ACTIVE), k_hat, a)
+            return Selection(gated(a, p, BELOW_ACTIVE, rectified=rectified), k_hat, a)
         with torch.no_grad():  # the gradient of p is not touched by what its value is set to
             p.copy_(self.hard_mask(a, k_hat))
         return Selection(a * p, k_hat, a)
@@ -77,6 +78,12 @@ class SoftSAE(Selector):
 
     def most_active(self) -> float:
         return self.config.softsae.k_max
+
+    def gates_alone(self, phase: Phase) -> bool:
+        """Whether the activations get a gradient through their gates alone, so that these see to the ReLU."""
+        options = self.config.softsae
+        routed = options.selection_gradient not in ("k", 0) or options.estimator.moves_encoder
+        return not (phase.hard or routed or phase.regularizer is not None)
 
     def routed(self, a: Tensor) -> Tensor:
         """a, with as much of the selection's gradient as selection_gradient lets through."""

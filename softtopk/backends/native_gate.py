@@ -24,18 +24,21 @@ class GateKernels:
         )
         return out
 
-    def backward(self, a: Tensor, p: Tensor, g: Tensor, cut: float) -> tuple[Tensor, Tensor]:
-        """The gradients of a and p."""
-        of_a, of_p = torch.empty_like(a), torch.empty_like(p)
+    def backward(
+        self, a: Tensor, p: Tensor, g: Tensor, cut: float, rectified: bool, want_p: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of a and, if it is wanted, p."""
+        of_a, of_p = torch.empty_like(a), torch.empty_like(p) if want_p else None
         self.launchers.gate_backward(
             a.data_ptr(),
             p.data_ptr(),
             g.data_ptr(),
             TYPES[a.dtype],
             cut,
+            rectified,
             a.numel(),
             of_a.data_ptr(),
-            of_p.data_ptr(),
+            0 if of_p is None else of_p.data_ptr(),
             *self.where(a),
         )
         return of_a, of_p

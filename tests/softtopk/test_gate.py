@@ -40,6 +40,21 @@ def test_is_the_product(device, shape, dtype):
     assert torch.equal(got[0], g * gates) and torch.equal(got[1], g * a)
 
 
+@pytest.mark.parametrize("shape", [(3, 37), (64, 1024)], ids=str)
+def test_through_a_relu(device, shape):
+    z, p, g = problem(shape, device, torch.float32)
+    with torch.no_grad():
+        z -= 0.5
+    a = z + 0
+    with torch.no_grad():
+        a.relu_()
+    out = gated(a, p.detach() + 0, CUT, rectified=True)
+    (got,) = torch.autograd.grad(out, z, g)
+    expected = torch.relu(z) * torch.where(p > CUT, p, 0).detach()
+    assert torch.equal(out, expected)
+    assert torch.equal(got, torch.autograd.grad(expected, z, g)[0])
+
+
 def test_not_a_number_stays(device):
     a = torch.ones(2, 8, device=device)
     p = torch.full((2, 8), 0.5, device=device)
