@@ -91,10 +91,14 @@ def inputs(
     sae: SparseAutoencoder, x: Tensor, sparse: Sparse, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """What W_enc is multiplied with, and the bias, for normalised rows x (B, d)."""
-    bias = sae.b_enc
+    return centered(sae, x, sparse) if rows is None else rows, encoder_bias(sae)
+
+
+def encoder_bias(sae: SparseAutoencoder) -> Tensor:
+    """b_enc (n,) with the gradient of the centre, too."""
     if torch.is_grad_enabled() and sae.center.requires_grad:
-        bias = bias + CenterGradient.apply(sae.center, sae.W_enc.detach())
-    return centered(sae, x, sparse) if rows is None else rows, bias
+        return sae.b_enc + CenterGradient.apply(sae.center, sae.W_enc.detach())
+    return sae.b_enc
 
 
 def learning(sae: SparseAutoencoder, x: Tensor, code: SparseCode, sparse: Sparse) -> SparseCode:

@@ -16,6 +16,7 @@ squares, where wanted, are |w2_j G_j|^2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -146,6 +147,32 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     if hasattr(torch.ops.aten.mm, "dtype_out"):
         return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
     return out.copy_(torch.mm(a, b))  # torch before 2.8: rounded once more
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, whose dtype may be the compute dtype of theirs: accumulated in that."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif not a.is_cuda:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    elif adds_to_wider(a.dtype, total.dtype, a.device):
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total.add_(multiply(a, b, torch.empty_like(total)))
+
+
+@functools.cache
+def adds_to_wider(dtype: torch.dtype, wider: torch.dtype, device: torch.device) -> bool:
+    """Whether torch, whose versions differ in it, adds a product to a matrix of a wider dtype on a GPU."""
+    if not hasattr(torch.ops.aten.addmm, "dtype_out"):
+        return False
+    factor = torch.zeros(8, 8, dtype=dtype, device=device)
+    total = factor.to(wider)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, factor, factor, wider, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 class TorchSteps:
