@@ -92,15 +92,18 @@ def in_parts(
     sparse = Sparse(dtype=dtype)
     inputs = centered(sae, normalised, sparse)
     k_hat = sae.selector.row_budgets(sae, normalised, phase, sparse, inputs)
+    starts = range(0, len(x), rows)
+    shares = normalised.new_full((len(starts),), rows / len(x))  # of the mean over all rows
+    shares[-1] = (len(x) - starts[-1]) / len(x)
+    seeds = shares * weights["reconstruction"] if "reconstruction" in weights else shares
     del normalised
     bias = encoder_bias(sae)
     encoder = Layer(sae.W_enc, bias, dtype)
     decoder = Layer(sae.W_dec, sae.b_dec, dtype)
     anchor = x.new_empty((), requires_grad=True)
-    loss, made = torch.zeros((), dtype=compute_dtype(dtype), device=x.device), []
-    for start in range(0, len(x), rows):
-        part = slice(start, min(start + rows, len(x)))
-        share = (part.stop - part.start) / len(x)
+    made = []
+    for start, seed in zip(starts, seeds.unbind(), strict=True):
+        part = slice(start, start + rows)
         budgets = None if k_hat is None else k_hat.detach()[part].requires_grad_(k_hat.requires_grad)
         own = sae.rows(x[part])
         pre = Encoded.apply(anchor, inputs[part], encoder)
@@ -111,18 +114,16 @@ def in_parts(
         del pre, selection  # or they would be there throughout the backward
         wanted = sae.target_rows(x[part], own, None if target is None else target[part])
         term = losses.reconstruction(wanted, x_hat)
-        seed = torch.full_like(term, share)
-        term.backward(seed * weights["reconstruction"] if "reconstruction" in weights else seed)
-        loss = loss.add(term.detach(), alpha=share)
-        made.append((x_hat.detach(), used, found, None if budgets is None else budgets.grad))
+        term.backward(seed)
+        made.append((x_hat.detach(), used, found, term.detach(), None if budgets is None else budgets.grad))
     sae.W_dec.grad, sae.b_dec.grad = decoder.gradients(sae.W_dec, sae.b_dec)
     sae.W_enc.grad, of_bias = encoder.gradients(sae.W_enc, bias)
     pending = [] if of_bias is None else [Derivable(bias, of_bias)]
-    x_hats, used, found, of_budgets = zip(*made, strict=True)
+    x_hats, used, found, of_rows, of_budgets = zip(*made, strict=True)
     if k_hat is not None and k_hat.requires_grad:
         pending.append(Derivable(k_hat, torch.cat(of_budgets)))
     used = torch.cat(used)
-    terms = {"reconstruction": loss}
+    terms = {"reconstruction": shares @ torch.stack(of_rows)}
     terms |= sae.selector.loss_terms(sae, None, Selection(None, used if k_hat is None else k_hat), phase)
     return Passed(torch.cat(x_hats), used, terms, None, together(found), tuple(pending))
 
@@ -146,23 +147,22 @@ class Layer:
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
         self.weight, self.bias = weight.detach().to(dtype), bias.detach().to(dtype)
         self.of_weight: Tensor | None = None
-        self.of_bias: Tensor | None = None
+        self.of_bias: list[Tensor] = []  # of the parts
 
     def add(self, a: Tensor, b: Tensor, g: Tensor):
         """Add a^T b (n, d) to the weight's gradient, and the sum of g's rows to the bias's."""
         dtype = compute_dtype(g.dtype)
         if self.of_weight is None:
             self.of_weight = multiply(a.t(), b, torch.empty_like(self.weight, dtype=dtype))
-            self.of_bias = g.sum(0, dtype=dtype)
         else:
             add_product(self.of_weight, a.t(), b)
-            self.of_bias += g.sum(0, dtype=dtype)
+        self.of_bias.append(g.sum(0, dtype=dtype))
 
     def gradients(self, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """In the dtypes of a weight and a bias; None where no part had any."""
         if self.of_weight is None:
             return None, None
-        return self.of_weight.to(weight.dtype), self.of_bias.to(bias.dtype)
+        return self.of_weight.to(weight.dtype), torch.stack(self.of_bias).sum(0).to(bias.dtype)
 
 
 class Encoded(torch.autograd.Function):
