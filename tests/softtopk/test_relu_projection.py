@@ -84,6 +84,16 @@ def test_gradcheck(backend, device, shape, small_chunks):
     )
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_products_are_added_up_in_the_compute_dtype(device, kind):
+    a, b = (torch.randn(40, n, device=device).to(kind) for n in (24, 16))
+    wide = torch.float64 if kind == torch.float64 else torch.float32
+    total = projection.multiply(a.t(), b, torch.empty(24, 16, dtype=wide, device=device))
+    projection.add_product(total, a.t(), b)
+    want = 2 * (a.double().t() @ b.double())
+    assert total.dtype == wide and (total - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(33, 16, 520), (20, 7, 301)], ids=str)
 def test_mixed_precision(backend, device, kind, shape, small_chunks):
