@@ -269,6 +269,10 @@ void squared_error_forward(const float* x, const void* y, Type type, int64_t row
 void squared_error_backward(const float* x, const void* y, Type type, int64_t rows, int64_t d,
                             const float* g, void* gradient, int device, void* stream);
 
+// (x - shift) / scale of rows (rows, d), rounded to out_type; scale may be null. No float64.
+void shift_rows(const void* x, Type type, int64_t rows, int64_t d, const float* shift,
+                const float* scale, void* out, Type out_type, int device, void* stream);
+
 }  // namespace cuda
 
 }  // namespace softtopk

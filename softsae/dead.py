@@ -117,13 +117,14 @@ class Revived:
 
     def taken(self, name: str) -> Tensor:
         rows = getattr(self.sae, name).detach()[self.dead.indices]
-        return (self.how.cast(rows) if rows.dim() == 2 else rows).requires_grad_()
+        narrow = self.how.dtype is not None and rows.dim() == 2
+        return (rows.to(self.how.dtype) if narrow else rows).requires_grad_()
 
     def loss(self, x: Tensor, reconstruction: Tensor, target: Tensor | None) -> Tensor:
         """Of a batch x (B, d) with its reconstruction (B, d_out) in normalised units."""
         rows = self.sae.normalize(x)
         error = self.sae.target_rows(x, rows, target) - reconstruction
-        centered = self.how.cast(rows - self.sae.center.detach())
+        centered = self.how.shifted(rows, self.sae.center.detach())
         W, b = self.rows["W_enc"], self.rows["b_enc"]
         pre = F.linear(centered, W, b.to(W.dtype))
         return losses.auxk(error, pre, self.rows["W_dec"], self.dead.valid)

@@ -106,7 +106,7 @@ class KEstimator(nn.Module):
         options = sparse.of(name)
         if shared:  # W_enc's squares are of all that it is used for
             options["squares"] = None
-        rows = sparse.cast(x - center) if centered is None else centered
+        rows = sparse.shifted(x, center) if centered is None else centered
         return relu_projection(rows, W, c, self.w2, **options)
 
     @torch.no_grad()

@@ -88,44 +88,68 @@ def in_parts(
 
     weights: of the loss terms by name, 1 where a name is missing. dtype: of the products.
     """
-    normalised = sae.rows(x)
-    sparse = Sparse(dtype=dtype)
+    normalised, sparse = sae.rows(x), Sparse(dtype=dtype)
     inputs = centered(sae, normalised, sparse)
     k_hat = sae.selector.row_budgets(sae, normalised, phase, sparse, inputs)
     starts = range(0, len(x), rows)
-    shares = normalised.new_full((len(starts),), rows / len(x))  # of the mean over all rows
+    shares = normalised.new_full((len(starts),), rows / len(x))  # of the parts in a mean over all rows
     shares[-1] = (len(x) - starts[-1]) / len(x)
     seeds = shares * weights["reconstruction"] if "reconstruction" in weights else shares
     del normalised
     bias = encoder_bias(sae)
-    encoder = Layer(sae.W_enc, bias, dtype)
-    decoder = Layer(sae.W_dec, sae.b_dec, dtype)
-    anchor = x.new_empty((), requires_grad=True)
-    made = []
+    encoder, decoder = Layer(sae.W_enc, bias, dtype), Layer(sae.W_dec, sae.b_dec, dtype)
+    parts = []
     for start, seed in zip(starts, seeds.unbind(), strict=True):
-        part = slice(start, start + rows)
-        budgets = None if k_hat is None else k_hat.detach()[part].requires_grad_(k_hat.requires_grad)
-        own = sae.rows(x[part])
-        pre = Encoded.apply(anchor, inputs[part], encoder)
-        selection = sae.selector(sae, own, pre, phase, *([] if budgets is None else [budgets]))
-        x_hat = Decoded.apply(anchor, selection.latents, decoder)
-        found = activity(selection.latents.detach())
-        used = selection.k_hat.detach()
-        del pre, selection  # or they would be there throughout the backward
-        wanted = sae.target_rows(x[part], own, None if target is None else target[part])
-        term = losses.reconstruction(wanted, x_hat)
-        term.backward(seed)
-        made.append((x_hat.detach(), used, found, term.detach(), None if budgets is None else budgets.grad))
+        at = slice(start, start + rows)
+        budgets = None if k_hat is None else k_hat.detach()[at].requires_grad_(k_hat.requires_grad)
+        wanted = None if target is None else target[at]
+        parts.append(derived(sae, x[at], wanted, inputs[at], budgets, phase, encoder, decoder, seed))
     sae.W_dec.grad, sae.b_dec.grad = decoder.gradients(sae.W_dec, sae.b_dec)
     sae.W_enc.grad, of_bias = encoder.gradients(sae.W_enc, bias)
+    x_hats, used, terms, found, of_budgets = zip(*parts, strict=True)
+    used = torch.cat(used)
     pending = [] if of_bias is None else [Derivable(bias, of_bias)]
-    x_hats, used, found, of_rows, of_budgets = zip(*made, strict=True)
     if k_hat is not None and k_hat.requires_grad:
         pending.append(Derivable(k_hat, torch.cat(of_budgets)))
-    used = torch.cat(used)
-    terms = {"reconstruction": shares @ torch.stack(of_rows)}
+    terms = {"reconstruction": (shares * torch.stack(terms)).sum()}
     terms |= sae.selector.loss_terms(sae, None, Selection(None, used if k_hat is None else k_hat), phase)
     return Passed(torch.cat(x_hats), used, terms, None, together(found), tuple(pending))
+
+
+class Part(NamedTuple):
+    """What is left of a part: without gradient its reconstruction, budgets and loss; what was active in it;
+    the gradient of budgets that it was given."""
+
+    x_hat: Tensor
+    k_hat: Tensor
+    loss: Tensor
+    activity: Activity
+    of_budgets: Tensor | None
+
+
+def derived(
+    sae: SparseAutoencoder,
+    x: Tensor,
+    target: Tensor | None,
+    inputs: Tensor,
+    budgets: Tensor | None,
+    phase: Phase,
+    encoder: Layer,
+    decoder: Layer,
+    seed: Tensor,
+) -> Part:
+    """The forward and the backward of a part x (rows, d), whose centred rows are the inputs, from the
+    gradient of its loss on."""
+    rows = sae.rows(x)
+    anchor = seed.new_empty((), requires_grad=True)
+    pre = Encoded.apply(anchor, inputs, encoder)
+    selection = sae.selector(sae, rows, pre, phase, *([] if budgets is None else [budgets]))
+    x_hat = Decoded.apply(anchor, selection.latents, decoder)
+    found, k_hat = activity(selection.latents.detach()), selection.k_hat.detach()
+    del pre, selection  # or they would be there throughout the backward
+    loss = losses.reconstruction(sae.target_rows(x, rows, target), x_hat)
+    loss.backward(seed)
+    return Part(x_hat.detach(), k_hat, loss.detach(), found, None if budgets is None else budgets.grad)
 
 
 def derive(loss: Tensor, pending: tuple[Derivable, ...]):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from softsae.losses import reconstruction
 from softtopk import SparseCode, encode_hard_topk, encode_soft_topk, sparse_decode
+from softtopk.shift import shifted
 from softtopk.sparse_autograd import Weighting, weight_gradient
 from softtopk.sparse_code import Transposition
 
@@ -51,9 +52,9 @@ class Sparse:
         squares = self.squares.get(name) if torch.is_grad_enabled() else None
         return {"copy": self.copies.get(name, self.dtype), "squares": squares}
 
-    def cast(self, x: Tensor) -> Tensor:
-        """x in the dtype that weights are multiplied in."""
-        return x if self.dtype is None else x.to(self.dtype)
+    def shifted(self, x: Tensor, center: Tensor) -> Tensor:
+        """x - center in the dtype that weights are multiplied in."""
+        return shifted(x, center, dtype=self.dtype)
 
 
 def places(k: float) -> int:
@@ -84,7 +85,7 @@ def encode(
 
 def centered(sae: SparseAutoencoder, x: Tensor, sparse: Sparse) -> Tensor:
     """What W_enc is multiplied with for normalised rows x (B, d): a constant."""
-    return sparse.cast(x - sae.center.detach())
+    return sparse.shifted(x, sae.center.detach())
 
 
 def inputs(

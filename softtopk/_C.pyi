@@ -197,6 +197,11 @@ class cuda:
         x: int, y: int, y_type: int, rows: int, d: int, g: int, gradient: int, device: int, stream: int, /
     ) -> None: ...  # fmt: skip
     @staticmethod
+    def shift_rows(
+        x: int, x_type: int, rows: int, d: int, shift: int, scale: int, out: int, out_type: int,
+        device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
     def code_forward(
         z: int, z_type: int, rows: int, n: int, z_stride: int, largest: bool,
         k: int, k_type: int, k_stride: int, k_number: float,

@@ -10,6 +10,7 @@ from softtopk.backends.native_error import ErrorKernels
 from softtopk.backends.native_gate import GateKernels
 from softtopk.backends.native_optim import OptimKernels
 from softtopk.backends.native_projection import NativeSteps
+from softtopk.backends.native_shift import ShiftKernels
 from softtopk.backends.native_sparse import SparseKernels
 from softtopk.backends.projection import Projection
 
@@ -62,6 +63,7 @@ budgets = BudgetKernels(_C.cuda, device_and_stream)
 errors = ErrorKernels(_C.cuda, device_and_stream)
 gates = GateKernels(_C.cuda, device_and_stream)
 optim = OptimKernels(_C.cuda, device_and_stream)
+shifts = ShiftKernels(_C.cuda, device_and_stream)
 __all__ = [
     "activities",
     "adam_flat",
@@ -75,6 +77,7 @@ __all__ = [
     "reads",
     "relu_projection_backward",
     "relu_projection_forward",
+    "shifts",
     "soft_topk_backward",
     "soft_topk_forward",
 ]
