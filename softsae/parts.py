@@ -93,7 +93,7 @@ def in_parts(
     k_hat = sae.selector.row_budgets(sae, normalised, phase, sparse, inputs)
     starts = range(0, len(x), rows)
     shares = normalised.new_full((len(starts),), rows / len(x))  # of the parts in a mean over all rows
-    shares[-1] = (len(x) - starts[-1]) / len(x)
+    shares[-1].fill_((len(x) - starts[-1]) / len(x))
     seeds = shares * weights["reconstruction"] if "reconstruction" in weights else shares
     del normalised
     bias = encoder_bias(sae)
