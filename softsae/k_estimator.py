@@ -100,13 +100,14 @@ class KEstimator(nn.Module):
         if shared and not moves:
             W, c = W.detach(), c.detach()
         if sparse is None:
-            sparse = Sparse(copies={} if dtype == W.dtype else {name: W.detach().to(dtype)})
-        copy = sparse.copies.get(name)
+            sparse = Sparse(dtype=None if dtype == W.dtype else dtype)
         if moves and torch.is_grad_enabled():
-            c = c + CenterGradient.apply(sae.center, (W if copy is None else copy).detach())
-        squares = None if shared else sparse.of(name)["squares"]  # W_enc's are of all that it is used for
-        rows = sparse.shifted(x, center, name) if centered is None else centered
-        return relu_projection(rows, W, c, self.w2, copy=copy, squares=squares)
+            c = c + CenterGradient.apply(sae.center, W.detach())
+        options = sparse.of(name)
+        if shared:  # W_enc's squares are of all that it is used for
+            options["squares"] = None
+        rows = sparse.shifted(x, center) if centered is None else centered
+        return relu_projection(rows, W, c, self.w2, **options)
 
     @torch.no_grad()
     def initialize(self, W_enc: Tensor, generator: torch.Generator):

@@ -17,10 +17,9 @@ from softsae import metrics
 from softsae.autoencoder import SparseAutoencoder
 from softsae.config import RunConfig
 from softsae.dead import DeadLatents, DeadList, Revived
-from softsae.output import Output
+from softsae.parts import Passed, derive, in_parts, rows_at_a_time, whole
 from softsae.schedules import Phase
 from softsae.sparse import Sparse
-from softtopk.activity import activity
 from softtopk.optim import Adam, Clipped, clip_factors
 
 
@@ -95,12 +94,12 @@ class Step:
         self.ready = False
 
     def prepare_sparse(self):
-        """Make what sparse steps need besides the weights: copies in the dtype of the products, which the
-        optimizer then keeps up to date, and the buffers of squared norms."""
+        """Make what sparse steps need besides the weights: the buffers of squared norms and, where copies in
+        the dtype of the products are wanted, these, which the optimizer then keeps up to date."""
         if self.ready:
             return
         self.ready = True
-        if self.train.dtype == "bfloat16":
+        if self.train.dtype == "bfloat16" and self.train.keep_copies:
             for parameter in self.names:
                 if parameter.dim() == 2:
                     self.optimizer.copies[parameter] = parameter.detach().bfloat16()
@@ -112,40 +111,59 @@ class Step:
     def how(self, plan: Plan) -> Sparse | None:
         if plan.max_active is None:
             return None
+        dtype = torch.bfloat16 if self.train.dtype == "bfloat16" else None
         copies = {self.names[parameter]: copy for parameter, copy in self.optimizer.copies.items()}
-        return Sparse(plan.max_active, False, copies, self.squares, project=True)
+        return Sparse(plan.max_active, False, dtype, copies, self.squares, project=True)
 
     def __call__(self, x: Tensor, target: Tensor | None, numbers: Numbers, plan: Plan) -> Result:
         """One step on x (B, d)."""
-        sae, train, how = self.sae, self.train, self.how(plan)
+        sae, how = self.sae, self.how(plan)
         self.optimizer.zero_grad(set_to_none=True)
         for squares in self.squares.values():
             squares.zero_()
-        autocast = how is None and train.dtype == "bfloat16"
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
-            out = sae(x, numbers.phase, target, how=how)
-            terms = dict(out.losses)
-            revived = Revived(sae, plan.dead, how) if train.auxk_weight and len(plan.dead.indices) else None
-            if revived is not None:
-                terms["auxk"] = revived.loss(x, out.reconstruction, target)
-        loss = weighted(terms, numbers.weights)
-        loss.backward()
-        if revived is not None:
-            revived.add_gradients()
+        # In this thread: another would have a cuBLAS workspace of its own, 32 MiB on an H200.
+        with torch.autograd.set_multithreading_enabled(False):
+            passed, terms, loss = self.gradients(x, target, numbers, plan, how)
         if how is None:
             sae.project_decoder_gradient()
         scale, norms = self.clip({} if how is None else how.squares)
         for group in self.optimizer.param_groups:
             group["lr"] = numbers.lr if group["multiplier"] == 1 else numbers.lr * group["multiplier"]
-        self.optimizer.step(scale=scale, found_inf=out.overflow)
-        l0, fired = self.count(out, len(x))
+        self.optimizer.step(scale=scale, found_inf=passed.overflow)
+        l0, fired = self.count(passed, how is not None, len(x))
         scalars = {
             "loss": loss.detach(),
             **{f"loss_{name}": term.detach() for name, term in terms.items()},
             "l0": l0,
             **norms,
         }
-        return Result(scalars, out.reconstruction.detach(), out.k_hat.detach(), fired)
+        return Result(scalars, passed.reconstruction, passed.k_hat, fired)
+
+    def gradients(
+        self, x: Tensor, target: Tensor | None, numbers: Numbers, plan: Plan, how: Sparse | None
+    ) -> tuple[Passed, dict[str, Tensor], Tensor]:
+        """Forward and backward: the pass, the loss terms by name and the loss; parameters have gradients."""
+        sae, train, phase = self.sae, self.train, numbers.phase
+        half = train.dtype == "bfloat16"
+        autocast = {"enabled": half and how is None, "cache_enabled": False}
+        dtype, rows = torch.bfloat16 if half else sae.W_enc.dtype, len(x)
+        if how is None:
+            rows = rows_at_a_time(sae, phase, rows, dtype, train.rows_at_a_time)
+        if rows < len(x):
+            passed = in_parts(sae, x, target, phase, numbers.weights, rows, dtype)
+        else:
+            with torch.autocast(x.device.type, torch.bfloat16, **autocast):
+                passed = whole(sae, x, target, phase, how)
+        terms = dict(passed.losses)
+        revived = Revived(sae, plan.dead, how) if train.auxk_weight and len(plan.dead.indices) else None
+        if revived is not None:
+            with torch.autocast(x.device.type, torch.bfloat16, **autocast):
+                terms["auxk"] = revived.loss(x, passed.reconstruction, target)
+        loss = weighted(terms, numbers.weights)
+        derive(loss, passed.pending)
+        if revived is not None:
+            revived.add_gradients()
+        return passed, terms, loss
 
     def clip(self, known: Mapping[str, Tensor]) -> tuple[Tensor | tuple[Tensor, ...], dict[str, Tensor]]:
         """What gradients are to be multiplied by, the estimator's apart or with the others, and their norms.
@@ -168,15 +186,15 @@ class Step:
         return Clipped(squares, others, limit)
 
     @torch.no_grad()
-    def count(self, out: Output, samples: int) -> tuple[Tensor, Tensor]:
+    def count(self, passed: Passed, sparse: bool, samples: int) -> tuple[Tensor, Tensor]:
         """Count the batch's active latents; their mean number in a row, and which were active (n,)."""
-        found = activity(out.selected)
+        found = passed.activity
         self.dead.update(found.fired, samples)
-        if self.measure or out.code is not None:
+        if self.measure or sparse:
             torch.div(found.entries, samples, out=self.support.mean)
             torch.maximum(self.support.most, found.most, out=self.support.most)
-        if out.overflow is not None:
-            self.support.skipped.add_(out.overflow)
+        if passed.overflow is not None:
+            self.support.skipped.add_(passed.overflow)
         return found.active / samples, found.fired
 
     @torch.no_grad()

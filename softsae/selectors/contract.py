@@ -76,6 +76,19 @@ class Selector(nn.Module):
         """
         raise NotImplementedError
 
+    def by_rows(self, phase: Phase) -> bool:
+        """Whether a dense step may pass a batch in parts of its rows (softsae/parts.py): what is selected in
+        a row then depends on that row alone, given its `row_budgets`, and loss terms on the budgets alone:
+        they are asked for once, without a target, for a selection without latents."""
+        return False
+
+    def row_budgets(
+        self, sae: SparseAutoencoder, x: Tensor, phase: Phase, sparse: Sparse, centered: Tensor
+    ) -> Tensor | None:
+        """k_hat (B,) of normalised x (B, d), with its gradient, for a rule to which it is given with every
+        part, as the last argument of `forward`; else None. centered: softsae.sparse.centered of x."""
+        return None
+
     def dense_only(self, phase: Phase) -> str | None:
         """Why the rule has no sparse path in a phase, None where it has one."""
         return f"{type(self).__name__} has no sparse path"

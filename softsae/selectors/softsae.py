@@ -32,12 +32,13 @@ class SoftSAE(Selector):
         super().__init__(config)
         self.estimator = KEstimator(config)
 
-    def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
+    def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase, k_hat: Tensor | None = None) -> Selection:
         learns = torch.is_grad_enabled() and phase.learns == "all"
         rectified = self.gates_alone(phase)
         a = rectify(pre) if rectified else torch.relu_(pre)  # [B, n]
-        with torch.set_grad_enabled(learns):
-            k_hat = self.estimator(sae, x, a)  # [B]
+        if k_hat is None:
+            with torch.set_grad_enabled(learns):
+                k_hat = self.estimator(sae, x, a)  # [B]
         if phase.hard and not learns:
             if phase.learns == "decoder":
                 a = a.detach()
@@ -48,6 +49,13 @@ class SoftSAE(Selector):
         with torch.no_grad():  # the gradient of p is not touched by what its value is set to
             p.copy_(self.hard_mask(a, k_hat))
         return Selection(a * p, k_hat, a)
+
+    def by_rows(self, phase: Phase) -> bool:
+        return self.config.softsae.estimator.kind != "shared"  # that takes its h(x) from the pass itself
+
+    def row_budgets(self, sae, x: Tensor, phase: Phase, sparse: Sparse, centered: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and phase.learns == "all"):
+            return self.estimator(sae, x, None, sparse, centered)
 
     def dense_only(self, phase: Phase) -> str | None:
         floor = self.config.softsae.rounding == "floor"

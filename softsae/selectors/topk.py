@@ -24,6 +24,9 @@ class TopK(Selector):
         a = rectify(pre)
         return Selection(gated(a, hard_topk(a.detach(), self.k), rectified=True), self.budgets(x), a)
 
+    def by_rows(self, phase: Phase) -> bool:
+        return True
+
     def dense_only(self, phase: Phase) -> None:
         return None
 

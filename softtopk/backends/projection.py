@@ -16,6 +16,7 @@ squares, where wanted, are |w2_j G_j|^2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -28,7 +29,8 @@ COLUMNS = 256  # a chunk's columns are a multiple of these, but for the last
 
 class Projection:
     """The forward and the backward on the steps of a backend. x (B, d), weight (n, d) and bias (n,) are of
-    one dtype and contiguous; w2 (n,), the scores (B,) and their gradient g of its compute dtype."""
+    one dtype and contiguous, but a weight of another is rounded to that, a chunk at a time; w2 (n,), the
+    scores (B,) and their gradient g are of its compute dtype."""
 
     def __init__(self, steps):
         self.steps = steps
@@ -44,7 +46,7 @@ class Projection:
         chunks, buffer = columns_at_a_time(x, len(weight), self.chunk_columns(x, weight))
         for part in chunks:
             z = columns_of(buffer, len(x), part)
-            torch.addmm(bias[part], x, weight[part].t(), out=z)
+            torch.addmm(bias[part], x, weight[part].to(x.dtype).t(), out=z)
             self.steps.relu_dot(z, w2[part], part.start > 0, scores, mask[:, part.start // 8 :])
         return scores, mask
 
@@ -76,7 +78,8 @@ class Projection:
             )
             if want_x:  # g is multiplied with at the end, where it need not be rounded
                 self.steps.expand_mask(mask[:, part.start // 8 :], ones, expanded)
-                scaled = torch.mul(weight[part], w2[part, None], out=torch.empty_like(weight[part]))
+                rounded = weight[part].to(x.dtype)
+                scaled = torch.mul(rounded, w2[part, None], out=torch.empty_like(rounded))
                 grad_x += multiply(expanded, scaled, torch.empty_like(grad_x))
         return grad_weight, grad_bias, grad_w2, None if grad_x is None else grad_x.mul_(g[:, None])
 
@@ -95,7 +98,7 @@ class Projection:
             multiply(expanded[:, place].t(), x, products)
             self.steps.scale_gradient(
                 products,
-                weight[inner],
+                weight[inner].to(expanded.dtype),
                 bias[inner],
                 w2[inner],
                 sums[:, place],
@@ -144,6 +147,32 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     if hasattr(torch.ops.aten.mm, "dtype_out"):
         return torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
     return out.copy_(torch.mm(a, b))  # torch before 2.8: rounded once more
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, whose dtype may be the compute dtype of theirs: accumulated in that."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif not a.is_cuda:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    elif adds_to_wider(a.dtype, total.dtype, a.device):
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total.add_(multiply(a, b, torch.empty_like(total)))
+
+
+@functools.cache
+def adds_to_wider(dtype: torch.dtype, wider: torch.dtype, device: torch.device) -> bool:
+    """Whether torch, whose versions differ in it, adds a product to a matrix of a wider dtype on a GPU."""
+    if not hasattr(torch.ops.aten.addmm, "dtype_out"):
+        return False
+    factor = torch.zeros(8, 8, dtype=dtype, device=device)
+    total = factor.to(wider)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, factor, factor, wider, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 class TorchSteps:

@@ -166,7 +166,7 @@ class TritonProjection(projection.Projection):
         parts = w2.new_empty(triton.cdiv(n, tile["BLOCK_N"]), len(x))
         with on_device(x):
             forward_kernel[(triton.cdiv(len(x), tile["BLOCK_M"]) * len(parts),)](
-                x, weight, bias, w2, parts, mask,
+                x, weight.to(x.dtype), bias, w2, parts, mask,
                 len(x), n, d, mask.stride(0),
                 GROUP=GROUP, **steps(d, tile), **tile,
             )  # fmt: skip
@@ -196,7 +196,7 @@ class TritonProjection(projection.Projection):
         parts = None if squares is None else torch.empty_like(dots)
         with on_device(x):
             backward_kernel[(triton.cdiv(columns, tile["BLOCK_M"]) * len(dots),)](
-                expanded, x, weight[part], w2[part], grad_weight[part], dots, parts,
+                expanded, x, weight[part].to(x.dtype), w2[part], grad_weight[part], dots, parts,
                 rows, columns, d, expanded.stride(0), dots.stride(0),
                 GROUP=GROUP, **steps(rows, tile), **tile,
             )  # fmt: skip
