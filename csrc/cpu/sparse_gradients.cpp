@@ -195,7 +195,7 @@ void transpose(const int32_t* indices, const int32_t* counts, int64_t rows, int6
   for_entries([&](int32_t latent, int32_t entry) { entries[offsets[latent + 1]++] = entry; });
 }
 
-int64_t gradients_workspace(Type, int64_t rows, int64_t max_active, int64_t, int64_t d, bool,
+int64_t gradients_workspace(Type type, int64_t rows, int64_t max_active, int64_t, int64_t d, bool,
                             bool) {
   // Every part but a latent's last is full, and a latent that is split has at least one such.
   return 2 * (rows * max_active / kEntriesPerTask) * d * (type == Type::float64 ? 8 : 4);
