@@ -10,8 +10,8 @@ n), decode, backward (the code's order by latent, then the gradients of weights 
 (the wide one). Results are compared with float64 before they are timed. Peers: `python -m
 benchmarks.sparse_peers`. benchmarks/results/sparse-DEVICE.json holds the rows and every bar with what was
 found. A row: section, op, pass, backend, dtype, rows, n, d, k, latents; ms, floor_ms, fraction (floor / ms),
-bytes (what has to be moved at the least; floor_ms is the time of a copy that moves as many), max_error, peers
-(name -> ms), commit; met where it has bars; error where it could not be measured.
+bytes (what has to be moved at the least; floor_ms is the time of the fastest copy that moves as many),
+max_error, peers (name -> ms), commit; met where it has bars; error where it could not be measured.
 """
 
 from __future__ import annotations

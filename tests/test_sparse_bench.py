@@ -133,6 +133,25 @@ def test_every_section_is_checked_and_measured(dtype, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("fastest", ["a copy in a graph", "a copy outside", "a kernel"])
+def test_the_floor_is_that_of_the_fastest_copy(fastest, monkeypatch):
+    seen = {}
+
+    def device_ms(calls, device, recorded=True):
+        x, target = calls[0].args[0], calls[0]()
+        kernel = calls[0].func is torch.neg
+        assert torch.equal(target, -x if kernel else x) and len(calls) == 2
+        way = "a kernel" if kernel else "a copy in a graph" if recorded else "a copy outside"
+        seen[way] = 1.0 if way == fastest else 2.0
+        return seen[way]
+
+    monkeypatch.setattr(sparse_measure, "device_ms", device_ms)
+    assert sparse_measure.copy_ms([torch.randn(8), torch.randn(8)], "cuda") == 1.0
+    assert len(seen) == 3
+    monkeypatch.setattr(sparse_measure, "copy_ms", lambda source, device: 1e3 * len(source))
+    assert sparse_measure.bandwidth("cpu") == 2 * (1 << 26)
+
+
 class Spoilt:
     """The reference with one wrong result."""
 
