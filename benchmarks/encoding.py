@@ -42,7 +42,7 @@ from benchmarks.encoding_data import (
     draw_weights,
     write_shards,
 )
-from benchmarks.environment import RESULTS, commit, device_label, write
+from benchmarks.environment import RESULTS, commit, device_label, environment, write
 from benchmarks.features import one_line
 from benchmarks.sparse_bars import ERRORS
 from benchmarks.sparse_dense import peak_bytes
@@ -274,11 +274,12 @@ def position(row: dict) -> tuple:
     return row["d"], OPS.index(row["op"]), models.index(row["model"]), row["path"], row["n"], row["rows"]
 
 
-def update(path: Path, new: list[dict]) -> None:
+def update(path: Path, new: list[dict], remark: str | None = None) -> None:
     """Merge rows into a file; rows keep the commit at which they were measured."""
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = {key(row): row for row in [*old, *new]}
-    write(path, sorted(rows.values(), key=position))
+    machine = environment() | ({"remark": remark} if remark else {})
+    write(path, sorted(rows.values(), key=position), environment=machine)
 
 
 def line(row: dict) -> str:
@@ -305,6 +306,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="tokens of a call; default: 4096, on a CPU 256")
     parser.add_argument("--k", type=int, help="default: 64")
     parser.add_argument("--no-shards", action="store_true", help="nothing from disk")
+    parser.add_argument("--remark", help="what the machine was doing besides, for the file's environment")
     parser.add_argument("--quick", action="store_true", help="small sizes; the file goes to --out alone")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/encoding-DEVICE.json")
     args = parser.parse_args()
@@ -336,7 +338,7 @@ def main() -> None:
                 if kind == "cuda":
                     torch.cuda.empty_cache()
         if path is not None:
-            update(path, rows)
+            update(path, rows, args.remark)
     if errors := [row["error"] for row in rows if row["ms"] is None]:
         print(f"{len(errors)} rows could not be measured, the first: {errors[0]}")
     print(f"{len(rows)} rows, {time.perf_counter() - started:.0f} s")

@@ -9,7 +9,6 @@ from benchmarks.encoding import position, wrong
 from benchmarks.sparse_tables import MARKS, NOTHING, files, machine
 from benchmarks.tables import caption, markdown
 
-
 OF_THROUGHPUT = (
     "Thousands of tokens a second; in brackets the time of the product alone over that of the call."
 )
