@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.codes import TORCH, Latents, draw_budgets, draw_latents, draw_pre
 from benchmarks.features import one_line
-from benchmarks.sparse_bars import Cell, room
+from benchmarks.sparse_bars import DENSE_TOPK, RELU_TOPK, Cell, room
 from benchmarks.sparse_peers import Peer
 from benchmarks.timing import graph_ms, median_ms, row_of_calls_ms
 from softtopk import dispatch
@@ -191,10 +191,8 @@ def selection_peers(pre: list[Tensor], cell: Cell, device: str) -> dict[str, flo
         return a * kernels.soft_topk_forward(a, budgets, ALPHA, True)[0]
 
     return {
-        **peer_ms(
-            "relu + torch.topk(64)", [partial(lambda x: torch.relu(x).topk(64), x) for x in pre], device
-        ),
-        **peer_ms("dense soft_topk", [partial(dense, x) for x in pre], device),
+        **peer_ms(RELU_TOPK, [partial(lambda x: torch.relu(x).topk(64), x) for x in pre], device),
+        **peer_ms(DENSE_TOPK, [partial(dense, x) for x in pre], device),
     }
 
 

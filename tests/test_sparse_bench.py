@@ -240,6 +240,39 @@ def test_the_command_measures_a_part_and_keeps_the_rest(tmp_path, capsys, monkey
     assert data["bars"] == [] and "could not be measured" not in capsys.readouterr().out
 
 
+def test_adam_is_measured_whatever_the_dtypes(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "sparse-cpu.json"
+    command = ["sparse", "--device", "cpu", "--quick", "--sections", "adam", "estimator", "--out", str(path)]
+    monkeypatch.setattr("sys.argv", [*command, "--dtypes", "bfloat16"])
+    sparse.main()
+    found = {(row["op"], row["dtype"]) for row in json.loads(path.read_text())["rows"]}
+    adam = {("Adam", "float32"), ("Adam, rows of a code", "float32")}
+    assert found == {*adam, ("relu_projection", "bfloat16")}
+    assert "could not be measured" not in capsys.readouterr().out
+
+
+def test_both_backends_have_rows_lines_and_curves(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    kinds = {backend: {c.section for c in sparse_bars.cells(backend)} for backend in ("cuda", "triton")}
+    assert kinds["cuda"] - kinds["triton"] == {"adam"}
+    peers = {"cuda": {sparse_bars.DENSE_TOPK: 5.0}, "triton": {sparse_bars.DENSE_TOPK: 7.0}}
+    cells = [cell for backend in peers for cell in sparse_bars.cells(backend)]
+    rows = [row_of(c, peers=peers[c.backend], ms=1.0 if c.backend == "cuda" else 3.0) for c in cells]
+    sparse.update(tmp_path / "sparse-x.json", "cuda", rows, set(), {})
+    page = tables.sparse()
+    for backend, peer in (("cuda", "5"), ("triton", "7")):
+        assert f"| soft_topk_code | forward | {backend} | bfloat16 |" in page
+        assert f"| {sparse_bars.DENSE_TOPK} | forward | {backend} | float32 | {peer} |" in page
+        assert f"| sparse_decode {backend} | bfloat16 |" in page
+    panel = sparse_plots.of_lengths(sparse_plots.points(rows)).axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in panel.lines}
+    floors = {f"{dtype}, floor" for dtype in sparse_bars.DTYPES}
+    times = {f"{backend}, {dtype}" for backend in peers for dtype in sparse_bars.DTYPES}
+    assert set(drawn) == floors | times
+    assert all(len(line) == len(sparse_bars.LENGTHS) for line in drawn.values())
+    assert set(drawn["triton, float32"]) == {3.0} and set(drawn["cuda, float32"]) == {1.0}
+
+
 def test_a_file_says_of_every_row_whether_it_is_met(tmp_path, monkeypatch):
     path = tmp_path / "sparse-x.json"
     slow, missing = cell_of("decode", n=65536, latents="zipf"), cell_of("selection", n=131072, run="forward")
