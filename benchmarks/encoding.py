@@ -10,7 +10,7 @@ and dense, in bfloat16 on a GPU and float32 on a CPU; beside torch (torch.topk o
 F.embedding_bag) and the product x W^T + b alone. "shards" is softsae.encode_source, from a folder of
 activations on disk to one of codes. Codes and reconstructions are compared with float64 before they are
 timed. A time is that of one call in a row of calls, of the slower of host and device, on activations taken in
-turn; a dictionary stays where it is, in the L2 cache if it fits.
+turn; a dictionary stays where it is, in the L2 cache if it fits. On a CPU all that is timed takes turns.
 
 benchmarks/results/encoding-DEVICE.json holds the rows: model, path, op, dtype, rows (tokens of a call), n, d,
 k; ms (of a call, of shards for all tokens), tokens_per_s, active (latents of a token), fraction (time of the
@@ -25,9 +25,10 @@ import functools
 import gc
 import itertools
 import json
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ from benchmarks.features import one_line
 from benchmarks.sparse_bars import ERRORS
 from benchmarks.sparse_dense import peak_bytes
 from benchmarks.sparse_measure import PEER_ERROR, picked, worst
-from benchmarks.timing import event_ms, median_ms, row_of_calls_ms
+from benchmarks.timing import clock_ms, event_ms, row_of_calls_ms
 from softsae import SparseAutoencoder, encode_source
 from softtopk import SparseCode
 
@@ -60,12 +61,15 @@ DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 QUICK = {"widths": [64], "lengths": [256, 1024], "rows": 32, "k": 8}
 COPIES = 4  # of activations, taken in turn
 BUDGET_S = {"cuda": 0.08, "cpu": 0.4}  # seconds a measurement, about
+ROUNDS = (5, 30)  # on a CPU, at least and at most
 TOPK, SOFTSAE, TORCH = "TopK", "SoftSAE, bottleneck estimator", "torch"
 ARCHITECTURES = {TOPK: "topk", SOFTSAE: "softsae"}
 ENCODE, BOTH, SHARDS = "encode", "encode + decode", "shards"
 OPS = (ENCODE, BOTH, SHARDS)
 SPARSE, DENSE = "sparse", "dense"
 PRODUCT, TORCH_TOPK = "the product alone", "relu + torch.topk"
+Call = Callable[[], object]
+Case = tuple[dict, list[Call]]  # a row, and the calls whose time it lacks
 KEY = ("model", "path", "op", "dtype", "rows", "n", "d", "k")
 
 
@@ -126,23 +130,32 @@ class Exact:
         return worst((x_hat[self.rows].double() - want).abs() / want.abs().amax(1, keepdim=True))
 
 
-def call_ms(calls: list[Callable[[], object]], device: str) -> float:
-    """Milliseconds of one of the calls in a row of them, of the slower of host and device."""
-    budget = BUDGET_S[device]
-    if device == "cpu":
-        return median_ms(calls, device, budget, least=3)
+def times_ms(cases: list[list[Call]], device: str) -> list[float]:
+    """Milliseconds of one of each case's calls, which are taken in turn.
+
+    On a GPU in a row of them, of the slower of host and device. On a CPU the median of rounds in which every
+    case has its turn, so that what else the machine does is the same for all.
+    """
+    if device != "cpu":
+        return [row_ms(calls) for calls in cases]
+    turns = [itertools.cycle(calls) for calls in cases]
+    first = [clock_ms(next(turn)) for turn in turns]
+    rounds = max(ROUNDS[0], min(ROUNDS[1], int(BUDGET_S[device] * len(cases) * 1e3 / sum(first))))
+    times = [[clock_ms(next(turn)) for turn in turns] for _ in range(rounds)]
+    return [statistics.median(case) for case in zip(*times, strict=True)]
+
+
+def row_ms(calls: list[Call]) -> float:
     calls[0]()
     once = event_ms(calls[:1])[0]
-    count = max(2, min(20, int(budget * 1e3 / (4 * once))))
+    count = max(2, min(20, int(BUDGET_S["cuda"] * 1e3 / (4 * once))))
     return row_of_calls_ms(list(itertools.islice(itertools.cycle(calls), count)), repeats=3)
 
 
-def measured(size: Size, row: dict, call: Callable[[Tensor], object], xs: list[Tensor]) -> dict:
-    """The row with the time and memory of a call."""
+def prepared(size: Size, row: dict, call: Callable[[Tensor], object], xs: list[Tensor]) -> Case:
+    """The row with the memory of a call, and the calls to be timed."""
     calls = [functools.partial(call, x) for x in xs]
-    memory = peak_bytes(calls[0], size.device)
-    ms = call_ms(calls, size.device)
-    return {**row, "ms": round(ms, 5), "tokens_per_s": round(size.rows / ms * 1e3), "peak_bytes": memory}
+    return {**row, "peak_bytes": peak_bytes(calls[0], size.device)}, calls
 
 
 def dense_of(latents: Tensor | SparseCode) -> Tensor:
@@ -158,7 +171,7 @@ def wrong(row: dict) -> str | None:
     return None if error is None or error <= allowed else f"error {error:.1e} > {allowed:.1e}"
 
 
-def ours(size: Size, model: str, path: str, op: str, sae, xs: list[Tensor], exact: Exact) -> dict:
+def ours(size: Size, model: str, path: str, op: str, sae, xs: list[Tensor], exact: Exact) -> Case:
     sparse = path == SPARSE
 
     def encode(x: Tensor) -> Tensor | SparseCode:
@@ -175,10 +188,10 @@ def ours(size: Size, model: str, path: str, op: str, sae, xs: list[Tensor], exac
     active = round((latents > 0).sum(1).double().mean().item(), 2)
     row = size.row(model, path, op, active=active, max_error=error)
     del latents
-    return measured(size, row, encode if op == ENCODE else both, xs)
+    return prepared(size, row, encode if op == ENCODE else both, xs)
 
 
-def torchs(size: Size, path: str, op: str, weights: Weights, xs: list[Tensor], exact: Exact) -> dict:
+def torchs(size: Size, path: str, op: str, weights: Weights, xs: list[Tensor], exact: Exact) -> Case:
     W_enc, b_enc, W_dec, b_dec = weights
 
     def product(x: Tensor) -> Tensor:
@@ -192,7 +205,7 @@ def torchs(size: Size, path: str, op: str, weights: Weights, xs: list[Tensor], e
         return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
 
     if path == PRODUCT:
-        return measured(size, size.row(TORCH, path, op), product, xs)
+        return prepared(size, size.row(TORCH, path, op), product, xs)
     values, indices = encode(xs[0])
     latents = torch.zeros(len(values), size.n, dtype=size.dtype, device=values.device)
     latents.scatter_(1, indices, values)
@@ -202,10 +215,10 @@ def torchs(size: Size, path: str, op: str, weights: Weights, xs: list[Tensor], e
         error = exact.decoding_error(latents, both(xs[0]))
     row = size.row(TORCH, path, op, active=size.k, max_error=error)
     del latents
-    return measured(size, row, encode if op == ENCODE else both, xs)
+    return prepared(size, row, encode if op == ENCODE else both, xs)
 
 
-def shards(size: Size, model: str, sae: SparseAutoencoder, folder: Path) -> dict:
+def shards(size: Size, model: str, sae: SparseAutoencoder, folder: Path) -> Case:
     """encode_source from a folder to another beside it, once, after a batch that warms up."""
     cuda = size.device != "cpu"
     stored = str(size.dtype).removeprefix("torch.")
@@ -223,33 +236,33 @@ def shards(size: Size, model: str, sae: SparseAutoencoder, folder: Path) -> dict
         manifest = json.loads((out / "manifest.json").read_text())
         written = sum(file.stat().st_size for file in out.iterdir())
     tokens, entries = manifest["rows"], sum(shard["entries"] for shard in manifest["shards"])
-    return size.row(
+    row = size.row(
         *(model, SPARSE, SHARDS),
         **{"active": round(entries / tokens, 2), "ms": round(ms, 3)},
         **{"tokens_per_s": round(tokens / ms * 1e3), "tokens": tokens},
         **{"peak_bytes": torch.cuda.max_memory_allocated() - held if cuda else None},
         **{"bytes_read": tokens * size.d * size.dtype.itemsize, "bytes_written": written},
     )
+    return row, []
 
 
-def tried(measure: Callable[..., dict], size: Size, model: str, path: str, op: str, *arguments) -> dict:
-    """The row, or one that says why there is none."""
+def tried(measure: Callable[..., Case], size: Size, model: str, path: str, op: str, *arguments) -> Case:
+    """What it gives, or a row that says why there is none."""
     try:
         return measure(size, *arguments)
     except Exception as error:
-        return size.row(model, path, op, ms=None, error=one_line(error))
+        return size.row(model, path, op, ms=None, error=one_line(error)), []
     finally:
         gc.collect()
 
 
 @torch.no_grad()
-def rows_of(size: Size, weights: Weights, folder: Path | None) -> Iterator[dict]:
+def rows_of(size: Size, weights: Weights, folder: Path | None) -> list[dict]:
     """Everything at one size; the folder has activations to stream."""
     xs = [draw_activations(size.rows, size.k, weights, seed) for seed in range(COPIES)]
     exact = Exact.of(xs[0], weights)
     of_torch = (weights, xs, exact)
-    product = tried(torchs, size, TORCH, PRODUCT, ENCODE, PRODUCT, ENCODE, *of_torch)
-    found = [product]
+    found = [tried(torchs, size, TORCH, PRODUCT, ENCODE, PRODUCT, ENCODE, *of_torch)]
     for op in (ENCODE, BOTH):
         found.append(tried(torchs, size, TORCH, TORCH_TOPK, op, TORCH_TOPK, op, *of_torch))
     for model, architecture in ARCHITECTURES.items():
@@ -258,10 +271,12 @@ def rows_of(size: Size, weights: Weights, folder: Path | None) -> Iterator[dict]
             found.append(tried(ours, size, model, path, op, model, path, op, sae, xs, exact))
         if folder is not None:
             found.append(tried(shards, size, model, SPARSE, SHARDS, model, sae, folder))
-    for row in found:
-        if row["ms"] is not None and product["ms"] is not None and row["op"] != SHARDS:
-            row["fraction"] = round(product["ms"] / row["ms"], 4)
-        yield row
+    cases = [(row, calls) for row, calls in found if calls]
+    for (row, _), ms in zip(cases, times_ms([calls for _, calls in cases], size.device), strict=True):
+        row |= {"ms": round(ms, 5), "tokens_per_s": round(size.rows / ms * 1e3)}
+        if (product := found[0][0]["ms"]) is not None:
+            row["fraction"] = round(product / ms, 4)
+    return [row for row, _ in found]
 
 
 def key(row: dict) -> tuple:

@@ -28,7 +28,7 @@ def weights(request) -> encoding_data.Weights:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(encoding, "BUDGET_S", {"cpu": 1e-3})
+    monkeypatch.setattr(encoding, "BUDGET_S", {"cpu": 1e-4})
 
 
 def test_pre_activations_look_like_an_autoencoder_s():
@@ -64,7 +64,7 @@ def test_everything_is_checked_and_measured(tmp_path, weights):
     batches = [encoding_data.draw_activations(ROWS, K, weights, seed) for seed in range(3)]
     folder = encoding_data.write_shards(tmp_path / "acts", batches, ROWS)
     size = size_of(weights.W_enc.dtype)
-    rows = list(encoding.rows_of(size, weights, folder))
+    rows = encoding.rows_of(size, weights, folder)
     ours = {(m, p, op) for m in (TOPK, SOFTSAE) for p in (SPARSE, DENSE) for op in (ENCODE, BOTH)}
     ours |= {(m, SPARSE, SHARDS) for m in (TOPK, SOFTSAE)}
     peers = {(TORCH, PRODUCT, ENCODE), (TORCH, TORCH_TOPK, ENCODE), (TORCH, TORCH_TOPK, BOTH)}
@@ -95,8 +95,9 @@ def test_a_wrong_result_is_seen(path, op, spoilt):
     wrong = weights._replace(**{spoilt: getattr(weights, spoilt) * 1.01})
     sae = encoding_data.autoencoder("topk", K, wrong)
     with torch.no_grad():
-        row = encoding.ours(size_of(), TOPK, path, op, sae, xs, exact)
-    assert "error" in encoding.wrong(row) and "WRONG" in encoding.line(row | {"fraction": 1.0})
+        row, calls = encoding.ours(size_of(), TOPK, path, op, sae, xs, exact)
+    assert len(calls) == 1 and "error" in encoding.wrong(row)
+    assert "WRONG" in encoding.line(row | {"ms": 1.0, "tokens_per_s": ROWS * 1000})
 
 
 def test_entries_that_are_missing_are_an_error():
@@ -111,11 +112,20 @@ def test_entries_that_are_missing_are_an_error():
         exact.code_error(latents, budgets + 2)
 
 
+def test_on_a_cpu_all_take_turns():
+    seen = []
+    cases = [[lambda name=f"{case}{i}": seen.append(name) for i in range(2)] for case in "ab"]
+    times = encoding.times_ms(cases, "cpu")
+    assert len(times) == 2 and seen[:6] == ["a0", "b0", "a1", "b1", "a0", "b0"]
+    assert len(seen) >= 2 * encoding.ROUNDS[0]
+
+
 def test_what_cannot_be_measured_says_why():
     def broken(size, *arguments):
         raise torch.OutOfMemoryError("no memory")
 
-    row = encoding.tried(broken, size_of(), TOPK, SPARSE, ENCODE)
+    row, calls = encoding.tried(broken, size_of(), TOPK, SPARSE, ENCODE)
+    assert calls == []
     assert row["ms"] is None and encoding.wrong(row) == "OutOfMemoryError: no memory"
     assert row["error"] in encoding.line(row)
 
