@@ -9,6 +9,13 @@
 // kernel adds to those of its neighbours, in order. That kernel also adds up what the tiles have of
 // every dot and squared norm. Where the gradient is projected, which needs whole rows of it, a
 // block has all tiles of a piece, and its warps meet at the end of every latent.
+//
+// In development runs on an H200 (dW and dots in bfloat16, microseconds, (rows, k, d, n) = (4096,
+// 64, 768, 24576) | (4096, 64, 2304, 16384) | (4096, 64, 2304, 65536) | (8192, 32, 4096, 131072)):
+// - a block for a piece, all its threads at one entry, the weight's row made anew for each: 139 |
+//   366 | 507 | 1327;
+// - the weight's row kept for a latent, rows of y four ahead: 129 | 331 | 480 | 1199;
+// - a warp for a piece and a tile: not measured yet.
 #include "launch.cuh"
 #include "layout.cuh"
 
