@@ -17,7 +17,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks import plots, sparse_plots, sparse_tables, speed_tables
+from benchmarks import encoding_tables, plots, sparse_plots, sparse_tables, speed_tables
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.tables import caption, load, markdown
 
@@ -187,6 +187,7 @@ TABLES = {
     "transformer": transformer,
     **speed_tables.TABLES,
     **sparse_tables.TABLES,
+    **encoding_tables.TABLES,
 }
 
 

@@ -28,6 +28,7 @@ CODE_SHAPES = (
 ZIPF_SHAPES = ((4096, 64, 768, 24576), (4096, 64, 2304, 65536))
 DTYPES = ("bfloat16", "float32")
 SPARSIFY, EMBEDDING_BAG, OPENAI = "sparsify", "F.embedding_bag", "OpenAI"
+RELU_TOPK, DENSE_TOPK = "relu + torch.topk(64)", "dense soft_topk"
 FUSED_ADAM, AUTOGRAD = "torch.optim.Adam(fused=True)", "autograd"
 # (rows, d, n, k) of training steps.
 STEP_SHAPES = (
@@ -185,10 +186,10 @@ def code_cells(backend: str) -> list[Cell]:
 
 
 def dense_cells(backend: str) -> list[Cell]:
-    """Adam on the weights of a step, and the wide estimator, for the record."""
+    """Adam on the weights of a step, which has no Triton kernel, and the wide estimator, for the record."""
     cells = []
     for rows, d, n, k in STEP_SHAPES:
-        for op in ("Adam", "Adam, rows of a code"):
+        for op in ("Adam", "Adam, rows of a code") if backend != "triton" else ():
             cells.append(Cell("adam", op, "step", "float32", rows, n, d, str(k), "zipf", backend))
         for dtype in DTYPES:
             at = ("relu_projection", "forward+backward", dtype, rows, n, d)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.codes import TORCH, Latents, draw_budgets, draw_latents, draw_pre
 from benchmarks.features import one_line
-from benchmarks.sparse_bars import Cell, room
+from benchmarks.sparse_bars import DENSE_TOPK, RELU_TOPK, Cell, room
 from benchmarks.sparse_peers import Peer
 from benchmarks.timing import graph_ms, median_ms, row_of_calls_ms
 from softtopk import dispatch
@@ -50,16 +50,20 @@ def device_ms(calls: list[Call], device: str, recorded: bool = True) -> float:
 
 
 def copy_ms(source: list[Tensor], device: str) -> float:
-    """Milliseconds of copying one of the tensors."""
+    """Milliseconds of copying one of the tensors, by the fastest way: above some sizes a copy node of a CUDA
+    graph is slower than the same copy outside of one, and either may be slower than a kernel that negates."""
     target = torch.empty_like(source[0])
-    return device_ms([partial(target.copy_, x) for x in source], device)
+    copies = [partial(target.copy_, x) for x in source]
+    negations = [partial(torch.neg, x, out=target) for x in source]
+    ways = [(copies, True), (copies, False), (negations, True)]
+    return min(device_ms(calls, device, recorded) for calls, recorded in ways)
 
 
 def bandwidth(device: str) -> float:
     """Bytes a second, read and written, of a copy of 1 GiB (on a CPU of 64 MiB)."""
     size = (1 << 26) if device == "cpu" else (1 << 30)
-    x = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
-    return 2 * size / (copy_ms([x], device) * 1e-3)
+    x = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
+    return 2 * x.nbytes / (copy_ms([x], device) * 1e-3)
 
 
 def worst(error: Tensor) -> float:
@@ -187,10 +191,8 @@ def selection_peers(pre: list[Tensor], cell: Cell, device: str) -> dict[str, flo
         return a * kernels.soft_topk_forward(a, budgets, ALPHA, True)[0]
 
     return {
-        **peer_ms(
-            "relu + torch.topk(64)", [partial(lambda x: torch.relu(x).topk(64), x) for x in pre], device
-        ),
-        **peer_ms("dense soft_topk", [partial(dense, x) for x in pre], device),
+        **peer_ms(RELU_TOPK, [partial(lambda x: torch.relu(x).topk(64), x) for x in pre], device),
+        **peer_ms(DENSE_TOPK, [partial(dense, x) for x in pre], device),
     }
 
 
@@ -252,7 +254,7 @@ def backward_of_decoding(cell, kernels, latents: list[Latents], weights, outer, 
     """The transposition with the gradients of weights and values, and each of the two by itself."""
 
     def gradients(at: Latents, weight: Tensor, g: Tensor, transposed: tuple):
-        out = (at.values, *transposed, g, weight, weight.dtype, False, False)
+        out = (at.values, at.indices, *transposed, g, weight, weight.dtype, False, False)
         return kernels.latent_gradients(*out)
 
     def transposition(at: Latents):

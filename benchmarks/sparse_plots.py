@@ -5,6 +5,7 @@ As in plots.py a picture carries a digest of the numbers that it shows.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from benchmarks.step_stages import STAGES
 
 LENGTHS, STEPS = "The selection's cost against n", "Where the time of a step goes"
 KINDS = ("sparse", "step")
+MARKS = ("o-", "s:", "^-.")  # of backends
 SHORT = {
     "SoftSAE, wide estimator": "wide",
     "SoftSAE, bottleneck estimator": "narrow",
@@ -87,13 +89,18 @@ def draw() -> None:
 def of_lengths(shown: list[dict]):
     figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", sharey=True)
     dtypes = {"bfloat16": "#08306b", "float32": "#b2182b"}
+    marks = dict(zip(sorted({p["backend"] for p in shown}), MARKS, strict=False))
     for panel, run in zip(panels, ("forward", "backward"), strict=True):
-        for dtype, colour in dtypes.items():
-            line = sorted((p for p in shown if (p["pass"], p["dtype"]) == (run, dtype)), key=lambda p: p["n"])
+        for (backend, mark), (dtype, colour) in itertools.product(marks.items(), dtypes.items()):
+            name = (backend, run, dtype)
+            line = sorted(
+                (p for p in shown if (p["backend"], p["pass"], p["dtype"]) == name), key=lambda p: p["n"]
+            )
             where = [p["n"] for p in line]
             style = {"color": colour, "ms": 3.5, "lw": 1.4}
-            panel.plot(where, [p["ms"] for p in line], "o-", label=dtype, **style)
-            panel.plot(where, [p["floor_ms"] for p in line], "--", label=f"{dtype}, floor", **style)
+            panel.plot(where, [p["ms"] for p in line], mark, label=f"{backend}, {dtype}", **style)
+            if mark == MARKS[0]:
+                panel.plot(where, [p["floor_ms"] for p in line], "--", label=f"{dtype}, floor", **style)
         panel.set(yscale="log", xlabel="row length n", title=run)
         panel.set_xscale("log", base=2)
         panel.yaxis.set_major_formatter("{x:g}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks import sparse_bars, sparse_plots
 from benchmarks.environment import RESULTS
-from benchmarks.sparse_bars import STEP_SHAPES
+from benchmarks.sparse_bars import DENSE_TOPK, STEP_SHAPES
 from benchmarks.tables import caption, markdown
 
 NOTHING = "Not measured yet."
@@ -53,7 +53,8 @@ def selection_table(rows: list[dict]) -> str:
         text = "error ✗" if row["ms"] is None else f"{row['ms']:.3g} ({row['fraction']:.0%}){missed}"
         lines.setdefault(name, {})[shape_of(row)] = text
         for peer, ms in row["peers"].items():
-            peers.setdefault((peer, "forward", "", row["dtype"]), {})[shape_of(row)] = f"{ms:.3g}"
+            backend = row["backend"] if peer == DENSE_TOPK else ""
+            peers.setdefault((peer, "forward", backend, row["dtype"]), {})[shape_of(row)] = f"{ms:.3g}"
     body = [[*name, *(found.get(s, "") for s in shapes)] for name, found in (lines | peers).items()]
     return markdown(["ms", "pass", "", "dtype", *shapes], body)
 

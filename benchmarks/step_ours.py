@@ -40,16 +40,19 @@ def training(
     device: str,
     batches: list[Tensor],
     wrap: Callable[[Trainer], None] = lambda run: None,
+    **options,
 ) -> Trainer:
-    """A trainer before its first step at (B, d, n, k); `wrap` is called before anything is recorded."""
+    """A trainer before its first step at (B, d, n, k), with options of TrainConfig; `wrap` is called before
+    anything is recorded."""
     rows, d, n, k = shape
     if trainer == TOPK:
         model = AutoencoderConfig(n=n, k=k, architecture="topk")
     else:
-        options = SoftSAEConfig(alpha=ALPHA, estimator=EstimatorConfig(ESTIMATORS[trainer]))
-        model = AutoencoderConfig(n=n, k=k, softsae=options)
+        section = SoftSAEConfig(alpha=ALPHA, estimator=EstimatorConfig(ESTIMATORS[trainer]))
+        model = AutoencoderConfig(n=n, k=k, softsae=section)
     # A step costs the same whatever the learning rate; with this one the budgets stay what they are.
-    train = TrainConfig(steps=STEPS, batch_size=rows, lr=1e-6, dtype=precision, path=path, device=device)
+    given = dict(steps=STEPS, batch_size=rows, lr=1e-6, dtype=precision, path=path, device=device)
+    train = TrainConfig(**given, **options)
     run = Trainer(model, train, progress=False)
     run.start(Width(d))
     wrap(run)

@@ -151,7 +151,7 @@ def profiled(run_steps: Callable[[], object]) -> list[Kernel]:
 @contextlib.contextmanager
 def staged(marker: Marker) -> Iterator[None]:
     """softsae's and softtopk's functions as stages."""
-    from softsae import autoencoder, losses, selectors, step
+    from softsae import autoencoder, losses, parts, selectors, step
     from softsae.k_estimator import KEstimator
     from softsae.sparse import CenterGradient
     from softtopk import dispatch, optim, projection, sparse_autograd
@@ -170,6 +170,9 @@ def staged(marker: Marker) -> Iterator[None]:
         (topk, "forward", "selection", None),
         (sparse_autograd.Decode, "forward", "decode", "loss"),
         (sae, "decoder", "decode", "dense backward"),
+        (parts.Encoded, "forward", "encoder product", None),
+        (parts.Encoded, "backward", "dense backward", "other"),
+        (parts.Decoded, "forward", "decode", "dense backward"),
         (losses, "reconstruction", "loss", None),
         (sparse_autograd.Decode, "backward", "dW_dec + dvalues", "other"),
         (kernels, "transpose", "transposition", None),

@@ -45,10 +45,10 @@ def measure(rows: int, n: int, d: int, skew: float) -> dict[str, float]:
         "transpose": milliseconds(lambda: sparse.transpose(indices, counts, n)),
         "decode": milliseconds(lambda: sparse.decode(values, indices, counts, weight, None)),
         "decoder gradients": milliseconds(
-            lambda: sparse.latent_gradients(values, *transposed, y, weight, dtype, False, False)
+            lambda: sparse.latent_gradients(values, indices, *transposed, y, weight, dtype, False, False)
         ),
         "encoder gradients": milliseconds(
-            lambda: sparse.latent_gradients(values, *transposed, y, None, torch.float32, True, True)
+            lambda: sparse.latent_gradients(values, indices, *transposed, y, None, torch.float32, True, True)
         ),
     }
     times["soft, of the read floor"] = x.nbytes / BANDWIDTH * 1e3 / times["soft"]

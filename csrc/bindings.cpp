@@ -119,12 +119,27 @@ PyMethodDef method(const char* name) {
   }
 
 // Those of cuda alone.
-#define SOFTTOPK_CUDA_LAUNCHERS                                        \
-  method<&softtopk::cuda::relu_dot>("relu_dot"),                       \
-      method<&softtopk::cuda::expand_mask_parts>("expand_mask_parts"), \
-      method<&softtopk::cuda::expand_mask>("expand_mask"),             \
-      method<&softtopk::cuda::scale_gradient>("scale_gradient"),       \
-      method<&softtopk::cuda::adam_step>("adam_step"),
+#define SOFTTOPK_CUDA_LAUNCHERS                                                  \
+  method<&softtopk::cuda::relu_dot>("relu_dot"),                                 \
+      method<&softtopk::cuda::expand_mask_parts>("expand_mask_parts"),           \
+      method<&softtopk::cuda::expand_mask>("expand_mask"),                       \
+      method<&softtopk::cuda::scale_gradient>("scale_gradient"),                 \
+      method<&softtopk::cuda::adam_flat>("adam_flat"),                           \
+      method<&softtopk::cuda::adam_rows>("adam_rows"),                           \
+      method<&softtopk::cuda::clip_blocks>("clip_blocks"),                       \
+      method<&softtopk::cuda::clip_factors>("clip_factors"),                     \
+      method<&softtopk::cuda::budget_forward>("budget_forward"),                 \
+      method<&softtopk::cuda::budget_backward>("budget_backward"),               \
+      method<&softtopk::cuda::budget_excess>("budget_excess"),                   \
+      method<&softtopk::cuda::most_latents>("most_latents"),                     \
+      method<&softtopk::cuda::latents_activity>("latents_activity"),             \
+      method<&softtopk::cuda::codes_activity>("codes_activity"),                 \
+      method<&softtopk::cuda::gate_forward>("gate_forward"),                     \
+      method<&softtopk::cuda::gate_backward>("gate_backward"),                   \
+      method<&softtopk::cuda::squared_error_blocks>("squared_error_blocks"),     \
+      method<&softtopk::cuda::squared_error_forward>("squared_error_forward"),   \
+      method<&softtopk::cuda::squared_error_backward>("squared_error_backward"), \
+      method<&softtopk::cuda::shift_rows>("shift_rows"),
 
 void define(py::module_ m, PyMethodDef* launchers) {
   if (PyModule_AddFunctions(m.ptr(), launchers)) throw py::error_already_set();

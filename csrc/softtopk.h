@@ -102,18 +102,20 @@ void decode(const void* values, const int32_t* indices, const int32_t* counts, i
             int64_t max_active, const void* weight, Type type, int64_t n, int64_t d,
             const void* bias, void* out, int threads);
 
-// For every latent l with its entries e, in their order: grad[l] = sum_e scale_e y[row of e] (n, d)
-// of out_type; with a weight (n, d), dots_e = <weight[l], y[row of e]> (rows, max_active), 0 in
-// unused places, and with `project` grad[l] without its part along weight[l], which has unit norm;
-// where not null, sums[l] = sum_e scale_e and squares[l] = |grad[l]|^2. A latent without entries
-// has grad[l] = 0, or without `zero_silent` its place in grad is left alone. y (rows, d) and weight
-// are of `type`; scale, dots, sums and squares of its compute type.
-int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t n, int64_t d);  // bytes
-void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,
-                      int64_t rows, int64_t max_active, int64_t n, int64_t d, const void* y,
-                      const void* weight, Type type, Type out_type, bool project, bool zero_silent,
-                      void* grad, void* dots, void* sums, void* squares, void* workspace,
-                      int threads);
+// For every latent l with its entries e, in their order, of a code with these indices: grad[l] =
+// sum_e scale_e y[row of e] (n, d) of out_type; with a weight (n, d), dots_e = <weight[l], y[row of
+// e]> (rows, max_active), 0 in unused places, and with `project` grad[l] without its part along
+// weight[l], which has unit norm; where not null, sums[l] = sum_e scale_e and squares[l] =
+// |grad[l]|^2. A latent without entries has grad[l] = 0, or without `zero_silent` its place in grad
+// is left alone. y (rows, d) and weight are of `type`; scale, dots, sums and squares of its compute
+// type.
+int64_t gradients_workspace(Type type, int64_t rows, int64_t max_active, int64_t n, int64_t d,
+                            bool dots, bool squares);  // bytes
+void latent_gradients(const void* scale, const int32_t* indices, const int32_t* offsets,
+                      const int32_t* entries, int64_t rows, int64_t max_active, int64_t n,
+                      int64_t d, const void* y, const void* weight, Type type, Type out_type,
+                      bool project, bool zero_silent, void* grad, void* dots, void* sums,
+                      void* squares, void* workspace, int threads);
 
 }  // namespace cpu
 
@@ -158,20 +160,24 @@ void decode(const void* values, const int32_t* indices, const int32_t* counts, i
             int64_t max_active, const void* weight, Type type, int64_t n, int64_t d,
             const void* bias, void* out, int device, void* stream);
 
-// For every latent l with its entries e, in their order: grad[l] = sum_e scale_e y[row of e] (n, d)
-// of out_type; with a weight (n, d), dots_e = <weight[l], y[row of e]> (rows, max_active), 0 in
-// unused places, and with `project` grad[l] without its part along weight[l], which has unit norm;
-// where not null, sums[l] = sum_e scale_e and squares[l] = |grad[l]|^2. A latent without entries
-// has grad[l] = 0, or without `zero_silent` its place in grad is left alone. y (rows, d) and weight
-// are of `type`; scale, dots, sums and squares of its compute type.
-int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t n, int64_t d);  // bytes
-void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,
-                      int64_t rows, int64_t max_active, int64_t n, int64_t d, const void* y,
-                      const void* weight, Type type, Type out_type, bool project, bool zero_silent,
-                      void* grad, void* dots, void* sums, void* squares, void* workspace,
-                      int device, void* stream);
+// For every latent l with its entries e, in their order, of a code with these indices: grad[l] =
+// sum_e scale_e y[row of e] (n, d) of out_type; with a weight (n, d), dots_e = <weight[l], y[row of
+// e]> (rows, max_active), 0 in unused places, and with `project` grad[l] without its part along
+// weight[l], which has unit norm; where not null, sums[l] = sum_e scale_e and squares[l] =
+// |grad[l]|^2. A latent without entries has grad[l] = 0, or without `zero_silent` its place in grad
+// is left alone. y (rows, d) and weight are of `type`; scale, dots, sums and squares of its compute
+// type.
+int64_t gradients_workspace(Type type, int64_t rows, int64_t max_active, int64_t n, int64_t d,
+                            bool dots, bool squares);  // bytes
+void latent_gradients(const void* scale, const int32_t* indices, const int32_t* offsets,
+                      const int32_t* entries, int64_t rows, int64_t max_active, int64_t n,
+                      int64_t d, const void* y, const void* weight, Type type, Type out_type,
+                      bool project, bool zero_silent, void* grad, void* dots, void* sums,
+                      void* squares, void* workspace, int device, void* stream);
 
-// The columns of relu(x W^T + c) . w2 in chunks, and a step of Adam: on the CPU torch does as well.
+// What follows is for steps of training: on the CPU torch does as well.
+
+// The columns of relu(x W^T + c) . w2 in chunks.
 
 // From z = x W^T + c, a chunk (rows, columns) whose rows start on 16 bytes: its part of the scores
 // (rows,), added to what is there or with `add` false put there, and mask[row * mask_stride + j /
@@ -180,8 +186,9 @@ void relu_dot(const void* z, Type type, int64_t rows, int64_t columns, int64_t s
               const void* w2, bool add, void* scores, uint8_t* mask, int64_t mask_stride,
               int device, void* stream);
 
-// The other way: 1 where the mask is set, 0 elsewhere, rows on 16 bytes; and sums (parts, columns),
-// whose total over the parts is gamma_j = sum_b g_b mask_bj, with g (rows,) of the compute type.
+// The other way: g_b rounded to the type where the mask is set, 0 elsewhere, rows on 16 bytes; and
+// sums (parts, columns), whose total over the parts is gamma_j = sum_b g_b mask_bj, with g (rows,)
+// of the compute type.
 int64_t expand_mask_parts(int64_t rows);
 void expand_mask(const uint8_t* mask, int64_t mask_stride, int64_t rows, int64_t columns, Type type,
                  const void* g, void* expanded, int64_t stride, void* sums, int device,
@@ -195,16 +202,82 @@ void scale_gradient(const void* products, const void* weight, Type type, const v
                     int64_t columns, int64_t d, void* grad_weight, Type out_type, void* grad_bias,
                     void* grad_w2, void* squares, int device, void* stream);
 
-// One step of Adam on a parameter (rows, d) and its copy in bfloat16 (or null), as
-// softtopk/optim.py has it. On the device: lr (null: lr_number), the number of this step, the
-// factor of the gradient (null: 1), and found_inf (null: 0), which leaves everything as it is when
-// it is not 0. With offsets (rows + 1,) rows with equal neighbours are left alone; `normalize`
-// scales rows to unit norm.
-void adam_step(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq,
+// One step of Adam on parameters and their copies in bfloat16 (or null), as softtopk/optim.py has
+// it. On the device: lr (null: lr_number), the number of this step, the factor of the gradient
+// (null: 1), and found_inf (null: 0), which leaves everything as it is when it is not 0.
+struct FlatParameter {
+  float* parameter;
+  const float* gradient;
+  float *exp_avg, *exp_avg_sq;
+  void* copy;
+  int64_t size;
+  const float* lr;
+  double lr_number, beta1, beta2, eps;
+  const float *step, *scale;
+};
+void adam_flat(const FlatParameter* parameters, int64_t count, const float* found_inf, int device,
+               void* stream);
+
+// The same by rows (rows, d): with offsets (rows + 1,) those with equal neighbours are left alone;
+// `normalize` scales them to unit norm.
+void adam_rows(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq,
                void* copy, int64_t rows, int64_t d, const float* lr, double lr_number, double beta1,
                double beta2, double eps, const float* step, const float* scale,
                const float* found_inf, const int32_t* offsets, bool normalize, int device,
                void* stream);
+
+// The factors and norms of a gradient clip, out (2, groups), as softtopk/optim.py has it, of parts
+// in the order of their groups: gradients, or what has been squared already. sums: as many as the
+// blocks of all parts.
+struct ClipPart {
+  const float* data;
+  int64_t size, squared, group;
+};
+int64_t clip_blocks(int64_t size);
+void clip_factors(const ClipPart* parts, int64_t count, const double* max_norms, int64_t groups,
+                  double* sums, float* out, int device, void* stream);
+
+// Budgets k = clamp(scale * sigmoid(score + shift), low, high) of scores (rows,), the gradients
+// from those of k, and out (2,): softplus_beta(mean k - target) and the gradient of it to each of
+// k. On the device: shift, and the target (null: target_number).
+void budget_forward(const float* score, const float* shift, double scale, double low, double high,
+                    int64_t rows, float* k, int device, void* stream);
+void budget_backward(const float* score, const float* shift, double scale, double low, double high,
+                     const float* g, int64_t rows, float* of_score, float* of_shift, int device,
+                     void* stream);
+void budget_excess(const float* k, int64_t rows, const float* target, double target_number,
+                   double beta, float* out, int device, void* stream);
+
+// found, 3 int64 and n bytes: of latents (rows, n) the number that is not 0, the same again, the
+// most in a row, and for each latent whether it is not 0 in some row; of a code the number of
+// values that are not 0, the entries, the most entries of a row, and the same of its values. n is
+// at most most_latents().
+int64_t most_latents();
+void latents_activity(const void* latents, Type type, int64_t rows, int64_t n, void* found,
+                      int device, void* stream);
+void codes_activity(const void* values, Type type, const int32_t* indices, const int32_t* counts,
+                    int64_t rows, int64_t max_active, int64_t n, void* found, int device,
+                    void* stream);
+
+// Of `size` activations and gates on 16 bytes a * p, where p of at most `cut` counts as 0; and from
+// the gradient of that g * p, likewise and with `rectified` 0 where a is, and g * a if of_p is not
+// null.
+void gate_forward(const void* a, const void* p, Type type, double cut, int64_t size, void* out,
+                  int device, void* stream);
+void gate_backward(const void* a, const void* p, const void* g, Type type, double cut,
+                   bool rectified, int64_t size, void* of_a, void* of_p, int device, void* stream);
+
+// mean_b |x_b - y_b|^2 of x and y (rows, d) on 16 bytes, y of any type but float64, and from the
+// gradient g of it that to y. sums: as many as there are blocks.
+int64_t squared_error_blocks(int64_t size);
+void squared_error_forward(const float* x, const void* y, Type type, int64_t rows, int64_t d,
+                           double* sums, float* out, int device, void* stream);
+void squared_error_backward(const float* x, const void* y, Type type, int64_t rows, int64_t d,
+                            const float* g, void* gradient, int device, void* stream);
+
+// (x - shift) / scale of rows (rows, d), rounded to out_type; scale may be null. No float64.
+void shift_rows(const void* x, Type type, int64_t rows, int64_t d, const float* shift,
+                const float* scale, void* out, Type out_type, int device, void* stream);
 
 }  // namespace cuda
 

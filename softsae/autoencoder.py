@@ -27,9 +27,10 @@ from softsae.normalization import geometric_median, set_normalization
 from softsae.output import Output
 from softsae.runs import write_json
 from softsae.schedules import Phase
-from softsae.sparse import CenterGradient, Sparse, shaped
+from softsae.sparse import Sparse, shaped
 from softsae.transcoder import fit_decoder
 from softtopk import SparseCode, sparse_decode
+from softtopk.shift import shifted
 
 FORMAT = "softsae autoencoder 2"
 
@@ -109,13 +110,13 @@ class SparseAutoencoder(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         """x' = (x - shift) / scale, in float32 or wider."""
-        return (x - self.shift) / self.scale
+        return shifted(x, self.shift, self.scale)
 
     def normalize_target(self, target: Tensor) -> Tensor:
         """The same of what is reconstructed, in an autoencoder x itself."""
         if not self.is_transcoder:
             return self.normalize(target)
-        return (target - self.target_shift) / self.target_scale
+        return shifted(target, self.target_shift, self.target_scale)
 
     def denormalize(self, x_hat: Tensor) -> Tensor:
         """What is reconstructed, in its own units."""
@@ -173,10 +174,7 @@ class SparseAutoencoder(nn.Module):
 
     def encoder(self, x: Tensor) -> Tensor:
         """Pre-activations (B, n) of normalised rows (B, d)."""
-        bias = self.b_enc
-        if torch.is_grad_enabled():
-            bias = bias + CenterGradient.apply(self.center, self.W_enc.detach())
-        return F.linear(x - self.center.detach(), self.W_enc, bias)
+        return F.linear(shifted(x, self.center.detach()), self.W_enc, sparse.encoder_bias(self))
 
     def decoder(self, latents: Tensor) -> Tensor:
         """Normalised reconstruction (B, d_out) of latents (B, n)."""

@@ -238,6 +238,14 @@ class TrainConfig:
     sparse_below: float | None = None
     """with path 'auto', the share of active latents below which it is sparse; None is 1/16 on the CPU, on a
     GPU 1/32 or, with bfloat16 products, 1/150"""
+    rows_at_a_time: int | None = None
+    """samples that a dense step takes through its forward and backward pass at a time, where the selection of
+    one depends on it alone (softsae but for a 'shared' estimator, topk; no regularizer, no nested groups):
+    what a step needs of memory grows with them. None is twice d or, if more, what makes 8 MiB of latents;
+    the batch_size takes all at once"""
+    keep_copies: bool = False
+    """with bfloat16 products, let the optimizer keep bfloat16 copies of the weights for sparse steps, which
+    otherwise round weights where they use them: a little faster, for 2 bytes a parameter beside its 16"""
     cuda_graph: bool = True
     """on a GPU, record the step once and replay it"""
     checkpoint_every: int = 1000
@@ -273,6 +281,8 @@ class TrainConfig:
         choice("dtype", self.dtype, ("float32", "bfloat16"))
         choice("path", self.path, ("auto", "dense", "sparse"))
         optional(number, "sparse_below", self.sparse_below, 0, 1)
+        optional(integer, "rows_at_a_time", self.rows_at_a_time, 1)
+        choice("keep_copies", self.keep_copies, (True, False))
         choice("cuda_graph", self.cuda_graph, (True, False))
         integer("checkpoint_every", self.checkpoint_every, 0)
         integer("log_every", self.log_every, 1)

@@ -108,7 +108,7 @@ class Revived:
     Args:
         sae: the autoencoder.
         dead: the list; it is not empty.
-        how: of a sparse pass, whose copies of the weights are taken, or None.
+        how: of a sparse pass, in the dtype of whose products the weights are taken, or None.
     """
 
     def __init__(self, sae: SparseAutoencoder, dead: DeadList, how: Sparse | None):
@@ -116,14 +116,15 @@ class Revived:
         self.rows = {name: self.taken(name) for name in ("W_enc", "b_enc", "W_dec")}
 
     def taken(self, name: str) -> Tensor:
-        weight = self.how.copies.get(name, getattr(self.sae, name)).detach()
-        return weight[self.dead.indices].requires_grad_()
+        rows = getattr(self.sae, name).detach()[self.dead.indices]
+        narrow = self.how.dtype is not None and rows.dim() == 2
+        return (rows.to(self.how.dtype) if narrow else rows).requires_grad_()
 
     def loss(self, x: Tensor, reconstruction: Tensor, target: Tensor | None) -> Tensor:
         """Of a batch x (B, d) with its reconstruction (B, d_out) in normalised units."""
         rows = self.sae.normalize(x)
         error = self.sae.target_rows(x, rows, target) - reconstruction
-        centered = self.how.cast(rows - self.sae.center.detach(), "W_enc")
+        centered = self.how.shifted(rows, self.sae.center.detach())
         W, b = self.rows["W_enc"], self.rows["b_enc"]
         pre = F.linear(centered, W, b.to(W.dtype))
         return losses.auxk(error, pre, self.rows["W_dec"], self.dead.valid)

@@ -50,7 +50,8 @@ def encode_source(
     The memory it needs is that of a batch and a shard of codes, however many activations there are.
 
     Args:
-        sae: the autoencoder, on the device that is to do it.
+        sae: the autoencoder, on the device that is to do it and in the dtype of its products
+            (`sae.bfloat16()`).
         source: activations as `Trainer.fit` takes them. A tensor and stored activations are encoded once and
             in order, of a source without an end as many batches as `limit` says.
         out: the folder to make; it must not exist, or be empty.
@@ -104,7 +105,7 @@ def codes_of(
         if number == limit:
             return
         x, _ = sae.split(batch)
-        x = x.to(sae.b_dec.device, torch.float32)
+        x = x.to(sae.b_dec.device, sae.b_dec.dtype)
         if not x.isfinite().all():
             raise ValueError(f"activations hold NaN or infinity in batch {number}")
         yield packed(sae.encode(x, k=k, sparse=True))

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from softsae.config import AutoencoderConfig, square_norm
 from softsae.sparse import CenterGradient, Sparse
 from softtopk import relu_projection
+from softtopk.budget import budget
 
 if TYPE_CHECKING:
     from softsae.autoencoder import SparseAutoencoder
@@ -53,13 +54,18 @@ class KEstimator(nn.Module):
             self.register_buffer("constant", torch.zeros(d))
 
     def forward(
-        self, sae: SparseAutoencoder, x: Tensor, a: Tensor | None, sparse: Sparse | None = None
+        self,
+        sae: SparseAutoencoder,
+        x: Tensor,
+        a: Tensor | None,
+        sparse: Sparse | None = None,
+        centered: Tensor | None = None,
     ) -> Tensor:
         """k_hat of x (B, d), given a = relu(W_enc (x - b_dec) + b_enc) (B, n) or, without it, how a sparse
-        pass is made."""
+        pass is made and x - b_dec in the dtype of its products."""
         rows, options = len(x), self.options.estimator
         if options.input == "constant":
-            x, sparse = self.constant.unsqueeze(0), None
+            x, sparse, centered = self.constant.unsqueeze(0), None, None
             a = F.relu(sae.encoder(x)) if options.kind == "shared" else a
         dtype = products_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -69,15 +75,21 @@ class KEstimator(nn.Module):
                 h = a if options.moves_encoder else a.detach()
                 score = h.to(self.w2.dtype) @ self.w2
             else:
-                score = self.projection(sae, x, sparse, dtype)
-            score = score + self.c2
+                score = self.projection(sae, x, sparse, dtype, centered)
+        limits = self.options.k_max, self.options.k_min, self.config.n
         if options.dtype == "bfloat16":
-            score = score.bfloat16()
-        k_hat = self.options.k_max * torch.sigmoid(score)
-        return k_hat.clamp(self.options.k_min, self.config.n).to(self.w2.dtype).expand(rows)
+            k_hat = budget((score + self.c2).bfloat16(), self.c2.new_zeros((), dtype=torch.bfloat16), *limits)
+        else:
+            k_hat = budget(score, self.c2, *limits)
+        return k_hat.to(self.w2.dtype).expand(rows)
 
     def projection(
-        self, sae: SparseAutoencoder, x: Tensor, sparse: Sparse | None, dtype: torch.dtype
+        self,
+        sae: SparseAutoencoder,
+        x: Tensor,
+        sparse: Sparse | None,
+        dtype: torch.dtype,
+        centered: Tensor | None,
     ) -> Tensor:
         """w2 . relu(W (x - b_dec) + c) (B,) without keeping the hidden layer; W and c are the encoder's for a
         shared one. The dtype is that of the products of a dense pass."""
@@ -88,12 +100,14 @@ class KEstimator(nn.Module):
         if shared and not moves:
             W, c = W.detach(), c.detach()
         if sparse is None:
-            sparse = Sparse(copies={} if dtype == W.dtype else {name: W.detach().to(dtype)})
-        copy = sparse.copies.get(name)
+            sparse = Sparse(dtype=None if dtype == W.dtype else dtype)
         if moves and torch.is_grad_enabled():
-            c = c + CenterGradient.apply(sae.center, (W if copy is None else copy).detach())
-        squares = None if shared else sparse.of(name)["squares"]  # W_enc's are of all that it is used for
-        return relu_projection(sparse.cast(x - center, name), W, c, self.w2, copy=copy, squares=squares)
+            c = c + CenterGradient.apply(sae.center, W.detach())
+        options = sparse.of(name)
+        if shared:  # W_enc's squares are of all that it is used for
+            options["squares"] = None
+        rows = sparse.shifted(x, center) if centered is None else centered
+        return relu_projection(rows, W, c, self.w2, **options)
 
     @torch.no_grad()
     def initialize(self, W_enc: Tensor, generator: torch.Generator):

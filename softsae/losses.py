@@ -10,11 +10,13 @@ from torch.nn import functional as F
 
 from softsae.config import RegularizerConfig
 from softtopk import hard_topk
+from softtopk.budget import excess
+from softtopk.squared_error import squared_error
 
 
 def reconstruction(x: Tensor, x_hat: Tensor) -> Tensor:
     """mean_b |x - x_hat|^2 for x, x_hat (B, d)."""
-    return (x_hat - x).pow(2).sum(1).mean()
+    return squared_error(x, x_hat)
 
 
 def nested_reconstruction(
@@ -36,7 +38,7 @@ def nested_reconstruction(
 
 def budget(k_hat: Tensor, k_target: float, beta: float) -> Tensor:
     """softplus_beta(mean_b k_hat - k_target) for k_hat (B,)."""
-    return F.softplus(k_hat.mean() - k_target, beta=beta)
+    return excess(k_hat, k_target, beta)
 
 
 def regularizers(activations: Tensor, latents: Tensor, config: RegularizerConfig) -> dict[str, Tensor]:

@@ -3,9 +3,9 @@
     code = encode(sae, x, ...)        # the product with W_enc and its selection in one
     x_hat = decode(sae, code, ...)    # a gather of rows of W_dec
 
-Both have gradients without anything of size (B, n). In training with bfloat16 products the weights have
-copies, which are multiplied with in their place, and squared row norms of the weights' gradients are left
-behind for the clip.
+Both have gradients without anything of size (B, n). In training with bfloat16 products weights are rounded
+for the time of their use, or have copies that are multiplied with in their place, and squared row norms of
+the weights' gradients are left behind for the clip.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from softsae.losses import reconstruction
 from softtopk import SparseCode, encode_hard_topk, encode_soft_topk, sparse_decode
+from softtopk.shift import shifted
 from softtopk.sparse_autograd import Weighting, weight_gradient
 from softtopk.sparse_code import Transposition
 
@@ -32,27 +33,28 @@ class Sparse:
     """How a sparse pass is made.
 
     max_active: the places of a row; None takes what the budget needs. check: whether the host looks, and
-    waits, for rows that need more; else the codes say so (`SparseCode.overflow`). copies: of weights (n, d)
-    by name, in the dtype of the products. squares: (n,) float32 buffers by the same names, which a backward
-    fills with the squared norms of the rows of the weights' gradients. project: whether W_dec's gradient
-    loses what is parallel to each row.
+    waits, for rows that need more; else the codes say so (`SparseCode.overflow`). dtype: of the products
+    with weights; None takes the weights' own. copies: of weights (n, d) by name, in that dtype, that are
+    there already. squares: (n,) float32 buffers by the same names, which a backward fills with the squared
+    norms of the rows of the weights' gradients. project: whether W_dec's gradient loses what is parallel to
+    each row.
     """
 
     max_active: int | None = None
     check: bool = True
+    dtype: torch.dtype | None = None
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     squares: Mapping[str, Tensor] = field(default_factory=dict)
     project: bool = False
 
-    def of(self, name: str) -> dict[str, Tensor | None]:
+    def of(self, name: str) -> dict[str, Tensor | torch.dtype | None]:
         """The options `copy` and `squares` of a weight."""
         squares = self.squares.get(name) if torch.is_grad_enabled() else None
-        return {"copy": self.copies.get(name), "squares": squares}
+        return {"copy": self.copies.get(name, self.dtype), "squares": squares}
 
-    def cast(self, x: Tensor, name: str) -> Tensor:
-        """x in the dtype that a weight is multiplied in."""
-        copy = self.copies.get(name)
-        return x if copy is None else x.to(copy.dtype)
+    def shifted(self, x: Tensor, center: Tensor) -> Tensor:
+        """x - center in the dtype that weights are multiplied in."""
+        return shifted(x, center, dtype=self.dtype)
 
 
 def places(k: float) -> int:
@@ -66,26 +68,38 @@ def encode(
     sparse: Sparse,
     k: float | Tensor,
     alpha: float | Tensor | None = None,
+    rows: Tensor | None = None,
     **options,
 ) -> SparseCode:
     """The code of normalised rows x (B, d): soft at an alpha (or straight-through, hard=True), else hard.
 
-    Options: of softtopk.encode_soft_topk and encode_hard_topk.
+    rows: `centered` of x, where that is there already. Options: of softtopk.encode_soft_topk and
+    encode_hard_topk.
     """
-    rows, bias = inputs(sae, x, sparse)
+    rows, bias = inputs(sae, x, sparse, rows)
     options = {"max_active": sparse.max_active, "check": sparse.check, **sparse.of("W_enc"), **options}
     if alpha is None:
         return encode_hard_topk(rows, sae.W_enc, bias, k, **options)
     return encode_soft_topk(rows, sae.W_enc, bias, k, alpha, **options)
 
 
-def inputs(sae: SparseAutoencoder, x: Tensor, sparse: Sparse) -> tuple[Tensor, Tensor]:
+def centered(sae: SparseAutoencoder, x: Tensor, sparse: Sparse) -> Tensor:
+    """What W_enc is multiplied with for normalised rows x (B, d): a constant."""
+    return sparse.shifted(x, sae.center.detach())
+
+
+def inputs(
+    sae: SparseAutoencoder, x: Tensor, sparse: Sparse, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What W_enc is multiplied with, and the bias, for normalised rows x (B, d)."""
-    bias = sae.b_enc
+    return centered(sae, x, sparse) if rows is None else rows, encoder_bias(sae)
+
+
+def encoder_bias(sae: SparseAutoencoder) -> Tensor:
+    """b_enc (n,) with the gradient of the centre, too."""
     if torch.is_grad_enabled() and sae.center.requires_grad:
-        copy = sparse.copies.get("W_enc", sae.W_enc)
-        bias = bias + CenterGradient.apply(sae.center, copy.detach())
-    return sparse.cast(x - sae.center.detach(), "W_enc"), bias
+        return sae.b_enc + CenterGradient.apply(sae.center, sae.W_enc.detach())
+    return sae.b_enc
 
 
 def learning(sae: SparseAutoencoder, x: Tensor, code: SparseCode, sparse: Sparse) -> SparseCode:

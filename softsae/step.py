@@ -6,6 +6,7 @@ tensors hold: so it runs as it is, or is recorded in a CUDA graph (softsae/graph
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,10 +17,10 @@ from softsae import metrics
 from softsae.autoencoder import SparseAutoencoder
 from softsae.config import RunConfig
 from softsae.dead import DeadLatents, DeadList, Revived
-from softsae.output import Output
+from softsae.parts import Passed, derive, in_parts, rows_at_a_time, whole
 from softsae.schedules import Phase
 from softsae.sparse import Sparse
-from softtopk.optim import Adam, clip_factor
+from softtopk.optim import Adam, Clipped, clip_factors
 
 
 class Numbers(NamedTuple):
@@ -93,12 +94,12 @@ class Step:
         self.ready = False
 
     def prepare_sparse(self):
-        """Make what sparse steps need besides the weights: copies in the dtype of the products, which the
-        optimizer then keeps up to date, and the buffers of squared norms."""
+        """Make what sparse steps need besides the weights: the buffers of squared norms and, where copies in
+        the dtype of the products are wanted, these, which the optimizer then keeps up to date."""
         if self.ready:
             return
         self.ready = True
-        if self.train.dtype == "bfloat16":
+        if self.train.dtype == "bfloat16" and self.train.keep_copies:
             for parameter in self.names:
                 if parameter.dim() == 2:
                     self.optimizer.copies[parameter] = parameter.detach().bfloat16()
@@ -110,81 +111,91 @@ class Step:
     def how(self, plan: Plan) -> Sparse | None:
         if plan.max_active is None:
             return None
+        dtype = torch.bfloat16 if self.train.dtype == "bfloat16" else None
         copies = {self.names[parameter]: copy for parameter, copy in self.optimizer.copies.items()}
-        return Sparse(plan.max_active, False, copies, self.squares, project=True)
+        return Sparse(plan.max_active, False, dtype, copies, self.squares, project=True)
 
     def __call__(self, x: Tensor, target: Tensor | None, numbers: Numbers, plan: Plan) -> Result:
         """One step on x (B, d)."""
-        sae, train, how = self.sae, self.train, self.how(plan)
+        sae, how = self.sae, self.how(plan)
         self.optimizer.zero_grad(set_to_none=True)
         for squares in self.squares.values():
             squares.zero_()
-        autocast = how is None and train.dtype == "bfloat16"
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
-            out = sae(x, numbers.phase, target, how=how)
-            terms = dict(out.losses)
-            revived = Revived(sae, plan.dead, how) if train.auxk_weight and len(plan.dead.indices) else None
-            if revived is not None:
-                terms["auxk"] = revived.loss(x, out.reconstruction, target)
-        loss = sum(numbers.weights.get(name, 1.0) * term for name, term in terms.items())
-        loss.backward()
-        if revived is not None:
-            revived.add_gradients()
+        # In this thread: another would have a cuBLAS workspace of its own, 32 MiB on an H200.
+        with torch.autograd.set_multithreading_enabled(False):
+            passed, terms, loss = self.gradients(x, target, numbers, plan, how)
         if how is None:
             sae.project_decoder_gradient()
         scale, norms = self.clip({} if how is None else how.squares)
         for group in self.optimizer.param_groups:
-            group["lr"] = numbers.lr * group["multiplier"]
-        self.optimizer.step(scale=scale, found_inf=out.overflow)
-        l0, fired = self.count(out, len(x))
+            group["lr"] = numbers.lr if group["multiplier"] == 1 else numbers.lr * group["multiplier"]
+        self.optimizer.step(scale=scale, found_inf=passed.overflow)
+        l0, fired = self.count(passed, how is not None, len(x))
         scalars = {
             "loss": loss.detach(),
             **{f"loss_{name}": term.detach() for name, term in terms.items()},
             "l0": l0,
             **norms,
         }
-        return Result(scalars, out.reconstruction.detach(), out.k_hat.detach(), fired)
+        return Result(scalars, passed.reconstruction, passed.k_hat, fired)
+
+    def gradients(
+        self, x: Tensor, target: Tensor | None, numbers: Numbers, plan: Plan, how: Sparse | None
+    ) -> tuple[Passed, dict[str, Tensor], Tensor]:
+        """Forward and backward: the pass, the loss terms by name and the loss; parameters have gradients."""
+        sae, train, phase = self.sae, self.train, numbers.phase
+        half = train.dtype == "bfloat16"
+        autocast = {"enabled": half and how is None, "cache_enabled": False}
+        dtype, rows = torch.bfloat16 if half else sae.W_enc.dtype, len(x)
+        if how is None:
+            rows = rows_at_a_time(sae, phase, rows, dtype, train.rows_at_a_time)
+        if rows < len(x):
+            passed = in_parts(sae, x, target, phase, numbers.weights, rows, dtype)
+        else:
+            with torch.autocast(x.device.type, torch.bfloat16, **autocast):
+                passed = whole(sae, x, target, phase, how)
+        terms = dict(passed.losses)
+        revived = Revived(sae, plan.dead, how) if train.auxk_weight and len(plan.dead.indices) else None
+        if revived is not None:
+            with torch.autocast(x.device.type, torch.bfloat16, **autocast):
+                terms["auxk"] = revived.loss(x, passed.reconstruction, target)
+        loss = weighted(terms, numbers.weights)
+        derive(loss, passed.pending)
+        if revived is not None:
+            revived.add_gradients()
+        return passed, terms, loss
 
     def clip(self, known: Mapping[str, Tensor]) -> tuple[Tensor | tuple[Tensor, ...], dict[str, Tensor]]:
         """What gradients are to be multiplied by, the estimator's apart or with the others, and their norms.
 
         known: the squared norms of gradients' rows that the backward pass has left, by parameter.
         """
-        train = self.train
-        squares = [self.squares_of(group["params"], known) for group in self.optimizer.param_groups]
-        if train.clip == "global":
-            scale, norm = clip_factor(sum(squares, []), train.clip_norm)
-            return scale, {"grad_norm": norm}
+        train, groups = self.train, [group["params"] for group in self.optimizer.param_groups]
         limits = (train.clip_norm, train.estimator_clip_norm)
-        clips = [clip_factor(parts, limit) for parts, limit in zip(squares, limits, strict=False)]
-        scales, norms = zip(*clips, strict=True)
-        return scales, dict(zip(("grad_norm", "estimator_grad_norm"), norms, strict=False))
+        if train.clip == "global":
+            groups = [sum(groups, [])]
+        parts = [self.clipped(group, known, limit) for group, limit in zip(groups, limits, strict=False)]
+        scales, norms = clip_factors(parts)
+        names = ("grad_norm", "estimator_grad_norm")
+        return scales[0] if train.clip == "global" else scales, dict(zip(names, norms, strict=False))
 
-    def squares_of(self, parameters: list[Tensor], known: Mapping[str, Tensor]) -> list[Tensor]:
-        """Parts of the squared norm of the parameters' gradients."""
+    def clipped(self, parameters: list[Tensor], known: Mapping[str, Tensor], limit: float) -> Clipped:
         learning = [parameter for parameter in parameters if parameter.grad is not None]
-        parts = [known[name] for name in map(self.names.get, learning) if name in known]
+        squares = [known[name] for name in map(self.names.get, learning) if name in known]
         others = [parameter.grad for parameter in learning if self.names[parameter] not in known]
-        if others:
-            parts += [norm.square() for norm in torch._foreach_norm(others)]
-        return parts or [self.sae.b_enc.new_zeros(1)]
+        return Clipped(squares, others, limit)
 
     @torch.no_grad()
-    def count(self, out: Output, samples: int) -> tuple[Tensor, Tensor]:
+    def count(self, passed: Passed, sparse: bool, samples: int) -> tuple[Tensor, Tensor]:
         """Count the batch's active latents; their mean number in a row, and which were active (n,)."""
-        if out.code is not None:
-            counts, fired, l0 = out.code.counts, out.code.fired(), out.code.l0()
-        else:
-            active = out.latents.detach() != 0
-            counts, fired = active.sum(1), active.any(0)
-            l0 = counts.sum() / samples
-        self.dead.update(fired, samples)
-        if self.measure or out.code is not None:
-            self.support.mean.copy_(counts.sum() / samples)
-            self.support.most.copy_(torch.maximum(self.support.most, counts.max()))
-        if out.overflow is not None:
-            self.support.skipped.add_(out.overflow)
-        return l0, fired
+        found = passed.activity
+        self.dead.update(found.fired, samples)
+        if self.measure or sparse:
+            torch.div(found.entries, samples, out=self.support.mean)
+            torch.maximum(self.support.most, found.most, out=self.support.most)
+        if passed.overflow is not None:
+            self.support.skipped.add_(passed.overflow)
+        return found.active / samples, found.fired
 
     @torch.no_grad()
     def report(self, result: Result, wanted: Tensor) -> dict[str, Tensor]:
@@ -197,3 +208,9 @@ class Step:
             "k_hat_sd": k_hat.std(correction=0),
             "dead_latents": self.dead.count(),
         }
+
+
+def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
+    """The sum of the terms; what has no weight, and the first, costs no kernel."""
+    parts = [weights[name] * term if name in weights else term for name, term in terms.items()]
+    return functools.reduce(torch.add, parts)

@@ -39,7 +39,8 @@ from softtopk.optim import Adam
 FORMAT = "softsae checkpoint 3"
 # What may change when resuming.
 FREE_FIELDS = (
-    "device", "checkpoint_every", "log_every", "eval_every", "path", "sparse_below", "cuda_graph",
+    "device", "checkpoint_every", "log_every", "eval_every", "path", "sparse_below", "rows_at_a_time",
+    "keep_copies", "cuda_graph",
 )  # fmt: skip
 
 

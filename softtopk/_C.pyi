@@ -84,10 +84,12 @@ class cpu:
         weight: int, weight_type: int, n: int, d: int, bias: int, out: int, threads: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
-    def gradients_workspace(rows: int, max_active: int, n: int, d: int, /) -> int: ...  # bytes
+    def gradients_workspace(
+        type: int, rows: int, max_active: int, n: int, d: int, dots: bool, squares: bool, /
+    ) -> int: ...  # bytes
     @staticmethod
     def latent_gradients(
-        scale: int, offsets: int, entries: int, rows: int, max_active: int, n: int, d: int,
+        scale: int, indices: int, offsets: int, entries: int, rows: int, max_active: int, n: int, d: int,
         y: int, weight: int, y_type: int, out_type: int, project: bool, zero_silent: bool,
         grad: int, dots: int, sums: int, squares: int, workspace: int, threads: int, /,
     ) -> None: ...  # fmt: skip
@@ -139,13 +141,73 @@ class cuda:
         squares: int, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
-    def adam_step(
+    def adam_flat(
+        parameters: int, count: int, found_inf: int, device: int, stream: int, /
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def adam_rows(
         parameter: int, gradient: int, exp_avg: int, exp_avg_sq: int, copy: int, rows: int, d: int,
         lr: int, lr_number: float, beta1: float, beta2: float, eps: float,
         step: int, scale: int, found_inf: int, offsets: int, normalize: bool, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
     def select_workspace(rows: int, n: int, type: int, /) -> int: ...  # bytes
+    @staticmethod
+    def clip_blocks(size: int, /) -> int: ...
+    @staticmethod
+    def clip_factors(
+        parts: int, count: int, max_norms: int, groups: int, sums: int, out: int, device: int, stream: int, /
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def budget_forward(
+        score: int, shift: int, scale: float, low: float, high: float, rows: int, k: int,
+        device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def budget_backward(
+        score: int, shift: int, scale: float, low: float, high: float, g: int, rows: int,
+        of_score: int, of_shift: int, device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def budget_excess(
+        k: int, rows: int, target: int, target_number: float, beta: float, out: int,
+        device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def most_latents() -> int: ...
+    @staticmethod
+    def latents_activity(
+        latents: int, latents_type: int, rows: int, n: int, found: int, device: int, stream: int, /
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def codes_activity(
+        values: int, values_type: int, indices: int, counts: int, rows: int, max_active: int, n: int,
+        found: int, device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def gate_forward(
+        a: int, p: int, type: int, cut: float, size: int, out: int, device: int, stream: int, /
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def gate_backward(
+        a: int, p: int, g: int, type: int, cut: float, rectified: bool, size: int, of_a: int, of_p: int,
+        device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def squared_error_blocks(size: int, /) -> int: ...
+    @staticmethod
+    def squared_error_forward(
+        x: int, y: int, y_type: int, rows: int, d: int, sums: int, out: int, device: int, stream: int, /
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def squared_error_backward(
+        x: int, y: int, y_type: int, rows: int, d: int, g: int, gradient: int, device: int, stream: int, /
+    ) -> None: ...  # fmt: skip
+    @staticmethod
+    def shift_rows(
+        x: int, x_type: int, rows: int, d: int, shift: int, scale: int, out: int, out_type: int,
+        device: int, stream: int, /,
+    ) -> None: ...  # fmt: skip
     @staticmethod
     def code_forward(
         z: int, z_type: int, rows: int, n: int, z_stride: int, largest: bool,
@@ -175,10 +237,12 @@ class cuda:
         weight: int, weight_type: int, n: int, d: int, bias: int, out: int, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
-    def gradients_workspace(rows: int, max_active: int, n: int, d: int, /) -> int: ...  # bytes
+    def gradients_workspace(
+        type: int, rows: int, max_active: int, n: int, d: int, dots: bool, squares: bool, /
+    ) -> int: ...  # bytes
     @staticmethod
     def latent_gradients(
-        scale: int, offsets: int, entries: int, rows: int, max_active: int, n: int, d: int,
+        scale: int, indices: int, offsets: int, entries: int, rows: int, max_active: int, n: int, d: int,
         y: int, weight: int, y_type: int, out_type: int, project: bool, zero_silent: bool,
         grad: int, dots: int, sums: int, squares: int, workspace: int, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip

@@ -1,4 +1,4 @@
-"""Adam for float32 master weights: a step in one kernel per parameter, and the factor of a gradient clip.
+"""Adam for float32 master weights: a step in one kernel, or two, and the factors of a gradient clip.
 
     scale, norm = clip_factor([squares_of_decoder, squares_of_encoder], max_norm=1.0)
     optimizer.step(scale=scale, found_inf=code.overflow, active={W_dec: offsets, W_enc: offsets})
@@ -9,6 +9,7 @@ Nothing here waits for the device, so that a step can be captured in a CUDA grap
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,22 @@ UNUSED = {
     "decoupled_weight_decay": False,
 }
 SMALLEST_NORM = 1e-12
+MOST_GROUPS = 16  # that clip.cu takes
+
+
+class Update(NamedTuple):
+    """A parameter's part of a step, for the CUDA backend: contiguous float32 tensors, a bfloat16 copy."""
+
+    parameter: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    copy: Tensor | None
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    step: Tensor
+    scale: Tensor | None
 
 
 class Adam(torch.optim.Optimizer):
@@ -120,17 +137,26 @@ class Adam(torch.optim.Optimizer):
         counted = 1.0
         if found_inf is not None:
             found_inf = found_inf.reshape(()).to(torch.float32)
-            counted = (found_inf == 0).to(torch.float32)
+            counted = torch.eq(found_inf, 0, out=torch.empty_like(found_inf))
+        learning, flat = [], {}
         for index, group in enumerate(self.param_groups):
             factor = scale if scale is None or isinstance(scale, Tensor) else scale[index]
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for parameter in parameters:
-                self.prepare(parameter)
-            if parameters:
-                steps = [self.state[p]["step"] for p in parameters]
-                torch._foreach_add_(steps, counted if found_inf is None else [counted] * len(steps))
-            for parameter in parameters:
-                self.update(parameter, group, factor, found_inf, active.get(parameter))
+            learning += [(p, group, factor) for p in group["params"] if p.grad is not None]
+        for parameter, *_ in learning:
+            self.prepare(parameter)
+        if learning:
+            steps = [self.state[parameter]["step"] for parameter, *_ in learning]
+            torch._foreach_add_(steps, counted if found_inf is None else [counted] * len(steps))
+        for parameter, group, factor in learning:
+            waits = self.update(parameter, group, factor, found_inf, active.get(parameter))
+            if waits is not None:
+                flat.setdefault(parameter.device, []).append(waits)
+        for updates in flat.values():
+            dispatch.module("cuda").adam_flat(updates, found_inf)
+        for parameter, *_ in learning:
+            copy = self.copies.get(parameter)
+            if copy is not None and not fits(copy):
+                copy.copy_(parameter)
         return loss
 
     def prepare(self, parameter: Tensor) -> None:
@@ -143,31 +169,47 @@ class Adam(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
 
-    def update(self, parameter, group, scale, found_inf, offsets) -> None:
+    def update(self, parameter, group, scale, found_inf, offsets):
+        """The step of one parameter, or what is left to be done in a launch with those of others."""
         state, copy = self.state[parameter], self.copies.get(parameter)
         if offsets is not None and offsets.shape != (len(parameter) + 1,):
             raise ValueError(f"offsets {tuple(offsets.shape)} of a parameter {tuple(parameter.shape)}")
         moments = state["exp_avg"], state["exp_avg_sq"]
         normalize = parameter in self.normalized
         native = natively(parameter, *moments)
-        kernel = dispatch.module("cuda").adam_step if native else adam_step
-        fits = copy is None or not native or (copy.dtype == torch.bfloat16 and copy.is_contiguous())
-        kernel(
+        dtype = torch.float32 if native else parameter.dtype
+        arguments = (
             parameter,
             parameter.grad.contiguous() if native else parameter.grad,
             *moments,
-            copy if fits else None,
+            copy if copy is not None and fits(copy) else None,
             number(group["lr"]),
             group["betas"],
             group["eps"],
             state["step"],
-            None if scale is None else scale.reshape(()).to(torch.float32 if native else parameter.dtype),
-            found_inf,
-            offsets,
-            normalize,
+            None if scale is None else scale.reshape(()).to(dtype),
         )
-        if not fits:
-            copy.copy_(parameter)
+        if not native:
+            adam_step(*arguments, found_inf, offsets, normalize)
+            return None
+        update = Update(*arguments)
+        if offsets is None and not normalize:
+            return update
+        dispatch.module("cuda").adam_rows(update, found_inf, offsets, normalize)
+        return None
+
+
+def fits(copy: Tensor) -> bool:
+    """Whether a copy is written by what writes the parameter."""
+    return copy.dtype == torch.bfloat16 and copy.is_contiguous()
+
+
+class Clipped(NamedTuple):
+    """What is clipped together, in any parts: squares, or gradients; and the largest norm of it."""
+
+    squares: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    max_norm: float
 
 
 def clip_factor(squares: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
@@ -176,9 +218,39 @@ def clip_factor(squares: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Ten
     norm is the root of the sum of all squares, scale = min(1, max_norm / (norm + 1e-6)) as in
     torch.nn.utils.clip_grad_norm_; both are NaN where a square is.
     """
-    total = torch.cat([part.reshape(-1) for part in squares]).sum(dtype=torch.float64)
+    scales, norms = clip_factors([Clipped(squares, [], max_norm)])
+    return scales[0], norms[0]
+
+
+def clip_factors(groups: Sequence[Clipped]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The scales and the norms of groups, each as `clip_factor` says; of a group without parts 1 and 0.
+
+    Where all parts are float32 on one GPU, that takes two kernels.
+    """
+    parts = [part for group in groups for part in (*group.squares, *group.gradients)]
+    if (
+        parts
+        and natively(*parts)
+        and len({part.device for part in parts}) == 1
+        and len(groups) <= MOST_GROUPS
+    ):
+        out = dispatch.module("cuda").clip_factors(
+            [group[:2] for group in groups], [g.max_norm for g in groups]
+        )
+        return out[0].unbind(), out[1].unbind()
+    device = parts[0].device if parts else None
+    return tuple(zip(*(factor(group, device) for group in groups), strict=True))
+
+
+def factor(group: Clipped, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """The same of one group in torch."""
+    squares = [part.reshape(-1) for part in group.squares]
+    if group.gradients:
+        squares += [norm.square().reshape(1) for norm in torch._foreach_norm(group.gradients)]
+    squares = squares or [torch.zeros(1, device=device)]
+    total = torch.cat(squares).sum(dtype=torch.float64)
     norm = total.sqrt()
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0).float(), norm.float()
+    return (group.max_norm / (norm + 1e-6)).clamp(max=1.0).float(), norm.float()
 
 
 def adam_step(

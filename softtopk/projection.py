@@ -17,7 +17,7 @@ def relu_projection(
     bias: Tensor,
     w2: Tensor,
     *,
-    copy: Tensor | None = None,
+    copy: Tensor | torch.dtype | None = None,
     squares: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -33,7 +33,9 @@ def relu_projection(
         w2: (n,).
         copy: the weight rounded to another dtype, as mixed precision keeps it beside float32 master weights:
             the products are in that dtype, to which x and bias are rounded, and are added up in float32;
-            the gradients go to `weight`. Without it the products are in weight's dtype.
+            the gradients go to `weight`. Or only that dtype: the weight is rounded to it a chunk at a time,
+            forward and backward, and nothing of its size is kept. Without it the products are in weight's
+            dtype.
         squares: (n,), contiguous and in the dtype of the result: the backward writes into it the sum of
             squares of each row of weight's gradient, for a clip that need not read that again
             (`optim.clip_factor`).
@@ -53,19 +55,21 @@ def relu_projection(
     tensor([3.])
     """
     check(x=x, weight=weight, bias=bias, w2=w2, copy=copy, squares=squares)
-    copy = weight if copy is None else copy
+    dtype = products_dtype(weight, copy)
+    used = (copy if isinstance(copy, Tensor) else weight).detach()
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return ReluProjection.apply(rows, weight, bias, w2, copy.detach(), squares, backend).view(x.shape[:-1])
+    arguments = rows, weight, bias, w2, used, dtype, squares, backend
+    return ReluProjection.apply(*arguments).view(x.shape[:-1])
 
 
 class ReluProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, w2, copy, squares, backend):
+    def forward(ctx, x, weight, bias, w2, used, dtype, squares, backend):
         kernels = dispatch.kernels(backend, x.device)
         ctx.backend, ctx.squares = backend, squares
         ctx.dtypes = (x.dtype, weight.dtype, bias.dtype, w2.dtype)
-        arguments = [t.to(copy.dtype).contiguous() for t in (x, copy, bias)]
-        arguments.append(w2.to(compute_dtype(copy.dtype)).contiguous())
+        arguments = [x.to(dtype).contiguous(), used.contiguous(), bias.to(dtype).contiguous()]
+        arguments.append(w2.to(compute_dtype(dtype)).contiguous())
         scores, mask = kernels.relu_projection_forward(*arguments)
         ctx.save_for_backward(mask, *arguments)
         return scores
@@ -82,11 +86,22 @@ class ReluProjection(torch.autograd.Function):
             g, mask, x, weight, bias, w2, dtype, ctx.needs_input_grad[0], ctx.squares
         )
         gradients = (t.to(like) for t, like in zip((to_weight, to_bias, to_w2), of_weights, strict=True))
-        return None if to_x is None else to_x.to(of_x), *gradients, None, None, None
+        return None if to_x is None else to_x.to(of_x), *gradients, None, None, None, None
 
 
-def check(**tensors: Tensor | None) -> None:
+def products_dtype(weight: Tensor, copy: Tensor | torch.dtype | None) -> torch.dtype:
+    if isinstance(copy, torch.dtype):
+        return copy
+    return weight.dtype if copy is None else copy.dtype
+
+
+def check(**tensors: Tensor | torch.dtype | None) -> None:
     """Raise as `relu_projection` says."""
+    dtype = tensors["copy"] if isinstance(tensors["copy"], torch.dtype) else None
+    if dtype is not None:
+        if dtype not in FLOATS:
+            raise TypeError(f"copy={dtype}; it must be one of {FLOATS}")
+        tensors["copy"] = None
     for name, tensor in tensors.items():
         if tensor is None and name in ("copy", "squares"):
             continue
@@ -103,8 +118,7 @@ def check(**tensors: Tensor | None) -> None:
     for name, shape in (("bias", (n,)), ("w2", (n,)), ("copy", weight.shape), ("squares", (n,))):
         if tensors[name] is not None and tensors[name].shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; weight asks for {tuple(shape)}")
-    squares, products = tensors["squares"], weight if tensors["copy"] is None else tensors["copy"]
-    if squares is not None and not (
-        squares.dtype == compute_dtype(products.dtype) and squares.is_contiguous()
-    ):
-        raise ValueError(f"squares must be contiguous and of {compute_dtype(products.dtype)}")
+    squares = tensors["squares"]
+    wanted = compute_dtype(dtype or products_dtype(weight, tensors["copy"]))
+    if squares is not None and not (squares.dtype == wanted and squares.is_contiguous()):
+        raise ValueError(f"squares must be contiguous and of {wanted}")

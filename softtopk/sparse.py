@@ -13,6 +13,7 @@ once: forward mode and second derivatives raise.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from softtopk import dispatch
@@ -126,7 +127,7 @@ def encode_soft_topk(
     max_active: int | None = None,
     selection_gradient: float = 1.0,
     check: bool = True,
-    copy: Tensor | None = None,
+    copy: Tensor | torch.dtype | None = None,
     squares: Tensor | None = None,
     sparse_gradient: bool = False,
     backend: str | None = None,
@@ -139,7 +140,8 @@ def encode_soft_topk(
         weight, bias: (n, d) and (n,) or None, with gradients of their own dtypes.
         copy: (n, d), the weight in another dtype, which is multiplied with in its place: so a trainer that
             keeps float32 weights and, beside them, a bfloat16 copy, casts neither in a step nor in a
-            gradient. The bias is cast, being short.
+            gradient. Or only that dtype: then a copy is made, and freed after its last use: here in the
+            forward, in a decoder in the backward. The bias is cast, being short.
         squares: (n,) float32, filled by the backward with the squared norms of the rows of the weight's
             gradient (of this call's, if the weight is used elsewhere too), so that clipping need not read it.
         sparse_gradient: rows of the weight's gradient whose latent is in no code of the batch are left
@@ -168,7 +170,7 @@ def encode_hard_topk(
     threshold: float | Tensor = 0.0,
     max_active: int | None = None,
     check: bool = True,
-    copy: Tensor | None = None,
+    copy: Tensor | torch.dtype | None = None,
     squares: Tensor | None = None,
     sparse_gradient: bool = False,
     backend: str | None = None,
@@ -185,7 +187,7 @@ def sparse_decode(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    copy: Tensor | None = None,
+    copy: Tensor | torch.dtype | None = None,
     project: bool = False,
     squares: Tensor | None = None,
     sparse_gradient: bool = False,
@@ -214,7 +216,7 @@ def sparse_decode(
         raise TypeError(f"code must be a softtopk.SparseCode, not {type(code).__name__}")
     check_decoder(code.values, "code", code.shape[-1], weight, "bias", bias, copy, squares)
     kernels = dispatch.sparse_kernels(backend, code.device)
-    used = weight.detach() if copy is None else copy
+    used = multiplied(weight, copy)
     how = Weighting(kernels, project, squares, sparse_gradient, code.transposition)
     out = Decode.apply(code.values, weight, bias, used, code.indices, code.counts, how)
     return out.view(*code.shape[:-1], weight.shape[1])
@@ -234,7 +236,7 @@ def soft_topk_decode(
     max_active: int | None = None,
     selection_gradient: float = 1.0,
     check: bool = True,
-    copy: Tensor | None = None,
+    copy: Tensor | torch.dtype | None = None,
     project: bool = False,
     squares: Tensor | None = None,
     sparse_gradient: bool = False,
@@ -277,6 +279,13 @@ def flat(value: float | Tensor) -> float | Tensor:
     return value.reshape(-1) if isinstance(value, Tensor) else value
 
 
+def multiplied(weight: Tensor, copy: Tensor | torch.dtype | None) -> Tensor:
+    """What stands for a weight in its products."""
+    if isinstance(copy, Tensor):
+        return copy
+    return weight.detach() if copy is None else weight.detach().to(copy)
+
+
 def selecting(rows: Rows, k, mode, threshold, max_active, selection_gradient, check, backend) -> Selecting:
     """The checked options of a selection among rows.n latents."""
     threshold = check_threshold(threshold, rows.n, rows.x, rows.name)
@@ -305,7 +314,7 @@ def encoded(x, weight, bias, k, alpha, selection, copy, squares, sparse_gradient
         float_tensor("bias", bias, (n,), x, "x")
     check_squares(squares, n, x, "x")
     check_copy(copy, weight, x, "x")
-    used = weight.detach() if copy is None else copy
+    used = multiplied(weight, copy)
     if used.dtype != x.dtype:
         name = "weight" if copy is None else "copy"
         raise TypeError(f"x has dtype {x.dtype}, {name} {used.dtype}; they must be the same (see copy)")

@@ -227,6 +227,7 @@ def weight_gradient(
     """The gradient of a weight (n, d) in a dtype, dots and sums of `latent_gradients`; fills the squares."""
     grad, dots, sums, squares = how.kernels.latent_gradients(
         scale,
+        indices,
         *how.transposition(indices, counts),
         y.contiguous(),
         weight,

@@ -78,14 +78,20 @@ def room(k: float | Tensor, max_active: int | None, n: int, check: bool) -> int:
     return 32 * math.ceil(1.25 * k / 32) + 32
 
 
-def check_copy(copy: Tensor | None, weight: Tensor, x: Tensor, of: str) -> None:
+def check_copy(copy: Tensor | torch.dtype | None, weight: Tensor, x: Tensor, of: str) -> None:
     """Raise unless the copy, if there is one, is of the weight's shape, and float64 if the weight is."""
     if copy is None:
         return
-    float_tensor("copy", copy, tuple(weight.shape), x, of)
-    if compute_dtype(copy.dtype) != compute_dtype(weight.dtype):
-        raise TypeError(f"copy has dtype {copy.dtype}, weight {weight.dtype}: one of them is float64")
-    if copy.requires_grad:
+    if isinstance(copy, torch.dtype):
+        if copy not in FLOATS:
+            raise TypeError(f"copy={copy}; float16, bfloat16, float32 or float64 is needed")
+        dtype = copy
+    else:
+        float_tensor("copy", copy, tuple(weight.shape), x, of)
+        dtype = copy.dtype
+    if compute_dtype(dtype) != compute_dtype(weight.dtype):
+        raise TypeError(f"copy has dtype {dtype}, weight {weight.dtype}: one of them is float64")
+    if isinstance(copy, Tensor) and copy.requires_grad:
         raise ValueError("copy requires a gradient, which goes to weight; detach it")
 
 
@@ -104,7 +110,7 @@ def check_decoder(
     weight: Tensor,
     bias_name: str,
     bias: Tensor | None,
-    copy: Tensor | None,
+    copy: Tensor | torch.dtype | None,
     squares: Tensor | None,
 ) -> None:
     """Raise unless the parameters of a decoder fit codes of n latents with the dtype and device of x."""

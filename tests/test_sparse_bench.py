@@ -133,6 +133,25 @@ def test_every_section_is_checked_and_measured(dtype, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("fastest", ["a copy in a graph", "a copy outside", "a kernel"])
+def test_the_floor_is_that_of_the_fastest_copy(fastest, monkeypatch):
+    seen = {}
+
+    def device_ms(calls, device, recorded=True):
+        x, target = calls[0].args[0], calls[0]()
+        kernel = calls[0].func is torch.neg
+        assert torch.equal(target, -x if kernel else x) and len(calls) == 2
+        way = "a kernel" if kernel else "a copy in a graph" if recorded else "a copy outside"
+        seen[way] = 1.0 if way == fastest else 2.0
+        return seen[way]
+
+    monkeypatch.setattr(sparse_measure, "device_ms", device_ms)
+    assert sparse_measure.copy_ms([torch.randn(8), torch.randn(8)], "cuda") == 1.0
+    assert len(seen) == 3
+    monkeypatch.setattr(sparse_measure, "copy_ms", lambda source, device: 1e3 * len(source))
+    assert sparse_measure.bandwidth("cpu") == 2 * (1 << 26)
+
+
 class Spoilt:
     """The reference with one wrong result."""
 
@@ -219,6 +238,39 @@ def test_the_command_measures_a_part_and_keeps_the_rest(tmp_path, capsys, monkey
     assert [row for row in data["rows"] if row["section"] == "decode"] == before
     assert {row["op"] for row in data["rows"]} == {"soft_topk_code", "hard_topk_code", "sparse_decode"}
     assert data["bars"] == [] and "could not be measured" not in capsys.readouterr().out
+
+
+def test_adam_is_measured_whatever_the_dtypes(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "sparse-cpu.json"
+    command = ["sparse", "--device", "cpu", "--quick", "--sections", "adam", "estimator", "--out", str(path)]
+    monkeypatch.setattr("sys.argv", [*command, "--dtypes", "bfloat16"])
+    sparse.main()
+    found = {(row["op"], row["dtype"]) for row in json.loads(path.read_text())["rows"]}
+    adam = {("Adam", "float32"), ("Adam, rows of a code", "float32")}
+    assert found == {*adam, ("relu_projection", "bfloat16")}
+    assert "could not be measured" not in capsys.readouterr().out
+
+
+def test_both_backends_have_rows_lines_and_curves(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    kinds = {backend: {c.section for c in sparse_bars.cells(backend)} for backend in ("cuda", "triton")}
+    assert kinds["cuda"] - kinds["triton"] == {"adam"}
+    peers = {"cuda": {sparse_bars.DENSE_TOPK: 5.0}, "triton": {sparse_bars.DENSE_TOPK: 7.0}}
+    cells = [cell for backend in peers for cell in sparse_bars.cells(backend)]
+    rows = [row_of(c, peers=peers[c.backend], ms=1.0 if c.backend == "cuda" else 3.0) for c in cells]
+    sparse.update(tmp_path / "sparse-x.json", "cuda", rows, set(), {})
+    page = tables.sparse()
+    for backend, peer in (("cuda", "5"), ("triton", "7")):
+        assert f"| soft_topk_code | forward | {backend} | bfloat16 |" in page
+        assert f"| {sparse_bars.DENSE_TOPK} | forward | {backend} | float32 | {peer} |" in page
+        assert f"| sparse_decode {backend} | bfloat16 |" in page
+    panel = sparse_plots.of_lengths(sparse_plots.points(rows)).axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in panel.lines}
+    floors = {f"{dtype}, floor" for dtype in sparse_bars.DTYPES}
+    times = {f"{backend}, {dtype}" for backend in peers for dtype in sparse_bars.DTYPES}
+    assert set(drawn) == floors | times
+    assert all(len(line) == len(sparse_bars.LENGTHS) for line in drawn.values())
+    assert set(drawn["triton, float32"]) == {3.0} and set(drawn["cuda, float32"]) == {1.0}
 
 
 def test_a_file_says_of_every_row_whether_it_is_met(tmp_path, monkeypatch):

@@ -195,16 +195,17 @@ void transpose(const int32_t* indices, const int32_t* counts, int64_t rows, int6
   for_entries([&](int32_t latent, int32_t entry) { entries[offsets[latent + 1]++] = entry; });
 }
 
-int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t, int64_t d) {
+int64_t gradients_workspace(Type type, int64_t rows, int64_t max_active, int64_t, int64_t d, bool,
+                            bool) {
   // Every part but a latent's last is full, and a latent that is split has at least one such.
-  return 2 * (rows * max_active / kEntriesPerTask) * d * static_cast<int64_t>(sizeof(double));
+  return 2 * (rows * max_active / kEntriesPerTask) * d * (type == Type::float64 ? 8 : 4);
 }
 
-void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,
-                      int64_t rows, int64_t max_active, int64_t n, int64_t d, const void* y,
-                      const void* weight, Type type, Type out_type, bool project, bool zero_silent,
-                      void* grad, void* dots, void* sums, void* squares, void* workspace,
-                      int threads) {
+void latent_gradients(const void* scale, const int32_t*, const int32_t* offsets,
+                      const int32_t* entries, int64_t rows, int64_t max_active, int64_t n,
+                      int64_t d, const void* y, const void* weight, Type type, Type out_type,
+                      bool project, bool zero_silent, void* grad, void* dots, void* sums,
+                      void* squares, void* workspace, int threads) {
   with_compute_type(type, [&](auto zero) {
     using T = decltype(zero);
     use_huge_pages(grad, n * d * element_size(out_type));

@@ -1,9 +1,10 @@
-// A step of Adam on one parameter: everything is read once and written once.
+// A step of Adam: everything is read once and written once.
 //
 // Rows are blocks: where they are scaled to unit norm, a thread keeps what it has made of its part
 // in registers until the norm is known; a row without a gradient costs a look at two offsets. All
-// else is a flat sweep. What depends on the step alone is worked out by one thread of each block
-// while the loads of the others are on their way.
+// else is a flat sweep, of many parameters in one launch: most are so small that a launch is all
+// they cost. What depends on the step alone is worked out by one thread of each block while the
+// loads of the others are on their way.
 #include "launch.cuh"
 
 namespace softtopk::cuda {
@@ -87,13 +88,26 @@ __device__ __forceinline__ void store_parameter(const AdamArgs& args, int64_t i,
 }
 
 constexpr int kFlatThreads = 256, kFlatItems = 2;
+constexpr int kTogether = 20;  // parameters of a launch, whose arguments have room for 4 KB
+
+// Parameter i has the blocks from first[i] to first[i + 1].
+struct FlatArgs {
+  AdamArgs of[kTogether];
+  int32_t first[kTogether + 1];
+};
+static_assert(sizeof(FlatArgs) <= 4096);
 
 // Elements as one sequence; with offsets (d = 1) those without a gradient are left alone.
 template <int WIDTH>
-__global__ void __launch_bounds__(kFlatThreads) adam_flat_kernel(const AdamArgs args) {
+__global__ void __launch_bounds__(kFlatThreads)
+    adam_flat_kernel(const __grid_constant__ FlatArgs all) {
   __shared__ Rates shared_rates;
+  int which = 0;
+  while (int32_t(blockIdx.x) >= all.first[which + 1]) ++which;
+  const AdamArgs& args = all.of[which];
+  const int64_t block = int32_t(blockIdx.x) - all.first[which];
   const int64_t places = args.rows * args.d / WIDTH;
-  const int64_t first = int64_t(blockIdx.x) * (kFlatThreads * kFlatItems) + int(threadIdx.x);
+  const int64_t first = block * (kFlatThreads * kFlatItems) + int(threadIdx.x);
   const auto has = [&](int64_t i) {
     if (i >= places) return false;
     return WIDTH > 1 || args.offsets == nullptr || args.offsets[i] != args.offsets[i + 1];
@@ -120,7 +134,7 @@ __global__ void __launch_bounds__(kFlatThreads) adam_flat_kernel(const AdamArgs 
   }
   // The last elements, fewer than a width.
   const int64_t rest = places * WIDTH + int(threadIdx.x);
-  if (WIDTH > 1 && blockIdx.x == 0 && rest < args.rows * args.d) {
+  if (WIDTH > 1 && block == 0 && rest < args.rows * args.d) {
     Place<1> last;
     last.load(args, rest);
     last.update(args, by);
@@ -211,7 +225,8 @@ __global__ void __launch_bounds__(32 * kMostWarps) adam_rows_kernel(const AdamAr
   }
 }
 
-void start(void (*kernel)(AdamArgs), AdamArgs args, int64_t blocks, int64_t threads, void* stream) {
+template <class Args>
+void start(void (*kernel)(Args), Args args, int64_t blocks, int64_t threads, void* stream) {
   if (blocks == 0) return;
   void* pointers[] = {&args};
   check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0,
@@ -233,15 +248,87 @@ void start_rows(const AdamArgs& args, void* stream) {
 }
 
 template <int WIDTH>
-void start_flat(const AdamArgs& args, void* stream) {
+int64_t flat_blocks(const AdamArgs& args) {
   const int64_t places = std::max<int64_t>(args.rows * args.d / WIDTH, 1);
-  start(adam_flat_kernel<WIDTH>, args, divide_up(places, kFlatThreads * kFlatItems), kFlatThreads,
-        stream);
+  return divide_up(places, kFlatThreads * kFlatItems);
+}
+
+template <int WIDTH>
+void start_flat(const AdamArgs& args, void* stream) {
+  FlatArgs all{};
+  all.of[0] = args;
+  all.first[1] = int32_t(flat_blocks<WIDTH>(args));
+  start(adam_flat_kernel<WIDTH>, all, all.first[1], kFlatThreads, stream);
+}
+
+// Whether all places are whole vectors of four; those of the copy are half as wide.
+bool aligned(const AdamArgs& args) {
+  uintptr_t places = reinterpret_cast<uintptr_t>(args.copy) * 2;
+  for (const void* data :
+       {static_cast<const void*>(args.parameter), static_cast<const void*>(args.gradient),
+        static_cast<const void*>(args.exp_avg), static_cast<const void*>(args.exp_avg_sq)}) {
+    places |= reinterpret_cast<uintptr_t>(data);
+  }
+  return places % 16 == 0;
+}
+
+// A flat parameter as one row.
+AdamArgs flat_args(const FlatParameter& of, const float* found_inf) {
+  return {of.parameter,
+          of.gradient,
+          of.exp_avg,
+          of.exp_avg_sq,
+          of.copy,
+          1,
+          of.size,
+          of.lr,
+          of.lr_number,
+          log(of.beta1),
+          log(of.beta2),
+          float(of.beta1),
+          float(of.beta2),
+          float(1 - of.beta1),
+          float(1 - of.beta2),
+          float(of.eps),
+          of.step,
+          of.scale,
+          found_inf,
+          nullptr,
+          false};
 }
 
 }  // namespace
 
-void adam_step(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq,
+void adam_flat(const FlatParameter* parameters, int64_t count, const float* found_inf, int device,
+               void* stream) {
+  const DeviceGuard guard(device);
+  FlatArgs all{};
+  int together = 0;
+  const auto launch = [&] {
+    if (together > 0) {
+      start(adam_flat_kernel<4>, all, all.first[together], kFlatThreads, stream);
+    }
+    together = 0;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    if (parameters[i].size == 0) continue;
+    const AdamArgs args = flat_args(parameters[i], found_inf);
+    if (!aligned(args)) {
+      start_flat<1>(args, stream);
+      continue;
+    }
+    const int64_t blocks = flat_blocks<4>(args);
+    if (together == kTogether || (together > 0 && all.first[together] + blocks > 0x7fffffff)) {
+      launch();
+    }
+    all.of[together] = args;
+    all.first[together + 1] = int32_t(all.first[together] + blocks);
+    ++together;
+  }
+  launch();
+}
+
+void adam_rows(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq,
                void* copy, int64_t rows, int64_t d, const float* lr, double lr_number, double beta1,
                double beta2, double eps, const float* step, const float* scale,
                const float* found_inf, const int32_t* offsets, bool normalize, int device,
@@ -269,19 +356,9 @@ void adam_step(float* parameter, const float* gradient, float* exp_avg, float* e
                          found_inf,
                          offsets,
                          normalize};
-  uintptr_t places = reinterpret_cast<uintptr_t>(copy) * 2;  // its width is half of the others'
-  for (const void* data :
-       {static_cast<const void*>(parameter), static_cast<const void*>(gradient),
-        static_cast<const void*>(exp_avg), static_cast<const void*>(exp_avg_sq)}) {
-    places |= reinterpret_cast<uintptr_t>(data);
-  }
-  const bool wide = places % 16 == 0;
-  if (normalize || (offsets != nullptr && d > 1)) {
-    if (wide && d % 4 == 0) return start_rows<4>(args, stream);
-    return start_rows<1>(args, stream);
-  }
-  if (wide && offsets == nullptr) return start_flat<4>(args, stream);
-  start_flat<1>(args, stream);
+  if (!normalize && d == 1) return start_flat<1>(args, stream);
+  if (aligned(args) && d % 4 == 0) return start_rows<4>(args, stream);
+  start_rows<1>(args, stream);
 }
 
 }  // namespace softtopk::cuda

@@ -30,13 +30,13 @@ struct Eight {
   __device__ Compute<S> value(int i) const {
     return Element<S>::value(chunk[i / Chunk<S>::size].raw(i % Chunk<S>::size));
   }
-  // 1 where the bit of the element is set, else 0.
-  __device__ static Eight ones(uint32_t bits) {
-    const typename Element<S>::Raw one = Element<S>::raw(1);
+  // A value where the bit of the element is set, else 0.
+  __device__ static Eight where(uint32_t bits, Compute<S> value) {
+    const typename Element<S>::Raw raw = Element<S>::raw(value);
     Eight eight{};
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-      eight.chunk[i / Chunk<S>::size].set_raw(i % Chunk<S>::size, (bits >> i & 1) != 0 ? one : 0);
+      eight.chunk[i / Chunk<S>::size].set_raw(i % Chunk<S>::size, (bits >> i & 1) != 0 ? raw : 0);
     }
     return eight;
   }
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kExpanding) expand_mask_kernel(const ExpandArg
 #pragma unroll
     for (int r = 0; r < kBatch; ++r) {
       const T of_row = __shfl_sync(0xffffffffu, g, begin + r);
-      if (begin + r < rows && has) Eight<S>::ones(bits[r]).store(expanded);
+      if (begin + r < rows && has) Eight<S>::where(bits[r], of_row).store(expanded);
       expanded += args.stride;
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {

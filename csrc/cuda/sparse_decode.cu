@@ -10,6 +10,11 @@
 // | (4096, 64, 2304, 16384) | (4096, 64, 2304, 65536) | (8192, 32, 4096, 131072)): tiles of 1024
 // bytes 61 | 145 | 174 | 405, of 512 bytes 56 | 147 | 186 | 415, of 256 bytes - | - | 184 | 416, of
 // 128 bytes - | - | 243 | 557: what a narrow tile gains in the cache it loses in requests.
+// These took 42 instructions an entry, of which 24 load, convert and add. It is 25 since entries of
+// which all are there are not asked one by one, and columns beyond a row are read as well; the
+// times of that are not measured yet.
+#include <type_traits>
+
 #include "launch.cuh"
 #include "layout.cuh"
 
@@ -44,15 +49,17 @@ __global__ void __launch_bounds__(kThreads) decode_rows(const DecodeArgs args) {
   const int64_t d = args.d;
   const int64_t first = (int64_t(blockIdx.y) * LANES * VECTORS + lane % LANES) * kSize;
   const Raw* const weight = static_cast<const Raw*>(args.weight);
-  const auto load = [&](const Raw* row, int vector) {
+  // Of whole chunks those beyond the row are the first one: read as well, and not written.
+  const auto load = [&](const Raw* data, uint32_t row, int vector) {
     const int64_t column = first + vector * LANES * kSize;
     Chunk<S> chunk{};
     if constexpr (WIDE) {
-      if (column < d) chunk.words = __ldg(reinterpret_cast<const uint4*>(row + column));
+      const Raw* const own = data + (column < d ? column : 0);
+      chunk.words = __ldg(reinterpret_cast<const uint4*>(own + uint64_t(row) * uint32_t(d)));
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        if (column + i < d) chunk.set_raw(i, row[column + i]);
+        if (column + i < d) chunk.set_raw(i, data[uint64_t(row) * uint32_t(d) + column + i]);
       }
     }
     return chunk;
@@ -60,42 +67,49 @@ __global__ void __launch_bounds__(kThreads) decode_rows(const DecodeArgs args) {
   T sum[VECTORS][kSize] = {};
   const int32_t count = int32_t(min(int64_t(args.counts[r]), args.max_active));
   const int64_t place = r * args.max_active;
+  int32_t here = 0, latent = 0;
+  T value = 0;
+  // The entries from `start` on of the 32 that the warp has. ALL: there are so many.
+  const auto add = [&](int start, auto all) {
+    constexpr bool ALL = decltype(all)::value;
+    Chunk<S> chunk[kTogether][VECTORS];
+    T scale[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int entry = start + i * kParts + part;  // beyond 31: none
+      const uint32_t chosen = __shfl_sync(~0u, latent, entry % 32);
+      scale[i] = __shfl_sync(~0u, value, entry % 32);
+      const bool any = ALL || entry < here;
+      if (!any) scale[i] = 0;
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        chunk[i][v] = Chunk<S>{};
+        if (any) chunk[i][v] = load(weight, chosen, v);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        T w[kSize];
+        chunk[i][v].read(w);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) sum[v][j] = fma(scale[i], w[j], sum[v][j]);
+      }
+    }
+  };
+  constexpr int kStep = kTogether * kParts;
   for (int32_t base = 0; base < count; base += 32) {
-    const int32_t here = min(32, count - base);
-    int32_t latent = 0;
-    T value = 0;
+    here = min(32, count - base);
     if (lane < here) {
       latent = args.indices[place + base + lane];
       value = static_cast<const T*>(args.values)[place + base + lane];
     }
+    int start = 0;
 #pragma unroll 1
-    for (int start = 0; start < here; start += kTogether * kParts) {
-      Chunk<S> chunk[kTogether][VECTORS];
-      T scale[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int entry = start + i * kParts + part;  // beyond 31: none
-        const int32_t chosen = __shfl_sync(~0u, latent, entry % 32);
-        scale[i] = __shfl_sync(~0u, value, entry % 32);
-        const bool any = entry < here;
-        if (!any) scale[i] = 0;
-#pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-          chunk[i][v] = Chunk<S>{};
-          if (any) chunk[i][v] = load(weight + chosen * d, v);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-#pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-          T w[kSize];
-          chunk[i][v].read(w);
-#pragma unroll
-          for (int j = 0; j < kSize; ++j) sum[v][j] = fma(scale[i], w[j], sum[v][j]);
-        }
-      }
-    }
+    for (; start + kStep <= here; start += kStep) add(start, std::true_type());
+#pragma unroll 1
+    for (; start < here; start += kStep) add(start, std::false_type());
   }
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
@@ -108,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) decode_rows(const DecodeArgs args) {
     const int64_t column = first + v * LANES * kSize;
     if (args.bias != nullptr) {
       T bias[kSize];
-      load(static_cast<const Raw*>(args.bias), v).read(bias);
+      load(static_cast<const Raw*>(args.bias), 0, v).read(bias);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) sum[v][j] += bias[j];
     }

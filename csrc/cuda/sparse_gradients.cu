@@ -2,32 +2,40 @@
 // y[row of e], and of its values: dots_e = <weight[l], y[row of e]>, from one gather of y.
 //
 // Bytes: every entry reads a row of y, from the L2 cache where that holds y; weight is read and
-// grad written once. The entries, in the order of their latents, are shared out among blocks in
-// pieces of kPiece, so that a latent which fires everywhere is as good as any other: latents of up
-// to kPiece entries belong to the piece where they begin, and the pieces of longer ones leave
-// partial sums that a second kernel adds up, in order. All threads of a block are at one entry,
-// each at its columns; rows of y and of the weight are asked for some entries ahead.
+// grad written once. A warp has a piece of the entries, in the order of their latents, and a tile
+// of the columns, 512 bytes wide, and needs nobody else: no barrier, no slower neighbour. Pieces
+// have kPiece entries, so that a latent which fires everywhere is as good as any other: a piece
+// follows its last latent to the end where that is near, and otherwise leaves a sum that a second
+// kernel adds to those of its neighbours, in order. That kernel also adds up what the tiles have of
+// every dot and squared norm. Where the gradient is projected, which needs whole rows of it, a
+// block has all tiles of a piece, and its warps meet at the end of every latent.
 //
 // In development runs on an H200 (dW and dots in bfloat16, microseconds, (rows, k, d, n) = (4096,
-// 64, 768, 24576) | (4096, 64, 2304, 16384) | (4096, 64, 2304, 65536) | (8192, 32, 4096, 131072)),
-// with the weight's row made anew for every entry: 139 | 366 | 507 | 1327, without dots 72 | 172 |
-// 271 | -.
+// 64, 768, 24576) | (4096, 64, 2304, 16384) | (4096, 64, 2304, 65536) | (8192, 32, 4096, 131072)):
+// - a block for a piece, all its threads at one entry, the weight's row made anew for each: 139 |
+//   366 | 507 | 1327;
+// - the weight's row kept for a latent, rows of y four ahead: 129 | 331 | 480 | 1199;
+// - a warp for a piece and a tile: not measured yet.
 #include "launch.cuh"
 #include "layout.cuh"
 
 namespace softtopk::cuda {
 namespace {
 
-constexpr int kPiece = 64;         // entries
-constexpr int kMost = 2 * kPiece;  // of a block: the last latent may reach beyond its piece
-constexpr int kFinishing = 256;    // threads of a block of the other kernels
+constexpr int kPiece = 64;       // entries
+constexpr int kTogether = 4;     // of them, whose rows are asked for at once
+constexpr int kResident = 6;     // blocks of a multiprocessor, which leave 80 registers to a thread
+constexpr int kWarps = 4;        // of a block whose warps are on their own
+constexpr int kMostTiles = 16;   // of a block that has them all
+constexpr int kFinishing = 512;  // threads of a block of the second kernel
 
 struct GradientArgs {
   const void* scale;
+  const int32_t* indices;
   const int32_t* offsets;
   const int32_t* entries;
-  int64_t max_active;
-  int32_t n;
+  int64_t places;
+  int32_t max_active, n;
   int64_t d;
   const void* y;
   const void* weight;  // or null
@@ -37,37 +45,12 @@ struct GradientArgs {
   void* sums;
   void* squares;
   // The workspace.
-  void* partial;       // (pieces, 2, d), where a piece begins or ends within a long latent
-  void* partial_sums;  // (pieces, 2)
-  int32_t* first;      // (pieces,) the latent that has a piece's first entry
-  int32_t* longs;      // how many latents are long, and which, in any order
-};
-
-// Whether pieces share a latent's entries.
-__device__ __forceinline__ bool is_long(int32_t begin, int32_t end) { return end - begin > kPiece; }
-
-// Marks every piece with the latent that has its first entry, and lists the long latents.
-__global__ void __launch_bounds__(kFinishing) find_pieces(const GradientArgs args) {
-  const int64_t latent = int64_t(blockIdx.x) * kFinishing + threadIdx.x;
-  if (latent >= args.n) return;
-  const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
-  for (int32_t piece = (begin + kPiece - 1) / kPiece; piece * kPiece < end; ++piece) {
-    args.first[piece] = int32_t(latent);
-  }
-  if (is_long(begin, end)) args.longs[1 + atomicAdd(args.longs, 1)] = int32_t(latent);
-}
-
-// What a block has to know of an entry.
-enum Flags : int32_t {
-  kFresh = 1,   // the block's first of its latent
-  kLast = 2,    // the block's last of it
-  kShared = 4,  // other blocks have entries of the latent
-  kInside = 8,  // the latent begins after the first entry of the piece
-};
-template <class T>
-struct alignas(16) Entry {
-  int32_t row, flags;
-  T scale;
+  int64_t pieces;
+  int tiles;
+  void* partial;          // (pieces, d), of a piece's last latent where it is not the piece's alone
+  void* partial_sums;     // (pieces,)
+  void* partial_dots;     // (tiles, places) in the order of the entries
+  void* partial_squares;  // (tiles, n)
 };
 
 template <class T>
@@ -77,197 +60,171 @@ __device__ __forceinline__ T sum_of_warp(T value) {
   return value;
 }
 
-// Of four values of every lane the sums over a warp: in lanes 0, 8, 16, 24.
-template <class T>
-__device__ __forceinline__ T sum_of_four(const T (&values)[4]) {
-  const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
-  const T a =
-      (upper ? values[2] : values[0]) + __shfl_xor_sync(~0u, upper ? values[0] : values[2], 16);
-  const T b =
-      (upper ? values[3] : values[1]) + __shfl_xor_sync(~0u, upper ? values[1] : values[3], 16);
-  T sum = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 8);
+// Of SIZE values of every lane, a power of two, the sums over a warp: value i in the lanes that
+// have i in their highest bits.
+template <class T, int SIZE>
+__device__ __forceinline__ T sums_of_warp(const T (&values)[SIZE], int lane) {
+  if constexpr (SIZE == 1) {
+    T sum = values[0];
+    return sum;
+  } else {
+    constexpr int kHalf = SIZE / 2;
+    T half[kHalf];
+    // The lanes in the upper half of those that share these values take the upper values.
+    const int mask = 16 * SIZE / kTogether;
+    const bool upper = lane & mask;
 #pragma unroll
-  for (int mask = 4; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-  return sum;
+    for (int i = 0; i < kHalf; ++i) {
+      const T mine = upper ? values[i + kHalf] : values[i];
+      const T other = upper ? values[i] : values[i + kHalf];
+      half[i] = mine + __shfl_xor_sync(~0u, other, mask);
+    }
+    return sums_of_warp(half, lane);
+  }
 }
 
-// A thread's columns of a row: VECTORS chunks, as many threads apart as a block has.
+// A lane's columns of a tile: VECTORS chunks, a warp's width apart.
 template <class S, int VECTORS, bool WIDE>
 struct Columns {
   using Raw = typename Element<S>::Raw;
   static constexpr int size = Chunk<S>::size;
+  int32_t first, d;
 
-  __device__ __forceinline__ static int64_t column(int vector) {
-    return (int64_t(vector) * blockDim.x + threadIdx.x) * size;
-  }
-  __device__ __forceinline__ static Chunk<S> load(const void* data, int64_t row, int64_t d,
-                                                  int vector) {
-    const int64_t at = column(vector);
-    const Raw* const from = static_cast<const Raw*>(data) + row * d + at;
-    Chunk<S> chunk{};
-    if constexpr (WIDE) {
-      if (at < d) chunk.words = __ldg(reinterpret_cast<const uint4*>(from));
-    } else {
+  __device__ Columns(int tile, int lane, int64_t d)
+      : first((tile * VECTORS * 32 + lane) * size), d(int32_t(d)) {}
+  __device__ __forceinline__ int32_t column(int vector) const { return first + vector * 32 * size; }
+  __device__ __forceinline__ void load(const void* data, int32_t row,
+                                       Chunk<S> (&chunks)[VECTORS]) const {
+    const Raw* const from = static_cast<const Raw*>(data) + uint64_t(uint32_t(row)) * uint32_t(d);
 #pragma unroll
-      for (int i = 0; i < size; ++i) {
-        if (at + i < d) chunk.set_raw(i, from[i]);
+    for (int v = 0; v < VECTORS; ++v) {
+      const int32_t at = column(v);
+      chunks[v] = Chunk<S>{};
+      if constexpr (WIDE) {
+        if (at < d) chunks[v].words = __ldg(reinterpret_cast<const uint4*>(from + at));
+      } else {
+#pragma unroll
+        for (int i = 0; i < size; ++i) {
+          if (at + i < d) chunks[v].set_raw(i, __ldg(from + at + i));
+        }
       }
     }
-    return chunk;
-  }
-  template <class T>
-  __device__ __forceinline__ static void read(const T* row, int64_t d, int vector, T (&x)[size]) {
-    const int64_t at = column(vector);
-#pragma unroll
-    for (int i = 0; i < size; ++i) x[i] = at + i < d ? row[at + i] : T(0);
   }
   template <class O, class T>
-  __device__ __forceinline__ static void store(O* row, int64_t d, int vector, const T (&x)[size]) {
+  __device__ __forceinline__ void store(O* row, const T (&x)[VECTORS][size]) const {
     using RawOut = typename Element<O>::Raw;
     constexpr int kOut = Chunk<O>::size;
-    const int64_t at = column(vector);
-    RawOut* const to = reinterpret_cast<RawOut*>(row) + at;
-    if constexpr (WIDE && size % kOut == 0) {
-      if (at >= d) return;
 #pragma unroll
-      for (int part = 0; part < size / kOut; ++part) {
-        Compute<O> own[kOut];
+    for (int v = 0; v < VECTORS; ++v) {
+      const int32_t at = column(v);
+      RawOut* const to = reinterpret_cast<RawOut*>(row) + at;
+      if constexpr (WIDE && size % kOut == 0) {
+        if (at >= d) return;
 #pragma unroll
-        for (int i = 0; i < kOut; ++i) own[i] = Compute<O>(x[part * kOut + i]);
-        store_global(to + part * kOut, Chunk<O>::of(own).words);
-      }
-    } else {
+        for (int part = 0; part < size / kOut; ++part) {
+          Compute<O> own[kOut];
 #pragma unroll
-      for (int i = 0; i < size; ++i) {
-        if (at + i < d) to[i] = Element<O>::raw(Compute<O>(x[i]));
+          for (int i = 0; i < kOut; ++i) own[i] = Compute<O>(x[v][part * kOut + i]);
+          store_global(to + part * kOut, Chunk<O>::of(own).words);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < size; ++i) {
+          if (at + i < d) to[i] = Element<O>::raw(Compute<O>(x[v][i]));
+        }
       }
     }
   }
 };
 
-// What the warps add to the sums of a block, in dynamic shared memory: to the dot of each entry, to
-// the square of each latent, and to <grad, weight> of two latents in turn.
+// 32 entries in their order, one to a lane.
 template <class T>
-struct OfWarp {
-  T dots[kMost], squares[kMost], along[2];
+struct Window {
+  int32_t place, latent;
+  T scale;
+
+  __device__ __forceinline__ void load(const GradientArgs& args) {  // `place` is there
+    latent = args.indices[place];
+    scale = static_cast<const T*>(args.scale)[place];
+  }
 };
 
-// With one vector to a thread registers suffice for the largest blocks.
-template <int VECTORS>
-inline constexpr int kMostThreads = VECTORS == 1 ? 1024 : 256;
-
-template <class S, class O, int VECTORS, bool WIDE, bool DOTS>
-__global__ void __launch_bounds__(kMostThreads<VECTORS>) add_pieces(const GradientArgs args) {
+// WHOLE: a block has all tiles of a piece.
+template <class S, class O, int VECTORS, bool WIDE, bool DOTS, bool WHOLE>
+__global__ void __launch_bounds__(WHOLE ? kMostTiles * 32 : kWarps * 32, WHOLE ? 1 : kResident)
+    add_pieces(const GradientArgs args) {
   using T = Compute<S>;
   using Own = Columns<S, VECTORS, WIDE>;
-  constexpr int kSize = Chunk<S>::size, kTogether = 4;
-  constexpr int kAhead = VECTORS == 1 ? kTogether : 1;  // as many rows as registers hold
-  extern __shared__ __align__(16) unsigned char memory[];
-  __shared__ Entry<T> piece[kMost];
-  __shared__ int32_t places[kMost], latents[kMost];  // of entries; of the block's latents in turn
-  __shared__ int32_t known;                          // how many latents
-  OfWarp<T>* const of_warps = reinterpret_cast<OfWarp<T>*>(memory);
-  const int t = int(threadIdx.x), warp = t / 32, lane = t % 32, warps = int(blockDim.x) / 32;
-  const int32_t total = args.offsets[args.n], begin = int32_t(blockIdx.x) * kPiece;
-  if (begin >= total) return;
+  constexpr int kSize = Chunk<S>::size;
+  constexpr int kAtOnce = VECTORS == 1 ? kTogether : 1;  // as many rows as registers hold
+  constexpr uint32_t kAll = ~0u;
+  __shared__ T of_warps[2][WHOLE ? kMostTiles : 1];
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int tile = WHOLE ? warp : int(blockIdx.y);
+  const int64_t piece = WHOLE ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * kWarps + warp;
+  const int32_t total = args.offsets[args.n];
+  if (piece * kPiece >= total) return;
+  const int32_t begin = int32_t(piece) * kPiece, limit = min(begin + kPiece, total);
+  const Own own(tile, lane, args.d);
 
-  // Which entries: from the first that belongs to nobody else, to the end of the last short latent.
-  const int32_t head = args.first[blockIdx.x];
-  int32_t from = begin, to = min(begin + kPiece, total);
-  if (args.offsets[head] < begin && !is_long(args.offsets[head], args.offsets[head + 1])) {
-    from = args.offsets[head + 1];
-  }
-  int32_t tail = args.n - 1;
-  if (begin + kPiece < total) {
-    tail = args.first[blockIdx.x + 1];
-    const int32_t start = args.offsets[tail], end = args.offsets[tail + 1];
-    if (start < to && !is_long(start, end)) to = max(end, from);
-  }
-  const int32_t count = to - from;
-  if (count == 0) return;
-  if (warp == 0) {
-    int32_t before = 0;
-    for (int i = lane; i - lane < count; i += 32) {
-      const int32_t place = i < count ? args.entries[from + i] : 0;
-      int32_t low = head, high = tail;  // the last latent that begins at or before the entry
-      while (low < high) {
-        const int32_t middle = low + (high - low + 1) / 2;
-        if (args.offsets[middle] <= from + i) {
-          low = middle;
-        } else {
-          high = middle - 1;
-        }
-      }
-      const int32_t start = args.offsets[low], end = args.offsets[low + 1];
-      const bool fresh = i < count && (i == 0 || start == from + i);
-      const uint32_t all = __ballot_sync(~0u, fresh);
-      if (fresh) latents[before + __popc(all & ((1u << lane) - 1))] = low;
-      before += __popc(all);
-      if (i >= count) break;
-      piece[i].row = place / int32_t(args.max_active);
-      piece[i].flags = (fresh ? kFresh : 0) | (i + 1 == count || from + i + 1 == end ? kLast : 0) |
-                       (is_long(start, end) ? kShared : 0) | (start > begin ? kInside : 0);
-      piece[i].scale = static_cast<const T*>(args.scale)[place];
-      places[i] = place;
-    }
-    if (lane == 0) known = before;
-  }
-  __syncthreads();
+  // Which entries: without those of a latent that a piece before has followed to its end, and with
+  // the rest of the last latent if that ends before the piece after the next begins.
+  Window<T> window;
+  window.place = begin + lane < limit ? args.entries[begin + lane] : 0;
+  int32_t bound = lane == 0 ? begin : limit - 1;
+  bound = args.indices[args.entries[bound]];  // lane 0: the first latent, others: the last
+  const int32_t bound_start = args.offsets[bound], bound_end = args.offsets[bound + 1];
+  window.load(args);
+  const int32_t first_start = __shfl_sync(kAll, bound_start, 0);
+  const int32_t first_end = __shfl_sync(kAll, bound_end, 0);
+  const int32_t last_latent = __shfl_sync(kAll, bound, 1);
+  const int32_t last_start = __shfl_sync(kAll, bound_start, 1);
+  const int32_t last_end = __shfl_sync(kAll, bound_end, 1);
+  const int32_t from = first_start < begin && first_end <= begin + kPiece ? first_end : begin;
+  const int32_t to = last_end <= begin + 2 * kPiece ? last_end : limit;
+  const bool shared = last_start < begin || to < last_end;  // the last latent
+  if (from >= to) return;
 
   T sum[VECTORS][kSize] = {}, w[VECTORS][kSize] = {}, along = 0, of_scales = 0;
-  int latent = 0;  // of latents[]
-  // The weight of the next latent is asked for when the one before begins.
-  Chunk<S> next[VECTORS];
-  const auto ask = [&](int which) {
-    if constexpr (DOTS) {
-      const int32_t row = latents[min(which, known - 1)];
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v) next[v] = Own::load(args.weight, row, args.d, v);
-    }
-  };
-  ask(0);
+  int32_t latent = -1;
+  int turn = 0;
   // The sums of a latent, to where they belong.
-  const auto finish = [&](int32_t flags) {
-    if (flags & kShared) {
-      const int64_t slot = int64_t(blockIdx.x) * 2 + ((flags & kInside) != 0);
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v) {
-        Own::store(static_cast<T*>(args.partial) + slot * args.d, args.d, v, sum[v]);
-      }
-      if (t == 0) static_cast<T*>(args.partial_sums)[slot] = of_scales;
+  const auto finish = [&]() {
+    const bool sharing = shared && latent == last_latent;
+    if (sharing) {
+      own.store(static_cast<T*>(args.partial) + piece * args.d, sum);
+      if (lane == 0 && tile == 0) static_cast<T*>(args.partial_sums)[piece] = of_scales;
     } else {
-      if constexpr (DOTS) {
-        if (args.project) {
-          const T own = sum_of_warp(along);
-          if (lane == 0) of_warps[warp].along[latent % 2] = own;
-          __syncthreads();
-          T all = 0;
-          for (int other = 0; other < warps; ++other) all += of_warps[other].along[latent % 2];
+      if constexpr (WHOLE) {
+        along = sum_of_warp(along);
+        if (lane == 0) of_warps[turn][warp] = along;
+        __syncthreads();
+        T all = 0;
+        for (int other = 0; other < args.tiles; ++other) all += of_warps[turn][other];
+        turn ^= 1;
 #pragma unroll
-          for (int v = 0; v < VECTORS; ++v) {
+        for (int v = 0; v < VECTORS; ++v) {
 #pragma unroll
-            for (int j = 0; j < kSize; ++j) sum[v][j] -= all * w[v][j];
-          }
+          for (int j = 0; j < kSize; ++j) sum[v][j] -= all * w[v][j];
         }
       }
-      O* const out = static_cast<O*>(args.grad) + int64_t(latents[latent]) * args.d;
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v) Own::store(out, args.d, v, sum[v]);
+      own.store(static_cast<O*>(args.grad) + int64_t(latent) * args.d, sum);
       if (args.squares != nullptr) {
         T square = 0;
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
 #pragma unroll
-          for (const T x : sum[v]) square += x * x;
+          for (const T x : sum[v]) square = fma(x, x, square);
         }
         square = sum_of_warp(square);
-        if (lane == 0) of_warps[warp].squares[latent] = square;
+        if (lane == 0) {
+          static_cast<T*>(args.partial_squares)[int64_t(tile) * args.n + latent] = square;
+        }
       }
-      if (args.sums != nullptr && t == 0) {
-        static_cast<T*>(args.sums)[latents[latent]] = of_scales;
+      if (args.sums != nullptr && tile == 0 && lane == 0) {
+        static_cast<T*>(args.sums)[latent] = of_scales;
       }
     }
-    ++latent;
     along = of_scales = 0;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
@@ -276,65 +233,78 @@ __global__ void __launch_bounds__(kMostThreads<VECTORS>) add_pieces(const Gradie
     }
   };
 
-  // kAhead rows of y are on their way: as soon as one is used the next is asked for.
-  Chunk<S> y[kAhead][VECTORS];
-  const auto load = [&](int i, int at) {
-    const int32_t row = piece[min(at, count - 1)].row;
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) y[i % kAhead][v] = Own::load(args.y, row, args.d, v);
-  };
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) load(i, i);
+  int32_t before = -1;  // the latent of the last entry of the window before
 #pragma unroll 1
-  for (int base = 0; base < count; base += kTogether) {
-    T dots[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      dots[i] = 0;
-      if (base + i >= count) continue;
-      const Entry<T> entry = piece[base + i];
-      if (DOTS && entry.flags & kFresh) {
-#pragma unroll
-        for (int v = 0; v < VECTORS; ++v) next[v].read(w[v]);
-        ask(latent + 1);
+  for (int32_t base = begin; base < to; base += 32) {
+    if (base > begin) window.load(args);
+    const int32_t row = int32_t(uint32_t(window.place) / uint32_t(args.max_active));
+    const bool active = base + lane >= from && base + lane < to;
+    int32_t previous = __shfl_up_sync(kAll, window.latent, 1);
+    if (lane == 0) previous = before;
+    before = __shfl_sync(kAll, window.latent, 31);
+    const uint32_t actives = __ballot_sync(kAll, active);
+    // Where a latent begins.
+    const uint32_t fresh =
+        __ballot_sync(kAll, active && (window.latent != previous || base + lane == from));
+    const Window<T> now = window;
+    if (base + 32 < to) window.place = base + 32 + lane < to ? args.entries[base + 32 + lane] : 0;
+    T* const dots = static_cast<T*>(args.partial_dots) + tile * args.places + base;
+#pragma unroll 1
+    for (int start = 0; start < 32; start += kAtOnce) {
+      const uint32_t here = actives >> start;
+      if ((here & ((1u << kAtOnce) - 1)) == 0) {
+        if (here == 0) break;
+        continue;
       }
-      of_scales += entry.scale;
-      T x[VECTORS][kSize];
+      Chunk<S> y[kAtOnce][VECTORS], weights[kAtOnce][VECTORS];
 #pragma unroll
-      for (int v = 0; v < VECTORS; ++v) y[i % kAhead][v].read(x[v]);
-      load(i, base + i + kAhead);
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int32_t which = __shfl_sync(kAll, row, start + i);
+        const int32_t of = __shfl_sync(kAll, now.latent, start + i);
+        if (actives >> (start + i) & 1) own.load(args.y, which, y[i]);
+        if (DOTS && fresh >> (start + i) & 1) own.load(args.weight, of, weights[i]);
+      }
+      T dot[kAtOnce];
 #pragma unroll
-      for (int v = 0; v < VECTORS; ++v) {
+      for (int i = 0; i < kAtOnce; ++i) {
+        dot[i] = 0;
+        if (!(actives >> (start + i) & 1)) continue;
+        if (fresh >> (start + i) & 1) {
+          if (latent >= 0) finish();
+          latent = __shfl_sync(kAll, now.latent, start + i);
+          if constexpr (DOTS) {
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          sum[v][j] = fma(entry.scale, x[v][j], sum[v][j]);
-          if constexpr (DOTS) dots[i] = fma(w[v][j], x[v][j], dots[i]);
+            for (int v = 0; v < VECTORS; ++v) weights[i][v].read(w[v]);
+          }
         }
+        const T scale = __shfl_sync(kAll, now.scale, start + i);
+        of_scales += scale;
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+          T x[kSize];
+          y[i][v].read(x);
+#pragma unroll
+          for (int j = 0; j < kSize; ++j) {
+            sum[v][j] = fma(scale, x[j], sum[v][j]);
+            if constexpr (DOTS) dot[i] = fma(w[v][j], x[j], dot[i]);
+          }
+        }
+        if constexpr (WHOLE) along = fma(scale, dot[i], along);
       }
-      if constexpr (DOTS) along = fma(entry.scale, dots[i], along);
-      if (entry.flags & kLast) finish(entry.flags);
-    }
-    if constexpr (DOTS) {
-      const T four = sum_of_four(dots);
-      if (lane % 8 == 0 && base + lane / 8 < count) of_warps[warp].dots[base + lane / 8] = four;
+      if constexpr (DOTS) {
+        constexpr int kLanes = 32 / kAtOnce;
+        T mine = dot[0];
+        if constexpr (kAtOnce > 1) mine = sums_of_warp(dot, lane);
+#pragma unroll
+        for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+          mine += __shfl_xor_sync(kAll, mine, mask);
+        }
+        const int at = start + lane / kLanes;
+        if (lane % kLanes == 0 && actives >> at & 1) dots[at] = mine;
+      }
     }
   }
-  if (!DOTS && args.squares == nullptr) return;
-  __syncthreads();
-  for (int i = t; i < count; i += int(blockDim.x)) {
-    if constexpr (DOTS) {
-      T dot = 0;
-      for (int other = 0; other < warps; ++other) dot += of_warps[other].dots[i];
-      static_cast<T*>(args.dots)[places[i]] = dot;
-    }
-    if (!(piece[i].flags & kLast) || piece[i].flags & kShared || args.squares == nullptr) continue;
-    // Which of the block's latents this is.
-    int which = -1;
-    for (int before = 0; before <= i; ++before) which += piece[before].flags & kFresh;
-    T square = 0;
-    for (int other = 0; other < warps; ++other) square += of_warps[other].squares[which];
-    static_cast<T*>(args.squares)[latents[which]] = square;
-  }
+  finish();
 }
 
 // The sum of a value over a block of kFinishing threads, in all of them.
@@ -350,163 +320,234 @@ __device__ __forceinline__ T sum_of_block(T value, T (&of_warps)[kFinishing / 32
   return total;
 }
 
-// Clears what belongs to silent latents.
-template <class T, class O>
-__global__ void __launch_bounds__(kFinishing) clear_silent(const GradientArgs args) {
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const int64_t first = (int64_t(blockIdx.x) * (kFinishing / 32) + warp) * 32;
-  const int64_t mine = first + lane;
-  const bool silent = mine < args.n && args.offsets[mine] == args.offsets[mine + 1];
-  if (silent && args.sums != nullptr) static_cast<T*>(args.sums)[mine] = 0;
-  if (silent && args.squares != nullptr) static_cast<T*>(args.squares)[mine] = 0;
-  if (!args.zero_silent) return;
-  for (uint32_t left = __ballot_sync(~0u, silent); left != 0; left &= left - 1) {
-    const int64_t latent = first + __ffs(int(left)) - 1, size = args.d * int64_t(sizeof(O));
-    unsigned char* const bytes = static_cast<unsigned char*>(args.grad) + latent * size;
-    // As many whole 16 bytes as there are, then the rest.
-    const int64_t chunks = reinterpret_cast<uintptr_t>(bytes) % 16 == 0 ? size / 16 : 0;
-    for (int64_t at = lane; at < chunks; at += 32) {
-      store_global(bytes + 16 * at, make_uint4(0, 0, 0, 0));
-    }
-    for (int64_t at = 16 * chunks + lane; at < size; at += 32) bytes[at] = 0;
-  }
+// The sum over `count` values, `stride` apart.
+template <class T>
+__device__ __forceinline__ T strided_sum(const T* values, int64_t stride, int count) {
+  T sum = 0;
+#pragma unroll 8
+  for (int i = 0; i < count; ++i) sum += values[i * stride];
+  return sum;
 }
 
-// By a block: adds up the partial sums of a long latent.
+// Whether the entries of a latent are shared among pieces: from the one where it begins to the one
+// before its last, which takes the last's entries as well.
+__device__ __forceinline__ bool is_shared(int32_t begin, int32_t end) {
+  return end > (begin / kPiece + 2) * int64_t(kPiece);
+}
+
+// By a warp: clears the row of a latent's gradient.
+template <class O>
+__device__ __forceinline__ void clear_row(const GradientArgs& args, int64_t latent) {
+  const int64_t size = args.d * int64_t(sizeof(O));
+  unsigned char* const bytes = static_cast<unsigned char*>(args.grad) + latent * size;
+  const int lane = int(threadIdx.x) % 32;
+  // As many whole 16 bytes as there are, then the rest.
+  const int64_t chunks = reinterpret_cast<uintptr_t>(bytes) % 16 == 0 ? size / 16 : 0;
+  for (int64_t at = lane; at < chunks; at += 32) {
+    store_global(bytes + 16 * at, make_uint4(0, 0, 0, 0));
+  }
+  for (int64_t at = 16 * chunks + lane; at < size; at += 32) bytes[at] = 0;
+}
+
+// By a block: adds up the partial sums of a shared latent, in the columns that are the block's.
 template <class S, class O>
-__device__ __forceinline__ void add_partial_of(const GradientArgs& args, int32_t which,
-                                               Compute<S> (&of_warps)[kFinishing / 32]) {
+__device__ __forceinline__ void add_partial(const GradientArgs& args, int32_t latent,
+                                            Compute<S> (&of_warps)[kFinishing / 32]) {
   using T = Compute<S>;
   const int t = int(threadIdx.x);
-  const int32_t latent = args.longs[1 + which];
   const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
-  // The first piece has it last, but where it begins with it; the others have it first.
-  const int32_t first = begin / kPiece, last = (end - 1) / kPiece;
-  const int64_t start = int64_t(first) * 2 + (begin > first * kPiece);
-  T* const partial = static_cast<T*>(args.partial);
+  const int64_t first = begin / kPiece, pieces = (end - 1) / kPiece - first;
+  const int64_t d = args.d, step = int64_t(gridDim.y) * kFinishing;
+  T* const partial = static_cast<T*>(args.partial) + first * d;
   const auto* const weight = static_cast<const typename Element<S>::Raw*>(args.weight) +
-                             (args.project ? int64_t(latent) * args.d : 0);
-  T along = 0;
-  for (int64_t column = t; column < args.d; column += kFinishing) {
-    T sum = partial[start * args.d + column];
-#pragma unroll 8
-    for (int32_t piece = first + 1; piece <= last; ++piece) {
-      sum += partial[int64_t(piece) * 2 * args.d + column];
+                             (args.project ? int64_t(latent) * d : 0);
+  auto* const out = static_cast<typename Element<O>::Raw*>(args.grad) + int64_t(latent) * d;
+  T along = 0, square = 0;
+  for (int64_t column = int64_t(blockIdx.y) * kFinishing + t; column < d; column += step) {
+    T sum = 0;
+#pragma unroll 16
+    for (int64_t piece = 0; piece < pieces; ++piece) sum += partial[piece * d + column];
+    if (args.project) {
+      partial[column] = sum;  // this thread's from here on
+      along = fma(sum, Element<S>::value(weight[column]), along);
+    } else {
+      out[column] = Element<O>::raw(Compute<O>(sum));
+      square = fma(sum, sum, square);
     }
-    partial[start * args.d + column] = sum;  // this thread's from here on
-    if (args.project) along = fma(sum, Element<S>::value(weight[column]), along);
   }
-  if (args.project) along = sum_of_block(along, of_warps);
-  auto* const out = static_cast<typename Element<O>::Raw*>(args.grad) + int64_t(latent) * args.d;
-  T square = 0;
-  for (int64_t column = t; column < args.d; column += kFinishing) {
-    T sum = partial[start * args.d + column];
-    if (args.project) sum -= along * Element<S>::value(weight[column]);
-    out[column] = Element<O>::raw(Compute<O>(sum));
-    square = fma(sum, sum, square);
+  if (args.project) {
+    along = sum_of_block(along, of_warps);
+    for (int64_t column = t; column < d; column += kFinishing) {
+      const T sum = partial[column] - along * Element<S>::value(weight[column]);
+      out[column] = Element<O>::raw(Compute<O>(sum));
+      square = fma(sum, sum, square);
+    }
   }
   if (args.squares != nullptr) {
     square = sum_of_block(square, of_warps);
     if (t == 0) static_cast<T*>(args.squares)[latent] = square;
   }
-  if (args.sums != nullptr && t == 0) {
-    const T* const sums = static_cast<const T*>(args.partial_sums);
-    T sum = sums[start];
-    for (int32_t piece = first + 1; piece <= last; ++piece) sum += sums[int64_t(piece) * 2];
-    static_cast<T*>(args.sums)[latent] = sum;
+  if (args.sums != nullptr && blockIdx.y == 0 && t == 0) {
+    static_cast<T*>(args.sums)[latent] =
+        strided_sum(static_cast<const T*>(args.partial_sums) + first, 1, int(pieces));
   }
 }
 
+// Finishes what the pieces have left: dots, squared norms, shared latents and silent ones.
 template <class S, class O>
-__global__ void __launch_bounds__(kFinishing) add_partial(const GradientArgs args) {
-  __shared__ Compute<S> of_warps[kFinishing / 32];
-  const int32_t longs = *args.longs;
-  for (int32_t which = int32_t(blockIdx.x); which < longs; which += int32_t(gridDim.x)) {
-    add_partial_of<S, O>(args, which, of_warps);
+__global__ void __launch_bounds__(kFinishing) finish_gradients(const GradientArgs args) {
+  using T = Compute<S>;
+  constexpr int kFinishingWarps = kFinishing / 32;
+  __shared__ T of_warps[kFinishingWarps];
+  __shared__ int32_t shared[kFinishing];
+  __shared__ int count;
+  const int t = int(threadIdx.x), lane = t % 32;
+  const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
+  const int64_t blocks = int64_t(gridDim.x) * gridDim.y;
+  if (args.dots != nullptr) {
+    T* const dots = static_cast<T*>(args.dots);
+    const int32_t total = args.offsets[args.n];
+    for (int64_t i = block * kFinishing + t; i < args.places; i += blocks * kFinishing) {
+      if (i < total) {
+        dots[args.entries[i]] =
+            strided_sum(static_cast<const T*>(args.partial_dots) + i, args.places, args.tiles);
+      }
+      if (args.indices[i] >= args.n) dots[i] = 0;
+    }
+  }
+  // Neighbours, which may all be shared, go to different blocks.
+  for (int64_t base = blockIdx.x; base < args.n; base += int64_t(gridDim.x) * kFinishing) {
+    const int64_t latent = base + int64_t(t) * gridDim.x;
+    if (t == 0) count = 0;
+    __syncthreads();
+    bool silent = false;
+    if (latent < args.n) {
+      const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
+      silent = begin == end;
+      if (is_shared(begin, end)) {
+        shared[atomicAdd(&count, 1)] = int32_t(latent);
+      } else if (blockIdx.y == 0) {
+        if (silent && args.sums != nullptr) static_cast<T*>(args.sums)[latent] = 0;
+        if (args.squares != nullptr) {
+          const T* const squares = static_cast<const T*>(args.partial_squares) + latent;
+          static_cast<T*>(args.squares)[latent] =
+              silent ? T(0) : strided_sum(squares, args.n, args.tiles);
+        }
+      }
+    }
+    if (args.zero_silent && blockIdx.y == 0) {
+      for (uint32_t left = __ballot_sync(~0u, silent); left != 0; left &= left - 1) {
+        clear_row<O>(args, latent + int64_t(__ffs(int(left)) - 1 - lane) * gridDim.x);
+      }
+    }
+    __syncthreads();
+    for (int i = 0; i < count; ++i) add_partial<S, O>(args, shared[i], of_warps);
+    __syncthreads();
   }
 }
 
-int64_t pieces_of(int64_t rows, int64_t max_active) {
-  return (rows * max_active + kPiece - 1) / kPiece;
-}
-
-void run(void (*kernel)(GradientArgs), GradientArgs args, int64_t blocks, int64_t threads,
-         void* stream, int64_t shared = 0) {
-  if (blocks == 0) return;
+void run(void (*kernel)(GradientArgs), GradientArgs args, dim3 blocks, int64_t threads,
+         void* stream) {
   void* pointers[] = {&args};
-  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers,
-                         size_t(shared), static_cast<cudaStream_t>(stream)),
+  check(cudaLaunchKernel(kernel, blocks, dim3(unsigned(threads)), pointers, 0,
+                         static_cast<cudaStream_t>(stream)),
         "kernel launch");
 }
 
 template <class S, class O, int VECTORS, bool WIDE>
-void add(const GradientArgs& args, int64_t pieces, int64_t threads, void* stream) {
-  const auto kernel = args.weight != nullptr ? add_pieces<S, O, VECTORS, WIDE, true>
-                                             : add_pieces<S, O, VECTORS, WIDE, false>;
-  const int64_t shared = threads / 32 * int64_t(sizeof(OfWarp<Compute<S>>));
-  if (shared > 32 * 1024) allow_shared_once(reinterpret_cast<const void*>(kernel));
-  run(kernel, args, pieces, threads, stream, shared);
+void add(GradientArgs args, void* stream) {
+  if (args.project) {
+    run(add_pieces<S, O, VECTORS, WIDE, true, true>, args, dim3(unsigned(args.pieces)),
+        args.tiles * 32, stream);
+    return;
+  }
+  const auto kernel = args.dots != nullptr ? add_pieces<S, O, VECTORS, WIDE, true, false>
+                                           : add_pieces<S, O, VECTORS, WIDE, false, false>;
+  const dim3 blocks(unsigned((args.pieces + kWarps - 1) / kWarps), unsigned(args.tiles));
+  run(kernel, args, blocks, kWarps * 32, stream);
+}
+
+int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
+
+// Tiles of the columns, at least one: d may be 0.
+int64_t tiles_of(int64_t d, int64_t size, int64_t vectors) {
+  const int64_t width = vectors * 32 * (16 / size);
+  return std::max<int64_t>((d + width - 1) / width, 1);
 }
 
 template <class S, class O>
-void gradients(const GradientArgs& args, int64_t rows, void* stream) {
-  constexpr int64_t kSize = Chunk<S>::size, kMostColumns = 8 * kMostThreads<8> * kSize;
-  const int64_t d = args.d, pieces = pieces_of(rows, args.max_active);
+void gradients(GradientArgs args, int64_t rows, void* stream) {
+  constexpr int64_t kSize = Chunk<S>::size;
+  constexpr int kMany = 8;  // vectors of a tile, where a block has not enough warps otherwise
+  const int64_t d = args.d;
   const bool wide = is_wide(args.y, rows, d, sizeof(S)) &&
                     is_wide(args.weight, args.n, d, sizeof(S)) &&
                     is_wide(args.grad, args.n, d, sizeof(O)) && d % kSize == 0;
-  if (d > kMostColumns) {
-    throw std::runtime_error("softtopk: d=" + std::to_string(d) +
-                             " is more than the CUDA backend's gradients take of this type, " +
-                             std::to_string(kMostColumns));
+  const bool many = args.project && args.tiles > kMostTiles;
+  if (many) {
+    args.tiles = int(tiles_of(d, sizeof(S), kMany));
+    if (args.tiles > kMostTiles) {
+      throw std::runtime_error("softtopk: d=" + std::to_string(d) +
+                               " is more than the CUDA backend projects in this type, " +
+                               std::to_string(kMostTiles * kMany * 32 * kSize));
+    }
   }
-  // Whole warps, at least one: d may be 0.
-  const auto threads = [&](int64_t vectors) {
-    const int64_t columns = vectors * kSize * 32;
-    return std::max<int64_t>((d + columns - 1) / columns, 1) * 32;
-  };
-  run(find_pieces, args, (args.n + kFinishing - 1) / kFinishing, kFinishing, stream);
-  if (threads(1) > kMostThreads<1>) {
-    add<S, O, 8, false>(args, pieces, threads(8), stream);
-  } else if (wide) {
-    add<S, O, 1, true>(args, pieces, threads(1), stream);
-  } else {
-    add<S, O, 1, false>(args, pieces, threads(1), stream);
+  if (args.pieces > 0) {
+    if (many) {
+      run(add_pieces<S, O, kMany, false, true, true>, args, dim3(unsigned(args.pieces)),
+          args.tiles * 32, stream);
+    } else if (wide) {
+      add<S, O, 1, true>(args, stream);
+    } else {
+      add<S, O, 1, false>(args, stream);
+    }
   }
-  run(add_partial<S, O>, args, std::min<int64_t>({pieces, args.n, 2048}), kFinishing, stream);
-  run(clear_silent<Compute<S>, O>, args, (args.n + kFinishing - 1) / kFinishing, kFinishing,
-      stream);
+  // What needs a whole row of the gradient takes all columns at once.
+  const bool whole = args.project || args.squares != nullptr;
+  const int64_t columns = whole ? 1 : (d + kFinishing - 1) / kFinishing;
+  const int64_t most = std::max<int64_t>((args.n + 31) / 32, (args.places + 511) / 512);
+  run(finish_gradients<S, O>, args,
+      dim3(unsigned(std::clamp<int64_t>(most, 1, 1024)),
+           unsigned(std::clamp<int64_t>(columns, 1, 16))),
+      kFinishing, stream);
 }
+
+int64_t pieces_of(int64_t places) { return (places + kPiece - 1) / kPiece; }
 
 }  // namespace
 
-int64_t gradients_workspace(int64_t rows, int64_t max_active, int64_t, int64_t d) {
-  const int64_t pieces = pieces_of(rows, max_active);
-  return pieces * (2 * 8 * (d + 1) + 8) + 4;
+int64_t gradients_workspace(Type type, int64_t rows, int64_t max_active, int64_t n, int64_t d,
+                            bool dots, bool squares) {
+  const int64_t size = type == Type::float64 ? 8 : 4, places = rows * max_active;
+  const int64_t tiles = tiles_of(d, size_of(type), 1);
+  return size *
+         (pieces_of(places) * (d + 1) + (dots ? tiles * places : 0) + (squares ? tiles * n : 0));
 }
 
-void latent_gradients(const void* scale, const int32_t* offsets, const int32_t* entries,
-                      int64_t rows, int64_t max_active, int64_t n, int64_t d, const void* y,
-                      const void* weight, Type type, Type out_type, bool project, bool zero_silent,
-                      void* grad, void* dots, void* sums, void* squares, void* workspace,
-                      int device, void* stream) {
+void latent_gradients(const void* scale, const int32_t* indices, const int32_t* offsets,
+                      const int32_t* entries, int64_t rows, int64_t max_active, int64_t n,
+                      int64_t d, const void* y, const void* weight, Type type, Type out_type,
+                      bool project, bool zero_silent, void* grad, void* dots, void* sums,
+                      void* squares, void* workspace, int device, void* stream) {
   check_length(n);
   check_length(rows * max_active);
   const DeviceGuard guard(device);
-  const auto on = static_cast<cudaStream_t>(stream);
-  const int64_t pieces = pieces_of(rows, max_active), size = type == Type::float64 ? 8 : 4;
-  unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  void* const partial_sums = bytes + pieces * 2 * size * d;
-  int32_t* const first = reinterpret_cast<int32_t*>(bytes + pieces * 2 * size * (d + 1));
-  check(cudaMemsetAsync(first + pieces, 0, 4, on), "cudaMemsetAsync");
-  if (dots != nullptr) {
-    check(cudaMemsetAsync(dots, 0, size_t(rows * max_active * size), on), "cudaMemsetAsync");
-  }
-  const GradientArgs args = {scale, offsets, entries,   max_active,   int32_t(n), d,
-                             y,     weight,  project,   zero_silent,  grad,       dots,
-                             sums,  squares, workspace, partial_sums, first,      first + pieces};
+  const int64_t places = rows * max_active;
   with_type(type, [&](auto tag) {
     using S = typename decltype(tag)::type;
+    using T = Compute<S>;
+    GradientArgs args = {};
+    args.scale = scale, args.indices = indices, args.offsets = offsets, args.entries = entries;
+    args.places = places, args.max_active = int32_t(max_active), args.n = int32_t(n), args.d = d;
+    args.y = y, args.weight = weight, args.project = project, args.zero_silent = zero_silent;
+    args.grad = grad, args.dots = dots, args.sums = sums, args.squares = squares;
+    args.pieces = pieces_of(places), args.tiles = int(tiles_of(d, sizeof(S), 1));
+    T* const partial = static_cast<T*>(workspace);
+    T* const partial_sums = partial + args.pieces * d;
+    T* const partial_dots = partial_sums + args.pieces;
+    T* const partial_squares = partial_dots + (dots != nullptr ? args.tiles * places : 0);
+    args.partial = partial, args.partial_sums = partial_sums;
+    args.partial_dots = partial_dots, args.partial_squares = partial_squares;
     if constexpr (sizeof(S) == 8) {
       gradients<S, S>(args, rows, stream);
     } else if (out_type == Type::float32) {

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Selection(NamedTuple):
     """latents (B, n): activations times their gates, dense or a code. k_hat (B,): the float32 budgets.
 
-    activations (B, n): what a top-k rule selected from, >= 0, with its gradient; None of other rules and
-    beside a code. overflow () bool: whether a code has less than was selected, where it does not say so
-    itself.
+    activations (B, n): what a top-k rule selected from, >= 0, with its gradient where the phase has a
+    regularizer; None of other rules and beside a code. overflow () bool: whether a code has less than was
+    selected, where it does not say so itself.
     """
 
     latents: Tensor | SparseCode
@@ -75,6 +75,19 @@ class Selector(nn.Module):
             phase: alpha, target and whether the selection is hard.
         """
         raise NotImplementedError
+
+    def by_rows(self, phase: Phase) -> bool:
+        """Whether a dense step may pass a batch in parts of its rows (softsae/parts.py): what is selected in
+        a row then depends on that row alone, given its `row_budgets`, and loss terms on the budgets alone:
+        they are asked for once, without a target, for a selection without latents."""
+        return False
+
+    def row_budgets(
+        self, sae: SparseAutoencoder, x: Tensor, phase: Phase, sparse: Sparse, centered: Tensor
+    ) -> Tensor | None:
+        """k_hat (B,) of normalised x (B, d), with its gradient, for a rule to which it is given with every
+        part, as the last argument of `forward`; else None. centered: softsae.sparse.centered of x."""
+        return None
 
     def dense_only(self, phase: Phase) -> str | None:
         """Why the rule has no sparse path in a phase, None where it has one."""

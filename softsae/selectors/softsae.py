@@ -18,8 +18,9 @@ from softsae.k_estimator import KEstimator
 from softsae.losses import budget
 from softsae.schedules import Phase
 from softsae.selectors.contract import Selection, Selector
-from softsae.sparse import Sparse, encode
+from softsae.sparse import Sparse, centered, encode
 from softtopk import hard_topk, soft_topk
+from softtopk.gate import gated, rectify
 
 BELOW_ACTIVE = math.nextafter(2.0**-24, 0.0)  # a gate of at least 2^-24 counts as active
 
@@ -31,22 +32,30 @@ class SoftSAE(Selector):
         super().__init__(config)
         self.estimator = KEstimator(config)
 
-    def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
-        a = torch.relu_(pre)  # [B, n]
+    def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase, k_hat: Tensor | None = None) -> Selection:
         learns = torch.is_grad_enabled() and phase.learns == "all"
-        with torch.set_grad_enabled(learns):
-            k_hat = self.estimator(sae, x, a)  # [B]
+        rectified = self.gates_alone(phase)
+        a = rectify(pre) if rectified else torch.relu_(pre)  # [B, n]
+        if k_hat is None:
+            with torch.set_grad_enabled(learns):
+                k_hat = self.estimator(sae, x, a)  # [B]
         if phase.hard and not learns:
             if phase.learns == "decoder":
                 a = a.detach()
             return Selection(a * self.hard_mask(a, k_hat), k_hat, a)
         p = soft_topk(self.routed(a), k_hat, phase.alpha)
+        if not phase.hard:
+            return Selection(gated(a, p, BELOW_ACTIVE, rectified=rectified), k_hat, a)
         with torch.no_grad():  # the gradient of p is not touched by what its value is set to
-            if phase.hard:
-                p.copy_(self.hard_mask(a, k_hat))
-            else:
-                torch.threshold_(p, BELOW_ACTIVE, 0.0)
+            p.copy_(self.hard_mask(a, k_hat))
         return Selection(a * p, k_hat, a)
+
+    def by_rows(self, phase: Phase) -> bool:
+        return self.config.softsae.estimator.kind != "shared"  # that takes its h(x) from the pass itself
+
+    def row_budgets(self, sae, x: Tensor, phase: Phase, sparse: Sparse, centered: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and phase.learns == "all"):
+            return self.estimator(sae, x, None, sparse, centered)
 
     def dense_only(self, phase: Phase) -> str | None:
         floor = self.config.softsae.rounding == "floor"
@@ -56,16 +65,18 @@ class SoftSAE(Selector):
 
     def sparse(self, sae, x: Tensor, phase: Phase, sparse: Sparse) -> Selection:
         learns = torch.is_grad_enabled() and phase.learns == "all"
+        rows = centered(sae, x, sparse)  # [B, d]
         with torch.set_grad_enabled(learns):
-            k_hat = self.estimator(sae, x, None, sparse)  # [B]
+            k_hat = self.estimator(sae, x, None, sparse, rows)  # [B]
         floor = self.config.softsae.rounding == "floor"
         if phase.hard and (floor or not learns):
             k = k_hat.detach().floor() if floor else k_hat.detach()
             with torch.set_grad_enabled(torch.is_grad_enabled() and phase.learns != "decoder"):
-                return Selection(encode(sae, x, sparse, k), k_hat)
+                return Selection(encode(sae, x, sparse, k, rows=rows), k_hat)
         share = {"all": 1.0, "k": 0.0}.get(self.config.softsae.selection_gradient)
         share = self.config.softsae.selection_gradient if share is None else share
-        code = encode(sae, x, sparse, k_hat, phase.alpha, hard=phase.hard, selection_gradient=share)
+        options = {"hard": phase.hard, "selection_gradient": share}
+        code = encode(sae, x, sparse, k_hat, phase.alpha, rows, **options)
         return Selection(code, k_hat)
 
     def normed(self) -> tuple[str, ...]:
@@ -75,6 +86,12 @@ class SoftSAE(Selector):
 
     def most_active(self) -> float:
         return self.config.softsae.k_max
+
+    def gates_alone(self, phase: Phase) -> bool:
+        """Whether the activations get a gradient through their gates alone, so that these see to the ReLU."""
+        options = self.config.softsae
+        routed = options.selection_gradient not in ("k", 0) or options.estimator.moves_encoder
+        return not (phase.hard or routed or phase.regularizer is not None)
 
     def routed(self, a: Tensor) -> Tensor:
         """a, with as much of the selection's gradient as selection_gradient lets through."""

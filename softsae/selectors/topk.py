@@ -11,15 +11,21 @@ from softsae.schedules import Phase
 from softsae.selectors.contract import Selection, Selector
 from softsae.sparse import Sparse, encode
 from softtopk import hard_topk
+from softtopk.gate import gated, rectify
 
 
 class TopK(Selector):
     """latents = a * 1[a among the k largest of its row], a = relu(pre)."""
 
     def forward(self, sae, x: Tensor, pre: Tensor, phase: Phase) -> Selection:
-        a = torch.relu_(pre)  # [B, n]
-        latents = a * hard_topk(a.detach(), self.k)
-        return Selection(latents, self.budgets(x), a)
+        if phase.regularizer is not None:
+            a = torch.relu_(pre)  # [B, n]
+            return Selection(a * hard_topk(a.detach(), self.k), self.budgets(x), a)
+        a = rectify(pre)
+        return Selection(gated(a, hard_topk(a.detach(), self.k), rectified=True), self.budgets(x), a)
+
+    def by_rows(self, phase: Phase) -> bool:
+        return True
 
     def dense_only(self, phase: Phase) -> None:
         return None

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from softtopk.backends.native import _C, Kernels, reads
+from softtopk.backends.native_activity import ActivityKernels
+from softtopk.backends.native_budget import BudgetKernels
+from softtopk.backends.native_error import ErrorKernels
+from softtopk.backends.native_gate import GateKernels
+from softtopk.backends.native_optim import OptimKernels
 from softtopk.backends.native_projection import NativeSteps
+from softtopk.backends.native_shift import ShiftKernels
 from softtopk.backends.native_sparse import SparseKernels
 from softtopk.backends.projection import Projection
 
@@ -52,13 +58,26 @@ def device_and_stream(x: Tensor) -> tuple[int, int]:
 
 kernels = Kernels(_C.cuda, device_and_stream, log_needs_solution=True)
 sparse = SparseKernels(_C.cuda, device_and_stream)
+activities = ActivityKernels(_C.cuda, device_and_stream)
+budgets = BudgetKernels(_C.cuda, device_and_stream)
+errors = ErrorKernels(_C.cuda, device_and_stream)
+gates = GateKernels(_C.cuda, device_and_stream)
+optim = OptimKernels(_C.cuda, device_and_stream)
+shifts = ShiftKernels(_C.cuda, device_and_stream)
 __all__ = [
-    "adam_step",
+    "activities",
+    "adam_flat",
+    "adam_rows",
+    "budgets",
+    "clip_factors",
+    "errors",
+    "gates",
     "hard_topk_indices",
     "hard_topk_mask",
     "reads",
     "relu_projection_backward",
     "relu_projection_forward",
+    "shifts",
     "soft_topk_backward",
     "soft_topk_forward",
 ]
@@ -71,41 +90,5 @@ projection = Projection(NativeSteps(_C.cuda, device_and_stream))
 relu_projection_forward = projection.relu_projection_forward
 relu_projection_backward = projection.relu_projection_backward
 
-
-def adam_step(
-    parameter: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    copy: Tensor | None,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    step: Tensor,
-    scale: Tensor | None,
-    found_inf: Tensor | None,
-    offsets: Tensor | None,
-    normalize: bool,
-) -> None:
-    """A step of softtopk.optim.Adam: contiguous float32 tensors, a bfloat16 copy, int32 offsets."""
-    by_row = offsets is not None or normalize
-    rows = len(parameter) if by_row else 1
-    by_tensor = isinstance(lr, Tensor)
-    addresses = [0 if t is None else t.data_ptr() for t in (scale, found_inf, offsets)]
-    _C.cuda.adam_step(
-        parameter.data_ptr(),
-        gradient.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        0 if copy is None else copy.data_ptr(),
-        rows,
-        parameter.numel() // max(rows, 1),
-        lr.data_ptr() if by_tensor else 0,
-        0.0 if by_tensor else float(lr),
-        *betas,
-        eps,
-        step.data_ptr(),
-        *addresses,
-        normalize,
-        *device_and_stream(parameter),
-    )
+adam_rows, adam_flat = optim.adam_rows, optim.adam_flat
+clip_factors = optim.clip_factors

@@ -132,6 +132,7 @@ class SparseKernels:
     def latent_gradients(
         self,
         scale: Tensor,
+        indices: Tensor,
         offsets: Tensor,
         entries: Tensor,
         y: Tensor,
@@ -142,16 +143,21 @@ class SparseKernels:
         project: bool = False,
         zero_silent: bool = True,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        scale, offsets, entries, y = (t.contiguous() for t in (scale, offsets, entries, y))
+        given = (scale, indices, offsets, entries, y)
+        scale, indices, offsets, entries, y = (t.contiguous() for t in given)
         weight = None if weight is None else weight.contiguous()
         n, d = len(offsets) - 1, y.shape[1]
         grad = y.new_empty(n, d, dtype=out_dtype)
         dots = None if weight is None else torch.empty_like(scale)
         sums = scale.new_empty(n) if want_sums else None
         squares = scale.new_empty(n) if want_squares else None
-        workspace = y.new_empty(self.launchers.gradients_workspace(*scale.shape, n, d), dtype=torch.uint8)
+        room = self.launchers.gradients_workspace(
+            TYPES[y.dtype], *scale.shape, n, d, dots is not None, squares is not None
+        )
+        workspace = y.new_empty(room, dtype=torch.uint8)
         self.launchers.latent_gradients(
             scale.data_ptr(),
+            indices.data_ptr(),
             offsets.data_ptr(),
             entries.data_ptr(),
             *scale.shape,

@@ -5,17 +5,18 @@ the cache. What a backend does with a chunk are three steps:
 
     relu_dot(z, w2, add, scores, mask)      scores (B,) (+)= relu(z) . w2; mask (B, bytes): bit j % 8 of byte
                                             j // 8 is z_j > 0
-    expand_mask(mask, g, expanded)          expanded (B, columns) = 0 or 1; returns sums (parts, columns),
-                                            whose total is gamma_j = sum_b g_b mask_bj
+    expand_mask(mask, g, expanded)          expanded (B, columns) = g_b mask_bj, rounded; returns sums
+                                            (parts, columns), whose total is gamma_j = sum_b g_b mask_bj
     scale_gradient(products, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares)
 
-With G_j = sum_b g_b mask_bj x_b, the products of the mask and g x, the gradients are w2_j G_j of the weight,
-w2_j gamma_j of the bias and <W_j, G_j> + c_j gamma_j of w2, since relu(z) = mask (x W^T + c). squares, where
-wanted, are |w2_j G_j|^2.
+With G_j = sum_b g_b mask_bj x_b, the products of the expanded mask and x, the gradients are w2_j G_j of the
+weight, w2_j gamma_j of the bias and <W_j, G_j> + c_j gamma_j of w2, since relu(z) = mask (x W^T + c).
+squares, where wanted, are |w2_j G_j|^2.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -28,7 +29,8 @@ COLUMNS = 256  # a chunk's columns are a multiple of these, but for the last
 
 class Projection:
     """The forward and the backward on the steps of a backend. x (B, d), weight (n, d) and bias (n,) are of
-    one dtype and contiguous; w2 (n,), the scores (B,) and their gradient g of its compute dtype."""
+    one dtype and contiguous, but a weight of another is rounded to that, a chunk at a time; w2 (n,), the
+    scores (B,) and their gradient g are of its compute dtype."""
 
     def __init__(self, steps):
         self.steps = steps
@@ -37,12 +39,14 @@ class Projection:
         self, x: Tensor, weight: Tensor, bias: Tensor, w2: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The scores, and the mask (B, ceil(n / 8)) of bits."""
-        scores = x.new_zeros(len(x), dtype=w2.dtype)
+        scores = x.new_empty(len(x), dtype=w2.dtype)
+        if len(weight) == 0:
+            scores.zero_()
         mask = x.new_empty(len(x), (len(weight) + 7) // 8, dtype=torch.uint8)
         chunks, buffer = columns_at_a_time(x, len(weight), self.chunk_columns(x, weight))
         for part in chunks:
             z = columns_of(buffer, len(x), part)
-            torch.addmm(bias[part], x, weight[part].t(), out=z)
+            torch.addmm(bias[part], x, weight[part].to(x.dtype).t(), out=z)
             self.steps.relu_dot(z, w2[part], part.start > 0, scores, mask[:, part.start // 8 :])
         return scores, mask
 
@@ -61,19 +65,21 @@ class Projection:
         """The gradients of weight (in out_dtype: x's or the compute dtype), bias, w2 and x (in the compute
         dtype, the last only if wanted). squares (n,), of the compute dtype, are written if given."""
         g = g.contiguous()
-        gx = torch.mul(x, g[:, None], out=torch.empty_like(x))
         grad_weight = weight.new_empty(weight.shape, dtype=out_dtype)
         grad_bias, grad_w2 = torch.empty_like(w2), torch.empty_like(w2)
         grad_x = x.new_zeros(x.shape, dtype=w2.dtype) if want_x else None
+        ones = torch.ones_like(g) if want_x else None
         chunks, buffer = columns_at_a_time(x, len(weight), self.chunk_columns(x, weight))
         for part in chunks:
             expanded = columns_of(buffer, len(x), part)
             sums = self.steps.expand_mask(mask[:, part.start // 8 :], g, expanded)
             self.chunk_gradients(
-                part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
+                part, expanded, x, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
             )
-            if want_x:
-                scaled = torch.mul(weight[part], w2[part, None], out=torch.empty_like(weight[part]))
+            if want_x:  # g is multiplied with at the end, where it need not be rounded
+                self.steps.expand_mask(mask[:, part.start // 8 :], ones, expanded)
+                rounded = weight[part].to(x.dtype)
+                scaled = torch.mul(rounded, w2[part, None], out=torch.empty_like(rounded))
                 grad_x += multiply(expanded, scaled, torch.empty_like(grad_x))
         return grad_weight, grad_bias, grad_w2, None if grad_x is None else grad_x.mul_(g[:, None])
 
@@ -81,7 +87,7 @@ class Projection:
         return even(len(weight), CHUNK_BYTES // (x.element_size() * max(len(x), 1)))
 
     def chunk_gradients(
-        self, part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
+        self, part, expanded, x, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
     ):
         """The rows `part` of the gradients: the products, and what is done with them in the cache."""
         for inner in products_at_a_time(part, weight, w2.dtype):
@@ -89,10 +95,10 @@ class Projection:
             products = grad_weight[inner]
             if products.dtype != w2.dtype:
                 products = torch.empty_like(products, dtype=w2.dtype)
-            multiply(expanded[:, place].t(), gx, products)
+            multiply(expanded[:, place].t(), x, products)
             self.steps.scale_gradient(
                 products,
-                weight[inner],
+                weight[inner].to(expanded.dtype),
                 bias[inner],
                 w2[inner],
                 sums[:, place],
@@ -143,6 +149,32 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out.copy_(torch.mm(a, b))  # torch before 2.8: rounded once more
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, whose dtype may be the compute dtype of theirs: accumulated in that."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif not a.is_cuda:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    elif adds_to_wider(a.dtype, total.dtype, a.device):
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total.add_(multiply(a, b, torch.empty_like(total)))
+
+
+@functools.cache
+def adds_to_wider(dtype: torch.dtype, wider: torch.dtype, device: torch.device) -> bool:
+    """Whether torch, whose versions differ in it, adds a product to a matrix of a wider dtype on a GPU."""
+    if not hasattr(torch.ops.aten.addmm, "dtype_out"):
+        return False
+    factor = torch.zeros(8, 8, dtype=dtype, device=device)
+    total = factor.to(wider)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, factor, factor, wider, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
 class TorchSteps:
     """The three steps in torch, anywhere."""
 
@@ -155,8 +187,9 @@ class TorchSteps:
 
     @staticmethod
     def expand_mask(mask: Tensor, g: Tensor, expanded: Tensor) -> Tensor:
-        expanded.copy_(unpack(mask, expanded.shape[1]))
-        return torch.mv(expanded.t().to(g.dtype), g)[None]
+        bits = unpack(mask, expanded.shape[1])
+        expanded.copy_(torch.where(bits != 0, g[:, None], 0))
+        return torch.mv(bits.t().to(g.dtype), g)[None]
 
     @staticmethod
     def scale_gradient(products, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares) -> None:

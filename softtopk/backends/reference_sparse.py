@@ -209,6 +209,7 @@ def decode(values: Tensor, indices: Tensor, counts: Tensor, weight: Tensor, bias
 
 def latent_gradients(
     scale: Tensor,
+    indices: Tensor,
     offsets: Tensor,
     entries: Tensor,
     y: Tensor,
@@ -221,7 +222,8 @@ def latent_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Over the entries e of every latent l, in their order: grad[l] = sum scale_e y[row of e], and more.
 
-    scale (rows, C) in T; offsets and entries as `transpose` gives them; y (rows, d). The results:
+    scale (rows, C) in T; indices (rows, C) of the code; offsets and entries as `transpose` gives them; y
+    (rows, d). The results:
 
         grad (n, d) of out_dtype; a silent latent, one without entries, has a row of zeros or, without
             zero_silent, what torch.empty left there;

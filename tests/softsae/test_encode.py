@@ -72,6 +72,13 @@ def test_stored_activations_become_a_folder_of_codes(tmp_path, rows, dtype):
     )
 
 
+def test_an_autoencoder_encodes_in_its_own_dtype(tmp_path):
+    sae, x = model().bfloat16(), torch.randn(70, D)
+    out = softsae.encode_source(sae, x, tmp_path / "codes", batch_size=32)
+    found = torch.cat([code.to_dense() for code in softsae.read_codes(out)])
+    assert torch.equal(found, torch.cat([sae.encode(part.bfloat16()) for part in x.split(32)]).float())
+
+
 def test_what_cannot_be_encoded_is_refused_and_leaves_nothing(tmp_path):
     sae, out = model(), tmp_path / "codes"
     with pytest.raises(ValueError, match="activations have d=5, the autoencoder d=16"):

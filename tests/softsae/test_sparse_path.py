@@ -118,14 +118,19 @@ def test_a_training_in_float32_begins_as_the_dense_one(name):
 
 
 @pytest.mark.parametrize("name", ["topk", "softsae-wide", "softsae-shared-scaled", "batchtopk", "msae"])
-def test_products_in_bfloat16_are_made_from_copies(name):
-    run, sparse = records(name, path="sparse", dtype="bfloat16")
+def test_products_in_bfloat16_are_those_of_copies(name):
+    """Whether weights are rounded where they are used or by the optimizer, the training is the same."""
+    rounded, sparse = records(name, path="sparse", dtype="bfloat16")
+    run, kept = records(name, path="sparse", dtype="bfloat16", keep_copies=True)
     _, dense = records(name, path="dense", dtype="bfloat16")
     copies = {run.one_step.names[p]: copy for p, copy in run.optimizer.copies.items()}
-    assert {"W_enc", "W_dec"} <= copies.keys()
+    assert {"W_enc", "W_dec"} <= copies.keys() and not rounded.optimizer.copies
     for weight, copy in copies.items():
         master = run.sae.get_parameter(weight)
         assert master.dtype == torch.float32 and torch.equal(copy, master.bfloat16())
+    assert [record["loss"] for record in sparse] == [record["loss"] for record in kept]
+    for ours, theirs in zip(rounded.sae.parameters(), run.sae.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
     close(sparse[:3], dense[:3], 0.03)
     assert sparse[-1]["loss_reconstruction"] == pytest.approx(dense[-1]["loss_reconstruction"], rel=0.1)
 
@@ -203,6 +208,6 @@ def test_rules_without_a_sparse_path_say_so():
 
 
 def test_configurations_of_the_path():
-    for field, wrong in (("path", "thin"), ("sparse_below", 2), ("cuda_graph", "yes")):
+    for field, wrong in (("path", "thin"), ("sparse_below", 2), ("cuda_graph", "yes"), ("keep_copies", 1)):
         with pytest.raises(ValueError, match=field):
             dataclasses.replace(TrainConfig(), **{field: wrong})

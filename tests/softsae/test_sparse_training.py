@@ -138,14 +138,15 @@ def test_a_training_may_go_on_by_another_path(tmp_path):
 @pytest.mark.parametrize("name", ["softsae-wide", "topk-nested", "adaptivek", "batchtopk"])
 def test_steps_with_their_numbers_on_the_device_are_the_same(name, path, monkeypatch):
     """What a graph records, run as it is: lr, alpha, k_target and weights are 0-d tensors."""
-    _, expected = records(name, Exactly, path=path, steps=40, hard_steps=4)
+    train = {"path": path, "steps": 40, "hard_steps": 4, "rows_at_a_time": 24}
+    _, expected = records(name, Exactly, **train)
 
     def recorder(self, source, held_out=None, start=Trainer.start):
         start(self, source, held_out)
         self.run_step = Recorder(self.one_step, self.device, record=False)
 
     monkeypatch.setattr(Trainer, "start", recorder)
-    _, found = records(name, Exactly, path=path, steps=40, hard_steps=4)
+    _, found = records(name, Exactly, **train)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()
         for key in ("loss", "loss_reconstruction", "grad_norm", "k_hat_mean", "lr", "alpha"):

@@ -37,7 +37,7 @@ def compile_kernel(kernel, arch, element, whole, ones):
     pointers = dict.fromkeys(("w2", "parts", "g", "sums", "grad_weight", "dots", "squares"), "*fp32") | {
         "mask": "*u8"
     }
-    pointers |= dict.fromkeys(("x", "weight", "bias", "expanded", "gx"), f"*{element}")
+    pointers |= dict.fromkeys(("x", "weight", "bias", "expanded"), f"*{element}")
     signature = {a: "constexpr" if a in constants else pointers.get(a, "i32") for a in kernel.arg_names}
     free = [i for i, a in enumerate(kernel.arg_names) if a not in constants]
     attributes = {(i,): [["tt.divisibility", 16]] for i in free} if whole else {}

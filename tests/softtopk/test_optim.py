@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softtopk import optim
-from softtopk.optim import Adam, clip_factor
+from softtopk.optim import Adam, Clipped, clip_factor, clip_factors
 
 # Lengths that are whole numbers of 16 bytes and others; rows of one place a thread, of several, and more
 # than a block can keep; more elements than a block of a flat sweep.
@@ -141,6 +141,32 @@ def test_schedulers(device):
         for scheduler in schedulers:
             scheduler.step()
         assert_same(ours, p, theirs, q)
+
+
+def test_many_parameters_together(device):
+    # More than a launch takes, of two groups, one of them not on 16 bytes, one without rows.
+    shapes = [(), (5,), (3, 700), (4099,), (0, 3)] * 9
+    pairs = [pair(shape, device) for shape in shapes]
+    shifted = [make((30,), device)[1:].requires_grad_() for _ in range(2)]
+    pairs.append(tuple(shifted))
+    copies = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p, _ in pairs[::3]}
+    split = len(pairs) // 3
+    options = [dict(lr=0.01, eps=1e-6), dict(lr=0.002, betas=(0.8, 0.99))]
+
+    def groups(which):
+        parts = pairs[:split], pairs[split:]
+        return [{"params": [p[which] for p in part], **o} for part, o in zip(parts, options, strict=True)]
+
+    ours, theirs = Adam(groups(0), copies=copies), torch.optim.Adam(groups(1))
+    for step in range(3):
+        for p, q in pairs:
+            give(step, p, q)
+        ours.step()
+        theirs.step()
+    for p, q in pairs:
+        assert_same(ours, p, theirs, q)
+    for p, copy in copies.items():
+        assert torch.equal(copy, p.detach().bfloat16())
 
 
 @pytest.mark.parametrize("by_group", [False, True], ids=["one", "by group"])
@@ -318,6 +344,26 @@ def test_clip_factor_of_what_is_not_finite(device):
     assert scale == 0 and norm == float("inf")
     scale, norm = clip_factor([torch.tensor([1.0, float("nan")], device=device)], 1.0)
     assert scale.isnan() and norm.isnan()
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["", "more than a launch takes"])
+def test_clip_factors_of_groups(device, many):
+    # Several blocks of a tensor, ends of blocks, tensors that do not start on 16 bytes, none at all.
+    shapes = [(), (5,), (70_001,), (16384,), (0,), (129, 300)] * (20 if many else 1)
+    gradients = [make(shape, device, seed=i) for i, shape in enumerate(shapes)]
+    gradients.append(make((20_000,), device)[3:])
+    squares = [make((40,), device, seed=i).square() for i in range(3)]
+    groups = [Clipped(squares[:1], gradients[::2], 1.0), Clipped([], [], 2.0), Clipped([], gradients, 1e4)]
+    groups.append(Clipped(squares, gradients[1::2], 7.0))
+    scales, norms = clip_factors(groups)
+    for group, scale, norm in zip(groups, scales, norms, strict=True):
+        total = sum(float(part.double().sum()) for part in group.squares)
+        total += sum(float(part.double().square().sum()) for part in group.gradients)
+        assert scale.shape == norm.shape == () and scale.dtype == norm.dtype == torch.float32
+        torch.testing.assert_close(float(norm), total**0.5, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            float(scale), min(1.0, group.max_norm / (total**0.5 + 1e-6)), rtol=1e-6, atol=0
+        )
 
 
 def test_errors():

@@ -84,6 +84,16 @@ def test_gradcheck(backend, device, shape, small_chunks):
     )
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_products_are_added_up_in_the_compute_dtype(device, kind):
+    a, b = (torch.randn(40, n, device=device).to(kind) for n in (24, 16))
+    wide = torch.float64 if kind == torch.float64 else torch.float32
+    total = projection.multiply(a.t(), b, torch.empty(24, 16, dtype=wide, device=device))
+    projection.add_product(total, a.t(), b)
+    want = 2 * (a.double().t() @ b.double())
+    assert total.dtype == wide and (total - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(33, 16, 520), (20, 7, 301)], ids=str)
 def test_mixed_precision(backend, device, kind, shape, small_chunks):
@@ -93,6 +103,10 @@ def test_mixed_precision(backend, device, kind, shape, small_chunks):
     g = weights_of(scores)
     gradients = torch.autograd.grad(scores, (x, weight, bias, w2), g)
     assert [t.dtype for t in (scores, *gradients)] == [torch.float32] * 5
+    again = relu_projection(x, weight, bias, w2, copy=kind, backend=backend)  # rounded by the chunk
+    repeated = again, *torch.autograd.grad(again, (x, weight, bias, w2), g)
+    for a, b in zip(repeated, (scores, *gradients), strict=True):
+        assert torch.equal(a, b)
 
     rounded = [t.detach().to(kind).double().requires_grad_() for t in (x, copy, bias)]
     rounded.append(w2.detach().double().requires_grad_())
@@ -220,6 +234,8 @@ def test_errors():
             relu_projection(*wrong)
     with pytest.raises(ValueError, match="copy"):
         relu_projection(x, weight, bias, w2, copy=weight[:3])
+    with pytest.raises(TypeError, match="copy"):
+        relu_projection(x, weight, bias, w2, copy=torch.int8)
     for squares in (torch.zeros(5), torch.zeros(6, dtype=torch.float64), torch.zeros(12)[::2]):
         with pytest.raises(ValueError, match="squares"):
             relu_projection(x, weight, bias, w2, squares=squares)

@@ -65,7 +65,7 @@ def everything(dtype, rows: int, n: int, d: int, C: int) -> list[Tensor]:
     offsets, entries = cpu.transpose(indices, counts, n)
     out += [offsets, entries[: offsets[-1]], cpu.decode(values, indices, counts, weight, weight[0])]
     for project in (False, True):
-        out += cpu.latent_gradients(values, offsets, entries, y, weight, dtype, True, True, project)
+        out += cpu.latent_gradients(values, indices, offsets, entries, y, weight, dtype, True, True, project)
     return out
 
 
@@ -211,7 +211,7 @@ def test_transposition_decoding_gradients(dtype, shape):
     active = offsets.diff() > 0
     for w, project in ((None, False), (weight, False), (weight, True)):
         for out_dtype in {dtype, T}:
-            arguments = values, offsets, entries, y, w, out_dtype, True, True, project
+            arguments = values, indices, offsets, entries, y, w, out_dtype, True, True, project
             grad, *others = cpu.latent_gradients(*arguments)
             want_grad, *want_others = reference.latent_gradients(*arguments)
             assert_near(grad, want_grad, TOLERANCES[out_dtype])
@@ -233,7 +233,7 @@ def test_silent_rows_are_left_alone():
         def new_empty(self, *size, **options):
             return grad if size == (60, 8) else torch.Tensor.new_empty(self, *size, **options)
 
-    arguments = values, offsets, entries, y.as_subclass(Reused), None, torch.float32, False, False
+    arguments = values, indices, offsets, entries, y.as_subclass(Reused), None, torch.float32, False, False
     got = cpu.latent_gradients(*arguments, zero_silent=False)[0]
     silent = offsets.diff() == 0
     assert got is grad and silent.any() and not silent.all()
@@ -263,7 +263,9 @@ def test_flushing_of_denormals_changes_nothing():
         values, indices, active, counts, state = code
         offsets, entries = cpu.transpose(indices, counts, 500)
         back = cpu.code_backward(active, None, counts, state, 1e-3, values, 1.0)
-        gradients = cpu.latent_gradients(values, offsets, entries, y, None, torch.float32, True, True)
+        gradients = cpu.latent_gradients(
+            values, indices, offsets, entries, y, None, torch.float32, True, True
+        )
         return [*code, *back, gradients[0], *gradients[2:]]
 
     want = results()
@@ -286,7 +288,7 @@ def test_no_rows():
     assert offsets.tolist() == [0] * 6
     weight = torch.randn(5, 3)
     assert cpu.decode(values, indices, counts, weight, None).shape == (0, 3)
-    arguments = values, offsets, entries, torch.empty(0, 3), weight, torch.float32, True, True
+    arguments = values, indices, offsets, entries, torch.empty(0, 3), weight, torch.float32, True, True
     grad, dots, sums, squares = cpu.latent_gradients(*arguments)
     assert dots.shape == (0, 4) and not any(t.any() for t in (grad, sums, squares))
 

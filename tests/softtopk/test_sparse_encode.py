@@ -81,6 +81,19 @@ def test_encode_in_mixed_precision(backend, device):
         torch.testing.assert_close(filled, gradient.square().sum(1), rtol=1e-5, atol=1e-6)
 
 
+def test_a_dtype_stands_for_a_copy_that_is_made(backend, device):
+    x, encoder, bias, decoder, out, k, alpha = autoencoder(
+        rows=40, d=16, n=60, device=device, dtype=torch.float32
+    )
+    at, results = leaves(x.bfloat16(), encoder, bias, decoder, out), []
+    for copies in ([encoder.bfloat16(), decoder.bfloat16()], [torch.bfloat16] * 2):
+        code = encode_soft_topk(at[0], at[1], at[2], k, alpha, copy=copies[0], backend=backend)
+        x_hat = sparse_decode(code, at[3], at[4], copy=copies[1], project=True, backend=backend)
+        results.append((x_hat, *torch.autograd.grad(x_hat.float().square().sum(), at)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_encode_leaves_rows_of_silent_latents(backend, device):
     x, encoder, bias, *_ = autoencoder(rows=3, n=80, device=device, dtype=torch.float32)
     encoder.requires_grad_(), bias.requires_grad_()

@@ -109,6 +109,13 @@ WRONG = [
     (lambda: decode(bias=torch.ones(8)), ValueError, r"bias has shape \(8,\); \(5,\) is needed"),
     (lambda: decode(copy=W.double()), TypeError, "copy has dtype torch.float64, weight torch.float32: one"),
     (lambda: decode(copy=W.clone().requires_grad_()), ValueError, "copy requires a gradient, which goes to"),
+    (
+        lambda: decode(copy=torch.float64),
+        TypeError,
+        "copy has dtype torch.float64, weight torch.float32: one",
+    ),
+    (lambda: decode(copy=torch.int8), TypeError, "copy=torch.int8; float16, bfloat16, float32 or"),
+    (lambda: encode(copy=torch.bfloat16), TypeError, "x has dtype torch.float32, copy torch.bfloat16; they"),
     (lambda: decode(copy=3), TypeError, "copy must be a torch.Tensor, not int"),
     (lambda: decode(project="yes"), TypeError, "project='yes' must be True or False"),
     (lambda: decode(squares=torch.ones(5)), ValueError, r"squares has shape \(5,\); \(8,\) is needed"),

@@ -116,9 +116,18 @@ def test_long_latents(monkeypatch, out_dtype, options, d):
     weight = torch.nn.functional.normalize(torch.randn(n, d, generator=draw), dim=1)
     offsets, entries = reference.transpose(indices, counts, n)
     want = reference.latent_gradients(
-        scale.double(), offsets, entries, y.double(), weight.double(), torch.float64, True, True, **options
+        scale.double(),
+        indices,
+        offsets,
+        entries,
+        y.double(),
+        weight.double(),
+        torch.float64,
+        True,
+        True,
+        **options,
     )
-    arguments = on_device(scale, offsets, entries, y, weight, out_dtype, True, True)
+    arguments = on_device(scale, indices, offsets, entries, y, weight, out_dtype, True, True)
     got = kernels.latent_gradients(*arguments, **options)
     silent = offsets.diff() == 0
     again = kernels.latent_gradients(*arguments, **options)
@@ -131,7 +140,7 @@ def test_long_latents(monkeypatch, out_dtype, options, d):
     torch.testing.assert_close(got[0].cpu().double(), want[0], rtol=tolerance, atol=1e-5)
     for a, b in zip(got[1:], want[1:], strict=True):
         torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-5)
-    assert kernels.latent_gradients(*arguments[:4], None, out_dtype, False, False)[1:] == (None, None, None)
+    assert kernels.latent_gradients(*arguments[:5], None, out_dtype, False, False)[1:] == (None, None, None)
 
 
 def test_a_bias_is_rounded_as_torch_rounds():

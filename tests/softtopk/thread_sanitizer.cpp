@@ -127,10 +127,10 @@ void add_sparse(const Case& c, Selecting mode, int threads, std::vector<Bytes>& 
   Bytes sums(n * computed), squares(n * computed);
   cpu::decode(values.data(), indices.data(), counts.data(), c.rows, C, c.v.data(), c.type, n, d,
               c.x.data(), decoded.data(), threads);
-  space.resize(cpu::gradients_workspace(c.rows, C, n, d));
-  cpu::latent_gradients(values.data(), offsets.data(), entries.data(), c.rows, C, n, d, c.x.data(),
-                        c.v.data(), c.type, c.type, c.largest, true, rows.data(), dots.data(),
-                        sums.data(), squares.data(), space.data(), threads);
+  space.resize(cpu::gradients_workspace(c.type, c.rows, C, n, d, true, true));
+  cpu::latent_gradients(values.data(), indices.data(), offsets.data(), entries.data(), c.rows, C, n,
+                        d, c.x.data(), c.v.data(), c.type, c.type, c.largest, true, rows.data(),
+                        dots.data(), sums.data(), squares.data(), space.data(), threads);
   for (Bytes* result : {&values, &active, &state, &grad, &grad_k, &grad_alpha, &decoded, &rows,
                         &dots, &sums, &squares})
     out.push_back(std::move(*result));

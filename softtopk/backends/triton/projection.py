@@ -82,7 +82,7 @@ def expand_kernel(
     rows, columns, mask_stride, stride, sums_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The mask as 0 and 1, and the sums of g where it is set over the program's rows."""
+    """g where the mask is set, else 0, and its sums over the program's rows."""
     part = tl.program_id(0)
     row = part * ROWS + tl.arange(0, ROWS)
     byte = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
@@ -92,24 +92,22 @@ def expand_kernel(
     bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     bits = tl.reshape(bits, (ROWS, COLUMNS))
     there = column < columns
-    to = expanded + row.to(tl.int64)[:, None] * stride + column[None, :]
-    tl.store(
-        to, bits.to(tl.float32).to(expanded.dtype.element_ty), mask=(row < rows)[:, None] & there[None, :]
-    )
     of_row = tl.load(g + row, mask=row < rows, other=0.0)
-    total = tl.sum(tl.where(bits != 0, of_row[:, None], 0.0), 0)
-    tl.store(sums + part.to(tl.int64) * sums_stride + column, total, mask=there)
+    values = tl.where(bits != 0, of_row[:, None], 0.0)
+    to = expanded + row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(to, values.to(expanded.dtype.element_ty), mask=(row < rows)[:, None] & there[None, :])
+    tl.store(sums + part.to(tl.int64) * sums_stride + column, tl.sum(values, 0), mask=there)
 
 
 @triton.jit
 def backward_kernel(
-    expanded, gx, weight, w2, grad_weight, dots, squares,
+    expanded, x, weight, w2, grad_weight, dots, squares,
     rows, columns, d, stride, dots_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter has no products of bfloat16
     STEPS: tl.constexpr, WHOLE: tl.constexpr,  # of BLOCK_K along the rows; no more than they are
 ):  # fmt: skip
-    """A tile of G = mask^T (g x): w2_j G_j, and over its columns dots[column tile, j] = <W_j, G_j> and, where
+    """A tile of G = (g mask)^T x: w2_j G_j, and over its columns dots[column tile, j] = <W_j, G_j> and, where
     there is a place for them, squares[column tile, j] = |w2_j G_j|^2."""
     first, second = tile_of(tl.program_id(0), tl.cdiv(columns, BLOCK_M), tl.cdiv(d, BLOCK_N), GROUP)
     latent = first * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -117,19 +115,19 @@ def backward_kernel(
     k = tl.arange(0, BLOCK_K)
     there, within = latent < columns, column < d
     expanded += k.to(tl.int64)[:, None] * stride + latent[None, :]
-    gx += k.to(tl.int64)[:, None] * d + column[None, :]
+    x += k.to(tl.int64)[:, None] * d + column[None, :]
     products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(STEPS):
         a_mask, b_mask = there[None, :], within[None, :]
         if not WHOLE:
             left = (k < rows - step * BLOCK_K)[:, None]
             a_mask, b_mask = a_mask & left, b_mask & left
-        a, b = tl.load(expanded, mask=a_mask, other=0.0), tl.load(gx, mask=b_mask, other=0.0)
+        a, b = tl.load(expanded, mask=a_mask, other=0.0), tl.load(x, mask=b_mask, other=0.0)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         products = tl.dot(tl.trans(a), b, products)
         expanded += BLOCK_K * stride.to(tl.int64)
-        gx += BLOCK_K * d
+        x += BLOCK_K * d
     fits = there[:, None] & within[None, :]
     place = latent.to(tl.int64)[:, None] * d + column[None, :]
     w = tl.load(weight + place, mask=fits, other=0.0).to(tl.float32)
@@ -168,7 +166,7 @@ class TritonProjection(projection.Projection):
         parts = w2.new_empty(triton.cdiv(n, tile["BLOCK_N"]), len(x))
         with on_device(x):
             forward_kernel[(triton.cdiv(len(x), tile["BLOCK_M"]) * len(parts),)](
-                x, weight, bias, w2, parts, mask,
+                x, weight.to(x.dtype), bias, w2, parts, mask,
                 len(x), n, d, mask.stride(0),
                 GROUP=GROUP, **steps(d, tile), **tile,
             )  # fmt: skip
@@ -185,20 +183,20 @@ class TritonProjection(projection.Projection):
         return max(projection.CHUNK_BYTES // (row * wave), 1) * wave
 
     def chunk_gradients(
-        self, part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
+        self, part, expanded, x, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
     ):
         rows, columns = expanded.shape
         d = weight.shape[1]
-        if gx.dtype not in SIXTEEN_BITS or gx.numel() == 0:
+        if x.dtype not in SIXTEEN_BITS or x.numel() == 0:
             return super().chunk_gradients(
-                part, expanded, gx, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
+                part, expanded, x, weight, bias, w2, sums, grad_weight, grad_bias, grad_w2, squares
             )
-        tile = tiles(gx.device)
+        tile = tiles(x.device)
         dots = w2.new_empty(triton.cdiv(d, tile["BLOCK_N"]), columns)
         parts = None if squares is None else torch.empty_like(dots)
-        with on_device(gx):
+        with on_device(x):
             backward_kernel[(triton.cdiv(columns, tile["BLOCK_M"]) * len(dots),)](
-                expanded, gx, weight[part], w2[part], grad_weight[part], dots, parts,
+                expanded, x, weight[part].to(x.dtype), w2[part], grad_weight[part], dots, parts,
                 rows, columns, d, expanded.stride(0), dots.stride(0),
                 GROUP=GROUP, **steps(rows, tile), **tile,
             )  # fmt: skip

@@ -136,5 +136,8 @@ def code_backward(
             launch.bits(selection_gradient), grad_active, grad_k, grad_alpha, places,
         )  # fmt: skip
         with launch.on_device(active):
-            code_backward_kernel[(rows,)](*arguments, BLOCK=block, num_warps=max(1, block // 128))
+            # Where some differences v - v_pivot were fused with the product that v is and others not, what
+            # cancels between them would be left over, divided by alpha.
+            options = dict(num_warps=max(1, block // 128), enable_fp_fusion=False)
+            code_backward_kernel[(rows,)](*arguments, BLOCK=block, **options)
     return grad_active, grad_k, grad_alpha

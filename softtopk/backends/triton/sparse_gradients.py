@@ -159,6 +159,7 @@ def long_latents(offsets: Tensor, number: int) -> tuple[Tensor | None, Tensor | 
 
 def latent_gradients(
     scale: Tensor,
+    indices: Tensor,
     offsets: Tensor,
     entries: Tensor,
     y: Tensor,
