@@ -36,21 +36,41 @@ inline constexpr int kGroups = 16;  // of a thread's chunks: chunk i is of group
 inline constexpr int kScanningWarps = kScanners / 32;
 inline constexpr int kOfWarp = 96;  // candidates of a row from one warp
 inline constexpr int kMostFew = kScanningWarps * kOfWarp;
-inline constexpr int kMostWanted = 192;   // of kMaxima maxima
-inline constexpr int kMostParts = 16;     // units of a row
+inline constexpr int kMostWanted = 192;  // of kMaxima maxima
+inline constexpr int kMostParts = 16;    // units of a row
+#ifndef SEL_SOLVERS
+#define SEL_SOLVERS 2
+#endif
+inline constexpr int kSolvers = SEL_SOLVERS;  // warps of a block that solve
+inline constexpr int kSelectThreads = kScanners + 32 * kSolvers;
 inline constexpr float kBelow = 4;        // alphas below L that the threshold may lie
 inline constexpr float kReach = 36;       // and that candidates reach
 inline constexpr int kTooMany = 0x10000;  // a count of candidates that are not to be had
 
-// Barriers of the collecting warp and the one that solves.
-enum : int { kFilled = 2, kEmptied = 3 };
-__device__ __forceinline__ void arrive_at(int barrier) {
+// A block hands rows over in slots, one for each of its solving warps. Of each slot two barriers:
+// one at which its solver meets all that scan, when it is empty, and one at which it meets the
+// collecting warp, when it is filled. They are spelled out, for a barrier whose number is not known
+// counts as all of a block's, of which a multiprocessor has not enough.
+enum class Barrier { emptied, filled };
+template <Barrier B, class F>
+__device__ __forceinline__ void with_barrier(int slot, F f) {
   __syncwarp();
-  asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory");
+#pragma unroll
+  for (int i = 0; i < kSolvers; ++i) {
+    if (slot == i) f(2 + 2 * i + int(B), B == Barrier::emptied ? kScanners + 32 : 64);
+  }
 }
-__device__ __forceinline__ void wait_at(int barrier) {
-  __syncwarp();
-  asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory");
+template <Barrier B>
+__device__ __forceinline__ void arrive_at(int slot) {
+  with_barrier<B>(slot, [](int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+  });
+}
+template <Barrier B>
+__device__ __forceinline__ void wait_at(int slot) {
+  with_barrier<B>(slot, [](int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+  });
 }
 
 // The candidates that a warp has room for in memory, where a row has several units.
@@ -74,73 +94,36 @@ struct alignas(16) Part {
 
 // A unit that is to come, and its row's numbers.
 struct Request {
-  int64_t unit;
+  int64_t row;  // the number of rows: there is none
+  int32_t part;
+  int32_t wanted;  // maxima that reach the bound; 0: the row is not for this kernel
   Budget k;
   float alpha;
-  int32_t wanted;  // maxima that reach the bound; 0: the row is not for this kernel
 };
 
-struct SelectShared {
-  uint64_t barrier;
-  uint4 maxima[kMaxima / 4];  // keys
-  float2 limits;              // the bound and the maximum
-  Request requests[2];        // of this unit and the next, in turns
-  // What is handed over. A warp's candidates are kScanningWarps places apart. Those of a row in
-  // several units go by way of memory, and the places here are the solving warp's.
-  int32_t counts[kScanningWarps];
-  Taken taken;
-  Request request;
-  float values[kMostFew];
-  alignas(16) int32_t indices[kMostFew];
+// What is handed over. A warp's candidates are kScanningWarps places apart. Those of a row in
+// several units go by way of memory, and the places here are the solving warp's.
+struct alignas(16) Slot {
+  union {
+    uint4 maxima[kMaxima / 4];  // keys, before there are candidates
+    float values[kMostFew];
+  };
+  int32_t indices[kMostFew];
   union {
     uint16_t order[kMostFew];
     int32_t starts[kScanningWarps * kMostParts];  // of the candidates in memory
   };
+  int32_t counts[kScanningWarps];
+  Taken taken;
+  Request request;
 };
 
-// The largest elements of the calling thread's groups, as keys; of a NaN, the largest of all.
-template <class S>
-__device__ __forceinline__ void keys_of_groups(const Unit<S>& unit, uint32_t (&key)[kGroups]) {
-  if constexpr (sizeof(S) == 2) {
-    constexpr uint32_t kLeast = Element<S>::minus_infinity * 0x10001u;
-    uint32_t most[kGroups];
-#pragma unroll
-    for (uint32_t& pair : most) pair = kLeast;
-#pragma unroll 1
-    for (int first = 0; first < unit.items(); first += kGroups) {
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        if (first + i >= unit.items() || !unit.has(first + i)) continue;
-        const uint4 words = unit.chunk(first + i).words;
-        most[i] = max_of_pairs<S>(max_of_pairs<S>(most[i], words.x),
-                                  max_of_pairs<S>(words.y, max_of_pairs<S>(words.z, words.w)));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      using Raw = typename Element<S>::Raw;
-      key[i] = key_of(
-          max_with_nan(Element<S>::value(Raw(most[i])), Element<S>::value(Raw(most[i] >> 16))));
-    }
-  } else {
-    float most[kGroups];
-#pragma unroll
-    for (float& value : most) value = -infinity<float>;
-#pragma unroll 1
-    for (int first = 0; first < unit.items(); first += kGroups) {
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        if (first + i >= unit.items() || !unit.has(first + i)) continue;
-        float x[4];
-        unit.chunk(first + i).read(x);
-        most[i] =
-            max_with_nan(max_with_nan(most[i], x[0]), max_with_nan(x[1], max_with_nan(x[2], x[3])));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) key[i] = key_of(most[i]);
-  }
-}
+struct SelectShared {
+  uint64_t barrier;
+  float2 limits;        // the bound and the maximum
+  Request requests[2];  // of this unit and the next, in turns
+  Slot slots[kSolvers];
+};
 
 // Which elements of a chunk are from `least` > 0 on, as bits.
 template <class S>
@@ -167,110 +150,202 @@ class Reaching {
       return found;
     }
   }
+  // Whether some of what a group's largest are of is.
+  __device__ __forceinline__ bool any(uint32_t pair) const {
+    return pairs_from<S>(pair, both_) != 0;
+  }
+  __device__ __forceinline__ bool any(float most) const { return most >= least_; }
 
  private:
   float least_;
   uint32_t both_ = 0;  // in both halves, the lowest of S that is not below
 };
 
-// By a scanning warp: f(place, value, index) for its elements from `least` on; returns how many.
-// Where they go depends on nothing but the row.
-template <class S, class F>
-__device__ __forceinline__ int32_t collect(const Unit<S>& unit, const uint32_t (&key)[kGroups],
-                                           float least, F f) {
-  constexpr int kSize = Chunk<S>::size;
-  const int t = int(threadIdx.x), lane = t % 32;
-  const uint32_t lanes_below = (1u << lane) - 1, bound = key_of(least);
-  const Reaching<S> reaching(least);
-  uint32_t left = 0;  // of the thread's chunks
+// The largest elements of the calling thread's groups of chunks: of 16-bit elements those of the
+// even and those of the odd ones. A NaN is the largest of all.
+template <class S>
+class Groups {
+  using Most = std::conditional_t<sizeof(S) == 2, uint32_t, float>;
+
+ public:
+  __device__ __forceinline__ explicit Groups(const Unit<S>& unit) {
 #pragma unroll
-  for (int i = 0; i < kGroups; ++i) left |= uint32_t(key[i] >= bound) << i;
-  left |= left << kGroups;
+    for (Most& most : most_) most = least();
+    const int own = unit.own();
+#pragma unroll 1
+    for (int first = 0; first < own; first += kGroups) {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        if (first + i < own) most_[i] = larger(most_[i], of_chunk(unit.chunk(first + i)));
+      }
+    }
+  }
+  // The keys of the largest in even and in odd groups.
+  __device__ __forceinline__ uint2 keys() const {
+    Most most[2] = {most_[0], most_[1]};
+#pragma unroll
+    for (int i = 2; i < kGroups; ++i) most[i % 2] = larger(most[i % 2], most_[i]);
+    return {key(most[0]), key(most[1])};
+  }
+  // Which groups have elements that reach it, as bits.
+  __device__ __forceinline__ uint32_t from(const Reaching<S>& reaching) const {
+    uint32_t found = 0;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) found |= uint32_t(reaching.any(most_[i])) << i;
+    return found;
+  }
+
+ private:
+  __device__ static Most least() {
+    if constexpr (sizeof(S) == 2) {
+      return Element<S>::minus_infinity * 0x10001u;
+    } else {
+      return -infinity<float>;
+    }
+  }
+  __device__ static uint32_t larger(uint32_t a, uint32_t b) { return max_of_pairs<S>(a, b); }
+  __device__ static float larger(float a, float b) { return max_with_nan(a, b); }
+  __device__ __forceinline__ static Most of_chunk(const Chunk<S>& chunk) {
+    if constexpr (sizeof(S) == 2) {
+      return larger(larger(chunk.word(0), chunk.word(1)), larger(chunk.word(2), chunk.word(3)));
+    } else {
+      float x[4];
+      chunk.read(x);
+      return larger(larger(x[0], x[1]), larger(x[2], x[3]));
+    }
+  }
+  __device__ static uint32_t key(float most) { return key_of(most); }
+  __device__ static uint32_t key(uint32_t pair) {
+    using Raw = typename Element<S>::Raw;
+    return key_of(max_with_nan(Element<S>::value(Raw(pair)), Element<S>::value(Raw(pair >> 16))));
+  }
+
+  Most most_[kGroups];
+};
+
+// By a scanning warp: f(place, value, index) for its elements that reach; returns how many. Each
+// thread has one in a turn. Where they go depends on nothing but the row.
+template <class S, class F>
+__device__ __forceinline__ int32_t collect(const Unit<S>& unit, const Groups<S>& groups,
+                                           const Reaching<S>& reaching, F f) {
+  const int t = int(threadIdx.x);
+  const uint32_t lanes_below = (1u << t % 32) - 1;
+  uint32_t left = groups.from(reaching);
+  left = (left | left << kGroups) & ((2u << (unit.own() - 1)) - 1);  // of the thread's chunks
+  uint32_t found = 0;                                                // of chunk `item`
+  int item = 0;
   int32_t count = 0;
 #pragma unroll 1
-  while (__any_sync(~0u, left != 0)) {
-    const int item = left != 0 ? __ffs(int(left)) - 1 : kMostStripes;
-    left &= left - 1;
-    uint32_t found = item < unit.items() && unit.has(item) ? reaching(unit.chunk(item)) : 0;
-    const int mine = __popc(found);
-    int32_t place = count;
-#pragma unroll
-    for (int bit = 1; bit <= kSize; bit *= 2) {
-      const uint32_t lanes = __ballot_sync(~0u, mine & bit);
-      place += bit * __popc(lanes & lanes_below);
-      count += bit * __popc(lanes);
+  while (__any_sync(~0u, (left | found) != 0)) {
+    if (found == 0 && left != 0) {
+      item = __ffs(int(left)) - 1;
+      left &= left - 1;
+      found = reaching(unit.chunk(item));
     }
-    for (; found != 0; found &= found - 1) {
+    const bool has = found != 0;
+    const uint32_t all = __ballot_sync(~0u, has);
+    if (has) {
       const int i = __ffs(int(found)) - 1;
-      f(place++, unit.element(item, t, i), unit.first(item) + i);
+      found &= found - 1;
+      f(count + __popc(all & lanes_below), unit.element(item, t, i), unit.first(item) + i);
     }
+    count += __popc(all);
   }
   return count;
 }
 
-// Unit u, which may be none, and the numbers of its row.
+// What the scanning warps are to do, made out by one thread: which units the block has, and their
+// rows' numbers.
 template <bool SOFT>
-__device__ __forceinline__ Request request_of(const SelectArgs& args, int64_t u) {
-  const int64_t r = u >> args.units.log_parts;
-  if (r >= args.x.rows) return {u, Budget(0), 1, 0};
-  const double k = per_row(args.k, r), budget = SOFT ? k : std::floor(k + 0.5);
-  const float alpha = SOFT ? float(per_row(args.alpha, r)) : 1.0f,
-              rate = 1.4426950408889634f / alpha;
-  const bool fits =
-      (SOFT ? budget > 0 : budget >= 0) && budget < kMostFew && rate > 1e-36f && rate < 1e36f;
-  if (!fits) return {u, Budget(0), 1, 0};
-  const int32_t whole = int32_t(budget);
-  // At L - 4 alpha p is 1 - e^-4 / 2 from L on.
-  int32_t wanted = SOFT ? whole + whole / 64 + 2 : max(whole, 1);
-  if (args.units.log_parts > 0) {
-    const float share = float(wanted) / float(1 << args.units.log_parts);
-    wanted = int32_t(share + 5 * quick_sqrt(share)) + 4;
+class Requests {
+ public:
+  __device__ __forceinline__ explicit Requests(const SelectArgs& args)
+      : args_(args), next_(blockIdx.x) {}
+
+  // The next unit, which may be none. What was drawn is not looked at before the next turn.
+  __device__ __forceinline__ Request next() {
+    const int64_t unit = next_;
+    next_ =
+        args_.drawn != nullptr ? int64_t(gridDim.x) + atomicAdd(args_.drawn, 1) : unit + gridDim.x;
+    Request request = {unit, 0, 0, Budget(0), 1};
+    if (args_.units.parts > 1) {
+      request.row = unit / args_.units.parts;
+      request.part = int32_t(unit - request.row * args_.units.parts);
+    }
+    if (request.row >= args_.x.rows) {
+      request.row = args_.x.rows;
+    } else {
+      ask(request);
+    }
+    return request;
   }
-  return {u, Budget(budget), alpha, wanted <= kMostWanted ? wanted : 0};
-}
+
+ private:
+  __device__ __forceinline__ void ask(Request& request) const {
+    const int64_t r = request.row;
+    const double k = per_row(args_.k, r), budget = SOFT ? k : std::floor(k + 0.5);
+    const float alpha = SOFT ? float(per_row(args_.alpha, r)) : 1.0f,
+                rate = 1.4426950408889634f / alpha;
+    const bool fits =
+        (SOFT ? budget > 0 : budget >= 0) && budget < kMostFew && rate > 1e-36f && rate < 1e36f;
+    if (!fits) return;
+    const int32_t whole = int32_t(budget);
+    // At L - 4 alpha p is 1 - e^-4 / 2 from L on.
+    int32_t wanted = SOFT ? whole + whole / 64 + 2 : max(whole, 1);
+    if (args_.units.parts > 1) {
+      const float share = float(wanted) / float(args_.units.parts);
+      wanted = int32_t(share + 5 * quick_sqrt(share)) + 4;
+    }
+    request.k = Budget(budget);
+    request.alpha = alpha;
+    request.wanted = wanted <= kMostWanted ? wanted : 0;
+  }
+
+  const SelectArgs& args_;
+  int64_t next_;
+};
 
 // The scanning warps.
 template <class S, bool SOFT>
 __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit,
                                            SelectShared& shared) {
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
-  const int64_t units = args.x.rows << args.units.log_parts;
-  const bool alone = args.units.log_parts == 0;
-  const int32_t room = alone ? kOfWarp : room_of_warp(1 << args.units.log_parts);
+  const int64_t rows = args.x.rows;
+  const int parts = args.units.parts;
+  const bool alone = parts == 1;
+  const int32_t room = alone ? kOfWarp : room_of_warp(parts);
+  Requests<SOFT> requests(args);
+  if (t == 32) {
+    shared.requests[0] = requests.next();
+    shared.requests[1] = requests.next();
+  }
+  sync_scanners();
+  unit.move_to(shared.requests[0].row, shared.requests[0].part);
+  if (args.units.fed && warp == 0 && shared.requests[0].row < rows) unit.ask();
   uint32_t phase = 0;
-  int slot = 0;
-  unit.move_to(blockIdx.x);
-  if (args.units.fed && warp == 0) unit.ask();
-  while (true) {
-    const Request now = shared.requests[slot];
-    if (now.unit >= units) break;
-    slot ^= 1;
+  int at = 0;  // the slot
+  for (int turn = 0;; turn ^= 1) {
+    const Request now = shared.requests[turn];
+    if (now.row >= rows) break;
+    Slot& slot = shared.slots[at];
     unit.receive(phase);
-    uint32_t key[kGroups];
-    if (now.wanted > 0) {
-      if (args.activation.bias != nullptr || args.activation.thresholds != nullptr) {
-        const Activated<S> activated(args);
-        for (int item = 0; item < unit.items(); ++item) {
-          if (unit.has(item)) unit.replace(item, activated(unit.chunk(item), unit.first(item)));
-        }
-        unit.release();
+    if (args.activation.bias != nullptr || args.activation.thresholds != nullptr) {
+      const Activated<S> activated(args);
+      for (int item = 0; item < unit.own(); ++item) {
+        unit.replace(item, activated(unit.chunk(item), unit.first(item)));
       }
-      keys_of_groups(unit, key);
-      uint32_t most[2] = {key[0], key[1]};
-#pragma unroll
-      for (int i = 2; i < kGroups; ++i) most[i % 2] = max(most[i % 2], key[i]);
-      uint32_t* const maxima = reinterpret_cast<uint32_t*>(shared.maxima);
-      maxima[t] = most[0];
-      maxima[kScanners + t] = most[1];
+      unit.release();
     }
+    const Groups<S> groups(unit);
+    wait_at<Barrier::emptied>(at);
+    reinterpret_cast<uint2*>(slot.maxima)[t] = groups.keys();
     sync_scanners();
     if (warp == 0) {
       float2 limits = make_float2(0, infinity<float>);
       if (now.wanted > 0) {
-        limits = bound_of_maxima<Element<S>::grain>(shared.maxima, now.wanted,
+        limits = bound_of_maxima<Element<S>::grain>(slot.maxima, now.wanted,
                                                     now.wanted + now.wanted / 8);
       }
-      wait_at(kEmptied);
       if (lane == 0) shared.limits = limits;
     }
     sync_scanners();
@@ -284,31 +359,44 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
     }
     int32_t count = kTooMany;
     if (usual) {
-      Entry* const sent = args.sent + (now.unit * kScanningWarps + warp) * room;
-      count = collect(unit, key, least, [&](int32_t place, float value, int32_t index) {
-        if (place >= room) return;
-        if (alone) {
-          shared.values[place * kScanningWarps + warp] = value;
-          shared.indices[place * kScanningWarps + warp] = index;
-        } else {
-          sent[place] = {value, index};
-        }
-      });
+      Entry* const sent = args.sent + ((now.row * parts + now.part) * kScanningWarps + warp) * room;
+      count =
+          collect(unit, groups, Reaching<S>(least), [&](int32_t place, float value, int32_t index) {
+            if (place >= room) return;
+            if (alone) {
+              slot.values[place * kScanningWarps + warp] = value;
+              slot.indices[place * kScanningWarps + warp] = index;
+            } else {
+              sent[place] = {value, index};
+            }
+          });
     }
-    if (lane == 0) shared.counts[warp] = count;
+    if (lane == 0) slot.counts[warp] = count;
     sync_scanners();  // the unit has been read
-    const int64_t next = shared.requests[slot].unit;
-    unit.move_to(next);
+    const Request& next = shared.requests[turn ^ 1];
+    unit.move_to(next.row, next.part);
     if (warp == 0) {
-      if (args.units.fed && next < units) unit.ask();
+      if (args.units.fed && next.row < rows) unit.ask();
       if (lane == 0) {
-        shared.taken = {SOFT ? L - kBelow * now.alpha : L, least, most};
-        shared.request = now;
+        slot.taken = {SOFT ? L - kBelow * now.alpha : L, least, most};
+        slot.request = now;
       }
-      arrive_at(kFilled);
+      arrive_at<Barrier::filled>(at);
     }
+    if (t == 32) shared.requests[turn] = requests.next();  // while the unit comes
+    __syncwarp();
+    at = at + 1 < kSolvers ? at + 1 : 0;
   }
-  if (warp == 0) wait_at(kEmptied);  // no barrier is left behind half full
+  // The end, for each solver. No barrier is left behind half full.
+#pragma unroll 1
+  for (int i = 0; i < kSolvers; ++i) {
+    wait_at<Barrier::emptied>(at);
+    if (warp == 0) {
+      if (lane == 0) shared.slots[at].request.row = rows;
+      arrive_at<Barrier::filled>(at);
+    }
+    at = at + 1 < kSolvers ? at + 1 : 0;
+  }
 }
 
 // A row's candidates: at so many places, of which some may be empty.
@@ -318,26 +406,25 @@ struct Gathered {
 };
 
 // By one warp: those of the one unit of a row, where they are; empty places become -inf.
-__device__ __forceinline__ Gathered gather_warps(SelectShared& shared) {
+__device__ __forceinline__ Gathered gather_warps(Slot& slot) {
   const int lane = int(threadIdx.x) % 32, warp = lane % kScanningWarps;
-  const int32_t own = shared.counts[warp];  // of all places that this lane sees
+  const int32_t own = slot.counts[warp];  // of all places that this lane sees
   const int32_t most = __reduce_max_sync(~0u, own);
   const int32_t count = __reduce_add_sync(~0u, own) / (32 / kScanningWarps);
-  if (most > kOfWarp) return {kTooMany, kTooMany, shared.taken};
+  if (most > kOfWarp) return {kTooMany, kTooMany, slot.taken};
   for (int32_t i = lane; i < most * kScanningWarps; i += 32) {
-    if (i / kScanningWarps >= own) shared.values[i] = -infinity<float>;
+    if (i / kScanningWarps >= own) slot.values[i] = -infinity<float>;
   }
   __syncwarp();
-  return {most * kScanningWarps, count, shared.taken};
+  return {most * kScanningWarps, count, slot.taken};
 }
 
 // By one warp, the last one to come with candidates of row r: brings those of all units.
-__device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t r,
-                                                 SelectShared& shared) {
+__device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t r, Slot& slot) {
   constexpr int kEach = kScanningWarps * kMostParts / 32;  // warps whose candidates a lane counts
-  const int lane = int(threadIdx.x) % 32, parts = 1 << args.units.log_parts;
+  const int lane = int(threadIdx.x) % 32, parts = args.units.parts;
   const int segments = parts * kScanningWarps;
-  const int64_t first = r << args.units.log_parts;
+  const int64_t first = r * parts;
   const int32_t room = room_of_warp(parts);
   Taken own = {-infinity<float>, infinity<float>, -infinity<float>};
   if (lane < parts) {
@@ -364,21 +451,21 @@ __device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t
   int32_t start = upto - sum;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    shared.starts[lane * kEach + i] = start;
+    slot.starts[lane * kEach + i] = start;
     start += counts[i];
   }
   __syncwarp();
 #pragma unroll 4
   for (int32_t i = lane; i < count; i += 32) {
     int segment = 0;  // the last that starts at i or before
-    for (int step = segments / 2; step > 0; step /= 2) {
-      if (shared.starts[segment + step] <= i) segment += step;
+    for (int step = kScanningWarps * kMostParts / 2; step > 0; step /= 2) {
+      if (slot.starts[segment + step] <= i) segment += step;
     }
     const Entry* const entry =
-        args.sent + (first * kScanningWarps + segment) * room + (i - shared.starts[segment]);
+        args.sent + (first * kScanningWarps + segment) * room + (i - slot.starts[segment]);
     const int2 words = __ldcg(reinterpret_cast<const int2*>(entry));
-    shared.values[i] = __int_as_float(words.x);
-    shared.indices[i] = words.y;
+    slot.values[i] = __int_as_float(words.x);
+    slot.indices[i] = words.y;
   }
   __syncwarp();
   return {count, count, taken};
@@ -388,20 +475,20 @@ __device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t
 template <class S, bool SOFT>
 __device__ __forceinline__ bool write_row(const SelectArgs& args, int64_t r,
                                           const Gathered& gathered, const Request& now,
-                                          SelectShared& shared) {
+                                          Slot& slot) {
   if (gathered.places > kMostFew) return false;
   constexpr float kLog2e = 1.4426950408889634f;
   const Taken& taken = gathered.taken;
   const bool complete = taken.limit == -infinity<float>;
-  const Few few = {shared.values,  shared.indices,
-                   shared.order,   gathered.places,
+  const Few few = {slot.values,    slot.indices,
+                   slot.order,     gathered.places,
                    gathered.count, complete ? int32_t(args.x.n) - gathered.count : 0,
                    taken.least,    taken.most};
-  if (!complete && args.units.log_parts > 0 && args.mode != Selecting::soft) {
+  if (!complete && args.units.parts > 1 && args.mode != Selecting::soft) {
     // Whether all that a mask can have are above every unit's bound.
     int32_t above = 0;
     for (int32_t i = int(threadIdx.x) % 32; i < few.places; i += 32) {
-      above += shared.values[i] >= taken.limit;
+      above += slot.values[i] >= taken.limit;
     }
     if (__reduce_add_sync(~0u, above) < hard_budget(args, r)) return false;
   }
@@ -414,67 +501,52 @@ __device__ __forceinline__ bool write_row(const SelectArgs& args, int64_t r,
   }
 }
 
-// The warp that solves. It also says which units are to come, and asks for their numbers.
+// A warp that solves, of the units in its slot.
 template <class S, bool SOFT>
-__device__ __forceinline__ void solve_rows(const SelectArgs& args, SelectShared& shared) {
-  const int lane = int(threadIdx.x) % 32, parts = 1 << args.units.log_parts;
-  const int64_t units = args.x.rows << args.units.log_parts, step = gridDim.x;
-  int slot = 0;
-  // The unit after the two that are requested. What was drawn is not looked at before the next
-  // turn.
-  int64_t upcoming = blockIdx.x + 2 * step;
-  if (lane == 0 && args.drawn != nullptr) upcoming = 2 * step + atomicAdd(args.drawn, 1);
-  arrive_at(kEmptied);
-  while (shared.requests[slot].unit < units) {
-    wait_at(kFilled);
-    const Request now = shared.request;
-    if (lane == 0) {
-      shared.requests[slot] = request_of<SOFT>(args, upcoming);
-      upcoming = args.drawn != nullptr ? 2 * step + atomicAdd(args.drawn, 1) : upcoming + step;
-    }
-    slot ^= 1;
-    const int64_t r = now.unit >> args.units.log_parts;
+__device__ __forceinline__ void solve_rows(const SelectArgs& args, int at, Slot& slot) {
+  const int lane = int(threadIdx.x) % 32, parts = args.units.parts;
+#pragma unroll 1
+  while (true) {
+    arrive_at<Barrier::emptied>(at);
+    wait_at<Barrier::filled>(at);
+    const Request now = slot.request;
+    const int64_t r = now.row;
+    if (r >= args.x.rows) break;
     Gathered gathered;
     if (parts == 1) {
-      gathered = gather_warps(shared);
+      gathered = gather_warps(slot);
     } else {
-      Part* const part = args.sent_parts + now.unit;
-      if (lane < kScanningWarps) part->counts[lane] = shared.counts[lane];
-      if (lane == kScanningWarps) part->taken = shared.taken;
-      arrive_at(kEmptied);
+      Part* const part = args.sent_parts + r * parts + now.part;
+      if (lane < kScanningWarps) part->counts[lane] = slot.counts[lane];
+      if (lane == kScanningWarps) part->taken = slot.taken;
       __threadfence();
       __syncwarp();
       int32_t before = 0;
       if (lane == 0) before = atomicAdd(args.arrived + r, 1);
       if (__shfl_sync(~0u, before, 0) != parts - 1) continue;
       __threadfence();
-      gathered = gather_units(args, r, shared);
+      gathered = gather_units(args, r, slot);
     }
-    if (!write_row<S, SOFT>(args, r, gathered, now, shared) && lane == 0) {
+    if (!write_row<S, SOFT>(args, r, gathered, now, slot) && lane == 0) {
       args.code.counts[r] = kLeftRow;
-    }
-    if (parts == 1) {
-      arrive_at(kEmptied);
-    } else {
-      __syncwarp();  // before others' candidates take their place
     }
   }
 }
 
+#ifndef SEL_BLOCKS
+#define SEL_BLOCKS 5
+#endif
 template <class S, bool SOFT>
-__global__ void __launch_bounds__(kScanners + 32, 6) select_quick(const SelectArgs args) {
+__global__ void __launch_bounds__(kSelectThreads, SEL_BLOCKS) select_quick(const SelectArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ SelectShared shared;
   Unit<S> unit(memory, &shared.barrier, args.units, args.x);
-  if (threadIdx.x < 2) {
-    shared.requests[threadIdx.x] =
-        request_of<SOFT>(args, blockIdx.x + threadIdx.x * int64_t(gridDim.x));
-  }
   __syncthreads();
   if (threadIdx.x < kScanners) {
     scan_units<S, SOFT>(args, unit, shared);
   } else {
-    solve_rows<S, SOFT>(args, shared);
+    const int at = int(threadIdx.x - kScanners) / 32;
+    solve_rows<S, SOFT>(args, at, shared.slots[at]);
   }
 }
 

@@ -29,20 +29,23 @@ __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2)
   }
 }
 
-constexpr int kItems = 16;               // stripes of a unit, 32 KiB, of which six fit
+#ifndef SEL_ITEMS
+#define SEL_ITEMS 24
+#endif
+constexpr int kItems = SEL_ITEMS;        // most stripes of a unit, of 2 KiB each
 constexpr int64_t kShortest = 256 * 16;  // bytes of a row that is worth it
 
-// How rows of so many bytes are cut; items = 0: they do not fit.
+// How rows of so many bytes are cut, into units as even as can be; items = 0: they do not fit.
 Units cut_rows(int64_t bytes, bool ragged, bool fed) {
   const int64_t granules = (bytes + 15) / 16 + ragged;
-  Units units = {0, 0, ragged, fed};
+  Units units = {1, 0, ragged, fed};
   if (bytes <= kShortest) return units;
-  const auto items = [&] {
-    const int64_t stripe = int64_t(kScanners) << units.log_parts;
-    return (granules + stripe - 1) / stripe;
+  const auto cut = [&](int64_t parts) {
+    return (granules + parts * kScanners - 1) / (parts * kScanners);
   };
-  while (items() > kItems && 1 << units.log_parts < kMostParts) ++units.log_parts;
-  if (items() <= kMostStripes) units.items = int(items());
+  const int64_t parts = std::min<int64_t>((cut(1) + kItems - 1) / kItems, kMostParts);
+  const int64_t items = cut(parts);
+  if (items <= kMostStripes) units.parts = int(parts), units.items = int(items);
   return units;
 }
 
@@ -54,14 +57,14 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
         !is_wide(x.data, x.rows, x.stride, sizeof(S)) || x.n * int64_t(sizeof(S)) % 16 != 0;
     const Units units = cut_rows(x.n * int64_t(sizeof(S)), ragged, device.fed());
     if (units.items > 0) {
-      const int64_t all = x.rows << units.log_parts;
+      const int64_t all = x.rows * units.parts;
       args.all = false;
       args.units = units;
-      if (units.log_parts > 0) {
+      if (units.parts > 1) {
         args.sent_parts = static_cast<Part*>(workspace);
         args.sent = reinterpret_cast<Entry*>(args.sent_parts + all);
-        args.arrived = reinterpret_cast<int32_t*>(
-            args.sent + all * kScanningWarps * room_of_warp(1 << units.log_parts));
+        args.arrived = reinterpret_cast<int32_t*>(args.sent +
+                                                  all * kScanningWarps * room_of_warp(units.parts));
         args.drawn = args.arrived + x.rows;
         check(cudaMemsetAsync(args.arrived, 0, size_t(4 * (x.rows + 1)),
                               static_cast<cudaStream_t>(stream)),
@@ -72,7 +75,7 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
       SelectArgs quick = args;
       quick.wide_bias = args.wide_bias && !ragged;
       launch_resident(kernel, quick, all,
-                      Plan{1, kScanners + 32, 0, int64_t(units.items) * kScanners * 16}, device,
+                      Plan{1, kSelectThreads, 0, int64_t(units.items) * kScanners * 16}, device,
                       stream);
     }
   }
@@ -84,7 +87,7 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
 int64_t select_workspace(int64_t rows, int64_t n, Type type) {
   const int64_t size = type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
   const Units units = cut_rows(n * size, true, true);
-  const int parts = 1 << units.log_parts;
+  const int parts = units.parts;
   if (size == 8 || units.items == 0 || parts == 1) return 0;
   const int64_t entries = int64_t(kScanningWarps) * room_of_warp(parts);
   return rows * (parts * (int64_t(sizeof(Part)) + entries * int64_t(sizeof(Entry))) + 4) + 4;

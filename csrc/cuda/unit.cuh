@@ -2,7 +2,7 @@
 //
 // Memory comes in granules of 16 bytes. A row takes the granules that it touches, wherever it
 // starts, so that its first and last may hold neighbours' elements, which are made -inf here. Its
-// granules are cut into stripes of one for each scanning thread; of a row in P units the p-th has
+// granules are cut into stripes of one for each scanning thread; of a row in P parts the p-th has
 // stripes p, p + P, ..., so that what is sorted or comes in clumps is spread evenly.
 #pragma once
 
@@ -15,10 +15,10 @@ inline constexpr int kMostStripes = 32;  // of a unit: a warp asks for them
 
 // How rows are cut.
 struct Units {
-  int log_parts;  // units of a row, as a power of two
-  int items;      // stripes of a unit
-  bool ragged;    // some row does not start or end with a granule
-  bool fed;       // by the copy engine
+  int parts;    // units of a row
+  int items;    // stripes of a unit
+  bool ragged;  // some row does not start or end with a granule
+  bool fed;     // by the copy engine
 };
 
 // By the scanning threads, that is the first kScanners of a block.
@@ -43,10 +43,9 @@ class Unit {
 #endif
   }
 
-  // Makes unit u the one that is spoken of.
-  __device__ __forceinline__ void move_to(int64_t u) {
-    const int64_t row = u >> units_.log_parts;
-    part_ = int32_t(u) & ((1 << units_.log_parts) - 1);
+  // Makes a part of a row the one that is spoken of.
+  __device__ __forceinline__ void move_to(int64_t row, int32_t part) {
+    part_ = part;
     const uint64_t first =
         reinterpret_cast<uint64_t>(x_.data) + uint64_t(row * x_.stride) * sizeof(S);
     granule_ = first & ~uint64_t(15);
@@ -55,6 +54,8 @@ class Unit {
     // What follows the last row, or one that others overlap, may be nobody's to read.
     const bool partial = (skip_ + int32_t(x_.n % kSize)) % kSize != 0;
     alone_ = partial && (row + 1 == x_.rows || x_.stride < x_.n);
+    // Only in the last stripe may there be nothing for a thread.
+    own_ = units_.items - (granule(units_.items - 1) >= granules_);
   }
 
   // Asks the copy engine for it, by one warp; nothing in the slot is being read any more.
@@ -63,7 +64,7 @@ class Unit {
     const int lane = int(threadIdx.x) % 32;
     const int32_t whole = granules_ - alone_;
     int32_t first = 0, count = 0;
-    if (units_.log_parts == 0) {
+    if (units_.parts == 1) {
       if (lane == 0) count = whole;
     } else if (lane < units_.items) {
       first = granule(lane, 0);
@@ -116,12 +117,11 @@ class Unit {
 
   // The granule of the row that a thread has as its item-th.
   __device__ __forceinline__ int32_t granule(int item, int t = int(threadIdx.x)) const {
-    return ((item << units_.log_parts) + part_) * kScanners + t;
+    return (item * units_.parts + part_) * kScanners + t;
   }
-  // Whether it is there, and the index of its first element, which may lie before the row's.
-  __device__ __forceinline__ bool has(int item, int t = int(threadIdx.x)) const {
-    return granule(item, t) < granules_;
-  }
+  // How many the calling thread has.
+  __device__ __forceinline__ int own() const { return own_; }
+  // The index of its first element, which may lie before the row's.
   __device__ __forceinline__ int32_t first(int item, int t = int(threadIdx.x)) const {
     return granule(item, t) * kSize - skip_;
   }
@@ -140,8 +140,6 @@ class Unit {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
   }
-  __device__ int items() const { return units_.items; }
-  __device__ int part() const { return part_; }
 
  private:
   __device__ __forceinline__ uint4* words(int item, uint32_t t) const {
@@ -153,9 +151,9 @@ class Unit {
   const Units& units_;
   const Rows& x_;
   // Of the unit: the row's first granule in memory, the elements in it before the row, its number
-  // of granules, and whether the last is not to be read as a whole.
+  // of granules, how many the thread has, and whether the last is not to be read as a whole.
   uint64_t granule_ = 0;
-  int32_t skip_ = 0, granules_ = 0, part_ = 0;
+  int32_t skip_ = 0, granules_ = 0, part_ = 0, own_ = 0;
   bool alone_ = false;
 };
 
