@@ -8,22 +8,55 @@
 
 namespace softtopk::cuda {
 
+inline constexpr int kSorted = 128;  // so few are sorted in registers
+inline constexpr int kPlaceBits =
+    12;  // of a place among the elements; an index has no more than 20
+
 // The elements of a row that may be in its code. All others lie far below the threshold, or are the
 // `zeros`, which take part in the budget.
 struct Few {
   float* values;
   int32_t* indices;  // aligned to 16 bytes
-  uint16_t* order;   // room for an order of them
+  uint16_t* order;   // room for an order of them, aligned to 8 bytes
   int32_t places;    // of the arrays, a multiple of 4; what is not an element is -inf
   int32_t count, zeros;
   float least, most;  // no value lies below or above
 };
 
+// By one warp: sorts 128 numbers, 4 of each lane; the lanes have them in order, 4 by 4.
+__device__ __forceinline__ void sort_of_warp(uint32_t (&x)[4]) {
+  const int lane = int(threadIdx.x) % 32;
+  const auto in_lane = [&](int i, int j) {
+    const uint32_t least = min(x[i], x[j]);
+    x[j] = max(x[i], x[j]);
+    x[i] = least;
+  };
+  // With those of the lane `across`, in reverse where two sorted halves first meet.
+  const auto with_lane = [&](int across, bool reverse) {
+    uint32_t other[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) other[i] = __shfl_xor_sync(~0u, x[reverse ? 3 - i : i], across);
+    const bool upper = (lane & (reverse ? (across + 1) / 2 : across)) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = upper ? max(x[i], other[i]) : min(x[i], other[i]);
+  };
+  in_lane(0, 1), in_lane(2, 3);
+  in_lane(0, 3), in_lane(1, 2);
+  in_lane(0, 1), in_lane(2, 3);
+#pragma unroll
+  for (int lanes = 2; lanes <= 32; lanes *= 2) {
+    with_lane(lanes - 1, true);
+#pragma unroll
+    for (int across = lanes / 4; across > 0; across /= 2) with_lane(across, false);
+    in_lane(0, 2), in_lane(1, 3);
+    in_lane(0, 1), in_lane(2, 3);
+  }
+}
+
 // By one warp: moves the elements for which keep(value), asked of all 32 at once, to the front, and
 // puts them in the order of their indices; their number.
 template <class F>
 __device__ __forceinline__ int32_t keep_in_order(const Few& few, F keep) {
-  constexpr int kOwn = 3;
   const int lane = int(threadIdx.x) % 32;
   int32_t kept = 0;
 #pragma unroll 1
@@ -40,29 +73,35 @@ __device__ __forceinline__ int32_t keep_in_order(const Few& few, F keep) {
     kept += __popc(all);
   }
   __syncwarp();
+  if (kept <= kSorted) {
+    uint32_t key[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int32_t place = lane + 32 * j;
+      key[j] = place < kept ? uint32_t(few.indices[place]) << kPlaceBits | place : ~0u;
+    }
+    sort_of_warp(key);
+    constexpr uint32_t kPlaces = (1u << kPlaceBits) - 1;
+    reinterpret_cast<uint2*>(few.order)[lane] =
+        make_uint2((key[0] & kPlaces) | (key[1] & kPlaces) << 16,
+                   (key[2] & kPlaces) | (key[3] & kPlaces) << 16);
+    __syncwarp();
+    return kept;
+  }
   const int32_t whole = (kept + 3) / 4 * 4;
   if (lane < whole - kept) few.indices[kept + lane] = kLast;
   __syncwarp();
 #pragma unroll 1
-  for (int32_t first = lane; first - lane < kept; first += 32 * kOwn) {
-    int32_t own[kOwn], before[kOwn] = {};
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      own[j] = first + 32 * j < kept ? few.indices[first + 32 * j] : 0;
+  for (int32_t i = lane; i < kept; i += 32) {
+    const int32_t own = few.indices[i];
+    int32_t before = 0;
+#pragma unroll 4
+    for (int32_t j = 0; j < whole; j += 4) {
+      const int4 others = *reinterpret_cast<const int4*>(few.indices + j);
+      before += (others.x < own) + (others.y < own);
+      before += (others.z < own) + (others.w < own);
     }
-#pragma unroll 2
-    for (int32_t i = 0; i < whole; i += 4) {
-      const int4 others = *reinterpret_cast<const int4*>(few.indices + i);
-#pragma unroll
-      for (int j = 0; j < kOwn; ++j) {
-        before[j] += (others.x < own[j]) + (others.y < own[j]);
-        before[j] += (others.z < own[j]) + (others.w < own[j]);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      if (first + 32 * j < kept) few.order[before[j]] = uint16_t(first + 32 * j);
-    }
+    few.order[before] = uint16_t(i);
   }
   __syncwarp();
   return kept;

@@ -43,8 +43,11 @@ inline constexpr int kMostParts = 16;    // units of a row
 #endif
 inline constexpr int kSolvers = SEL_SOLVERS;  // warps of a block that solve
 inline constexpr int kSelectThreads = kScanners + 32 * kSolvers;
-inline constexpr float kBelow = 4;        // alphas below L that the threshold may lie
-inline constexpr float kReach = 36;       // and that candidates reach
+inline constexpr float kBelow = 4;   // alphas below L that the threshold may lie
+inline constexpr float kReach = 36;  // and that candidates reach
+static_assert(int64_t(kMostParts) * kMostStripes * kScanners * 8 <= int64_t(1)
+                                                                        << (32 - kPlaceBits));
+static_assert(kMostFew <= 1 << kPlaceBits);
 inline constexpr int kTooMany = 0x10000;  // a count of candidates that are not to be had
 
 // A block hands rows over in slots, one for each of its solving warps. Of each slot two barriers:
@@ -73,6 +76,17 @@ __device__ __forceinline__ void wait_at(int slot) {
   });
 }
 
+// *to += value by one thread of a warp, in memory. What the block wrote before, all see that read
+// the sum, and the warp sees what others did that added before.
+__device__ __forceinline__ int32_t add_in_order(int32_t* to, int32_t value) {
+  int32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(to), "r"(value)
+               : "memory");
+  return before;
+}
+
 // The candidates that a warp has room for in memory, where a row has several units.
 __host__ __device__ constexpr int32_t room_of_warp(int parts) { return 192 / parts + 12; }
 
@@ -92,13 +106,11 @@ struct alignas(16) Part {
   Taken taken;
 };
 
-// A unit that is to come, and its row's numbers.
+// A row's numbers.
 struct Request {
-  int64_t row;  // the number of rows: there is none
-  int32_t part;
-  int32_t wanted;  // maxima that reach the bound; 0: the row is not for this kernel
   Budget k;
   float alpha;
+  int32_t wanted;  // maxima that reach the bound; 0: the row is not for this kernel
 };
 
 // What is handed over. A warp's candidates are kScanningWarps places apart. Those of a row in
@@ -115,13 +127,15 @@ struct alignas(16) Slot {
   };
   int32_t counts[kScanningWarps];
   Taken taken;
+  int32_t unit;  // -1: there are no more
   Request request;
 };
 
 struct SelectShared {
   uint64_t barrier;
-  float2 limits;        // the bound and the maximum
-  Request requests[2];  // of this unit and the next, in turns
+  float2 limits;    // the bound and the maximum
+  Request request;  // of the unit's row
+  int32_t next;     // unit
   Slot slots[kSolvers];
 };
 
@@ -254,80 +268,53 @@ __device__ __forceinline__ int32_t collect(const Unit<S>& unit, const Groups<S>&
   return count;
 }
 
-// What the scanning warps are to do, made out by one thread: which units the block has, and their
-// rows' numbers.
+// By one thread: the numbers of row r.
 template <bool SOFT>
-class Requests {
- public:
-  __device__ __forceinline__ explicit Requests(const SelectArgs& args)
-      : args_(args), next_(blockIdx.x) {}
-
-  // The next unit, which may be none. What was drawn is not looked at before the next turn.
-  __device__ __forceinline__ Request next() {
-    const int64_t unit = next_;
-    next_ =
-        args_.drawn != nullptr ? int64_t(gridDim.x) + atomicAdd(args_.drawn, 1) : unit + gridDim.x;
-    Request request = {unit, 0, 0, Budget(0), 1};
-    if (args_.units.parts > 1) {
-      request.row = unit / args_.units.parts;
-      request.part = int32_t(unit - request.row * args_.units.parts);
-    }
-    if (request.row >= args_.x.rows) {
-      request.row = args_.x.rows;
-    } else {
-      ask(request);
-    }
-    return request;
+__device__ __forceinline__ Request request_of(const SelectArgs& args, int64_t r) {
+  const double k = per_row(args.k, r), budget = SOFT ? k : std::floor(k + 0.5);
+  const float alpha = SOFT ? float(per_row(args.alpha, r)) : 1.0f,
+              rate = quick_ratio(1.4426950408889634f, alpha);
+  const bool fits =
+      (SOFT ? budget > 0 : budget >= 0) && budget < kMostFew && rate > 1e-36f && rate < 1e36f;
+  if (!fits) return {Budget(0), 1, 0};
+  const int32_t whole = int32_t(budget);
+  // At L - 4 alpha p is 1 - e^-4 / 2 from L on.
+  int32_t wanted = SOFT ? whole + whole / 64 + 2 : max(whole, 1);
+  if (args.units.parts > 1) {
+    const float share = quick_ratio(float(wanted), float(args.units.parts));
+    wanted = int32_t(share + 5 * quick_sqrt(share)) + 4;
   }
-
- private:
-  __device__ __forceinline__ void ask(Request& request) const {
-    const int64_t r = request.row;
-    const double k = per_row(args_.k, r), budget = SOFT ? k : std::floor(k + 0.5);
-    const float alpha = SOFT ? float(per_row(args_.alpha, r)) : 1.0f,
-                rate = 1.4426950408889634f / alpha;
-    const bool fits =
-        (SOFT ? budget > 0 : budget >= 0) && budget < kMostFew && rate > 1e-36f && rate < 1e36f;
-    if (!fits) return;
-    const int32_t whole = int32_t(budget);
-    // At L - 4 alpha p is 1 - e^-4 / 2 from L on.
-    int32_t wanted = SOFT ? whole + whole / 64 + 2 : max(whole, 1);
-    if (args_.units.parts > 1) {
-      const float share = float(wanted) / float(args_.units.parts);
-      wanted = int32_t(share + 5 * quick_sqrt(share)) + 4;
-    }
-    request.k = Budget(budget);
-    request.alpha = alpha;
-    request.wanted = wanted <= kMostWanted ? wanted : 0;
-  }
-
-  const SelectArgs& args_;
-  int64_t next_;
-};
+  return {Budget(budget), alpha, wanted <= kMostWanted ? wanted : 0};
+}
 
 // The scanning warps.
 template <class S, bool SOFT>
 __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit,
                                            SelectShared& shared) {
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
-  const int64_t rows = args.x.rows;
-  const int parts = args.units.parts;
+  const int32_t parts = args.units.parts, units = int32_t(args.x.rows) * parts;
   const bool alone = parts == 1;
   const int32_t room = alone ? kOfWarp : room_of_warp(parts);
-  Requests<SOFT> requests(args);
-  if (t == 32) {
-    shared.requests[0] = requests.next();
-    shared.requests[1] = requests.next();
-  }
-  sync_scanners();
-  unit.move_to(shared.requests[0].row, shared.requests[0].part);
-  if (args.units.fed && warp == 0 && shared.requests[0].row < rows) unit.ask();
+  // What was drawn is not looked at before the next turn.
+  const auto draw = [&](int32_t before) {
+    return args.drawn != nullptr ? int32_t(gridDim.x) + atomicAdd(args.drawn, 1)
+                                 : before + int32_t(gridDim.x);
+  };
   uint32_t phase = 0;
   int at = 0;  // the slot
-  for (int turn = 0;; turn ^= 1) {
-    const Request now = shared.requests[turn];
-    if (now.row >= rows) break;
+  int32_t now = int32_t(blockIdx.x), upcoming = 0;
+  unit.move_to(now);
+  if (args.units.fed && warp == 0) unit.ask();
+  if (t == 32) upcoming = draw(now);
+#pragma unroll 1
+  while (now < units) {
     Slot& slot = shared.slots[at];
+    if (t == 32) {  // while the unit comes
+      shared.next = upcoming;
+      upcoming = draw(upcoming);
+      shared.request = request_of<SOFT>(args, now / parts);
+    }
+    __syncwarp();
     unit.receive(phase);
     if (args.activation.bias != nullptr || args.activation.thresholds != nullptr) {
       const Activated<S> activated(args);
@@ -342,24 +329,30 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
     sync_scanners();
     if (warp == 0) {
       float2 limits = make_float2(0, infinity<float>);
-      if (now.wanted > 0) {
-        limits = bound_of_maxima<Element<S>::grain>(slot.maxima, now.wanted,
-                                                    now.wanted + now.wanted / 8);
+      const Request request = shared.request;
+      if (request.wanted > 0) {
+        limits = bound_of_maxima<Element<S>::grain>(slot.maxima, request.wanted,
+                                                    request.wanted + request.wanted / 8);
       }
-      if (lane == 0) shared.limits = limits;
+      if (lane == 0) {
+        shared.limits = limits;
+        slot.unit = now;
+        slot.request = request;
+      }
     }
     sync_scanners();
     float L = shared.limits.x;
-    const float most = shared.limits.y;
+    const float most = shared.limits.y, alpha = shared.request.alpha;
     const bool usual = most < infinity<float>;  // neither is NaN
-    float least = SOFT ? L - kReach * now.alpha : L;
+    float least = SOFT ? L - kReach * alpha : L;
     if (!(least > args.threshold)) {
       L = -infinity<float>;  // all that there are
       least = value_of(key_of(args.threshold) + 1);
     }
+    if (t == 0) slot.taken = {SOFT ? L - kBelow * alpha : L, least, most};
     int32_t count = kTooMany;
     if (usual) {
-      Entry* const sent = args.sent + ((now.row * parts + now.part) * kScanningWarps + warp) * room;
+      Entry* const sent = args.sent + (int64_t(now) * kScanningWarps + warp) * room;
       count =
           collect(unit, groups, Reaching<S>(least), [&](int32_t place, float value, int32_t index) {
             if (place >= room) return;
@@ -372,19 +365,13 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
           });
     }
     if (lane == 0) slot.counts[warp] = count;
+    now = shared.next;
     sync_scanners();  // the unit has been read
-    const Request& next = shared.requests[turn ^ 1];
-    unit.move_to(next.row, next.part);
+    unit.move_to(now);
     if (warp == 0) {
-      if (args.units.fed && next.row < rows) unit.ask();
-      if (lane == 0) {
-        slot.taken = {SOFT ? L - kBelow * now.alpha : L, least, most};
-        slot.request = now;
-      }
+      if (args.units.fed && now < units) unit.ask();
       arrive_at<Barrier::filled>(at);
     }
-    if (t == 32) shared.requests[turn] = requests.next();  // while the unit comes
-    __syncwarp();
     at = at + 1 < kSolvers ? at + 1 : 0;
   }
   // The end, for each solver. No barrier is left behind half full.
@@ -392,7 +379,7 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
   for (int i = 0; i < kSolvers; ++i) {
     wait_at<Barrier::emptied>(at);
     if (warp == 0) {
-      if (lane == 0) shared.slots[at].request.row = rows;
+      if (lane == 0) shared.slots[at].unit = -1;
       arrive_at<Barrier::filled>(at);
     }
     at = at + 1 < kSolvers ? at + 1 : 0;
@@ -455,17 +442,31 @@ __device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t
     start += counts[i];
   }
   __syncwarp();
-#pragma unroll 4
-  for (int32_t i = lane; i < count; i += 32) {
-    int segment = 0;  // the last that starts at i or before
-    for (int step = kScanningWarps * kMostParts / 2; step > 0; step /= 2) {
-      if (slot.starts[segment + step] <= i) segment += step;
+  constexpr int kAtOnce = 4;  // of a lane, so that it waits for memory less often
+#pragma unroll 1
+  for (int32_t i = lane; i - lane < count; i += 32 * kAtOnce) {
+    int2 words[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int32_t place = i + 32 * j;
+      int segment = 0;  // the last that starts there or before
+#pragma unroll
+      for (int step = kScanningWarps * kMostParts / 2; step > 0; step /= 2) {
+        if (slot.starts[segment + step] <= place) segment += step;
+      }
+      if (place < count) {
+        words[j] = __ldcg(reinterpret_cast<const int2*>(args.sent +
+                                                        (first * kScanningWarps + segment) * room +
+                                                        (place - slot.starts[segment])));
+      }
     }
-    const Entry* const entry =
-        args.sent + (first * kScanningWarps + segment) * room + (i - slot.starts[segment]);
-    const int2 words = __ldcg(reinterpret_cast<const int2*>(entry));
-    slot.values[i] = __int_as_float(words.x);
-    slot.indices[i] = words.y;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int32_t place = i + 32 * j;
+      if (place >= count) continue;
+      slot.values[place] = __int_as_float(words[j].x);
+      slot.indices[place] = words[j].y;
+    }
   }
   __syncwarp();
   return {count, count, taken};
@@ -509,22 +510,21 @@ __device__ __forceinline__ void solve_rows(const SelectArgs& args, int at, Slot&
   while (true) {
     arrive_at<Barrier::emptied>(at);
     wait_at<Barrier::filled>(at);
+    const int32_t unit = slot.unit;
+    if (unit < 0) break;
     const Request now = slot.request;
-    const int64_t r = now.row;
-    if (r >= args.x.rows) break;
+    const int32_t r = unit / parts;
     Gathered gathered;
     if (parts == 1) {
       gathered = gather_warps(slot);
     } else {
-      Part* const part = args.sent_parts + r * parts + now.part;
+      Part* const part = args.sent_parts + unit;
       if (lane < kScanningWarps) part->counts[lane] = slot.counts[lane];
       if (lane == kScanningWarps) part->taken = slot.taken;
-      __threadfence();
       __syncwarp();
       int32_t before = 0;
-      if (lane == 0) before = atomicAdd(args.arrived + r, 1);
+      if (lane == 0) before = add_in_order(args.arrived + r, 1);
       if (__shfl_sync(~0u, before, 0) != parts - 1) continue;
-      __threadfence();
       gathered = gather_units(args, r, slot);
     }
     if (!write_row<S, SOFT>(args, r, gathered, now, slot) && lane == 0) {
