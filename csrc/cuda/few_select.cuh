@@ -120,6 +120,7 @@ __device__ __forceinline__ MaskCut mask_cut(const Few& few, int32_t k) {
   const int lane = int(threadIdx.x) % 32;
   const auto reach = [&](uint32_t least) {
     int32_t reached = 0;
+#pragma unroll 2
     for (int32_t i = lane; i < few.places; i += 32) {
       reached += key_of(few.values[i]) / GRAIN >= least;
     }

@@ -32,7 +32,11 @@
 
 namespace softtopk::cuda {
 
-inline constexpr int kGroups = 16;  // of a thread's chunks: chunk i is of group i modulo this
+#ifndef SEL_GROUPS
+#define SEL_GROUPS 16
+#endif
+inline constexpr int kGroups =
+    SEL_GROUPS;  // of a thread's chunks: chunk i is of group i modulo this
 inline constexpr int kScanningWarps = kScanners / 32;
 inline constexpr int kOfWarp = 96;  // candidates of a row from one warp
 inline constexpr int kMostFew = kScanningWarps * kOfWarp;
@@ -399,6 +403,7 @@ __device__ __forceinline__ Gathered gather_warps(Slot& slot) {
   const int32_t most = __reduce_max_sync(~0u, own);
   const int32_t count = __reduce_add_sync(~0u, own) / (32 / kScanningWarps);
   if (most > kOfWarp) return {kTooMany, kTooMany, slot.taken};
+#pragma unroll 2
   for (int32_t i = lane; i < most * kScanningWarps; i += 32) {
     if (i / kScanningWarps >= own) slot.values[i] = -infinity<float>;
   }
@@ -413,7 +418,7 @@ __device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t
   const int segments = parts * kScanningWarps;
   const int64_t first = r * parts;
   const int32_t room = room_of_warp(parts);
-  Taken own = {-infinity<float>, infinity<float>, -infinity<float>};
+  Taken own = {-infinity<float>, -infinity<float>, -infinity<float>};
   if (lane < parts) {
     const float* const from = &args.sent_parts[first + lane].taken.limit;
     own = {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2)};
@@ -430,11 +435,11 @@ __device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t
     sum += counts[i];
   }
   const Taken taken = {value_of(__reduce_max_sync(~0u, key_of(own.limit))),
-                       value_of(__reduce_min_sync(~0u, key_of(own.least))),
+                       value_of(__reduce_max_sync(~0u, key_of(own.least))),
                        value_of(__reduce_max_sync(~0u, key_of(own.most)))};
   const int32_t upto = int32_t(inclusive_scan<32>(unsigned(sum), lane));
   const int32_t count = __shfl_sync(~0u, upto, 31);
-  if (__any_sync(~0u, !all_there) || count > kMostFew) return {kTooMany, kTooMany, taken};
+  if (__any_sync(~0u, !all_there)) return {kTooMany, kTooMany, taken};
   int32_t start = upto - sum;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
@@ -443,6 +448,7 @@ __device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t
   }
   __syncwarp();
   constexpr int kAtOnce = 4;  // of a lane, so that it waits for memory less often
+  int32_t kept = 0;           // what reaches every unit's bound
 #pragma unroll 1
   for (int32_t i = lane; i - lane < count; i += 32 * kAtOnce) {
     int2 words[kAtOnce];
@@ -454,6 +460,7 @@ __device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t
       for (int step = kScanningWarps * kMostParts / 2; step > 0; step /= 2) {
         if (slot.starts[segment + step] <= place) segment += step;
       }
+      words[j] = {int(0xff800000u), 0};
       if (place < count) {
         words[j] = __ldcg(reinterpret_cast<const int2*>(args.sent +
                                                         (first * kScanningWarps + segment) * room +
@@ -462,14 +469,18 @@ __device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const int32_t place = i + 32 * j;
-      if (place >= count) continue;
-      slot.values[place] = __int_as_float(words[j].x);
-      slot.indices[place] = words[j].y;
+      const bool keep = __int_as_float(words[j].x) >= taken.least;
+      const uint32_t all = __ballot_sync(~0u, keep);
+      const int32_t place = kept + __popc(all & ((1u << lane) - 1));
+      if (keep && place < kMostFew) {
+        slot.values[place] = __int_as_float(words[j].x);
+        slot.indices[place] = words[j].y;
+      }
+      kept += __popc(all);
     }
   }
   __syncwarp();
-  return {count, count, taken};
+  return {kept, kept, taken};
 }
 
 // By one warp: the code of row r from its candidates, if they suffice.
@@ -488,6 +499,7 @@ __device__ __forceinline__ bool write_row(const SelectArgs& args, int64_t r,
   if (!complete && args.units.parts > 1 && args.mode != Selecting::soft) {
     // Whether all that a mask can have are above every unit's bound.
     int32_t above = 0;
+#pragma unroll 2
     for (int32_t i = int(threadIdx.x) % 32; i < few.places; i += 32) {
       above += slot.values[i] >= taken.limit;
     }
@@ -536,12 +548,20 @@ __device__ __forceinline__ void solve_rows(const SelectArgs& args, int at, Slot&
 #ifndef SEL_BLOCKS
 #define SEL_BLOCKS 5
 #endif
+// The kernel after this one, if it is launched to overlap, may start as soon as there is room.
+__device__ __forceinline__ void let_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 template <class S, bool SOFT>
 __global__ void __launch_bounds__(kSelectThreads, SEL_BLOCKS) select_quick(const SelectArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ SelectShared shared;
   Unit<S> unit(memory, &shared.barrier, args.units, args.x);
   __syncthreads();
+  let_next_launch();
   if (threadIdx.x < kScanners) {
     scan_units<S, SOFT>(args, unit, shared);
   } else {

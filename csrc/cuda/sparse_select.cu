@@ -15,6 +15,9 @@ namespace {
 template <class S>
 __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2)
     select_careful(const SelectArgs args) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");  // for the kernel that marks rows
+#endif
   __shared__ typename Block<256>::Storage storage;
   Block<256> group(storage);
   const int64_t step = gridDim.x;
@@ -60,6 +63,14 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
       const int64_t all = x.rows * units.parts;
       args.all = false;
       args.units = units;
+#ifndef SEL_DRAW
+#define SEL_DRAW 0
+#endif
+      if (SEL_DRAW && units.parts == 1) {
+        args.drawn = static_cast<int32_t*>(workspace);
+        check(cudaMemsetAsync(args.drawn, 0, 4, static_cast<cudaStream_t>(stream)),
+              "cudaMemsetAsync");
+      }
       if (units.parts > 1) {
         args.sent_parts = static_cast<Part*>(workspace);
         args.sent = reinterpret_cast<Entry*>(args.sent_parts + all);
@@ -79,7 +90,11 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
                       stream);
     }
   }
-  launch_resident(select_careful<S>, args, x.rows, Plan{1, 256, 0, 0}, device, stream);
+#ifndef SEL_PDL
+#define SEL_PDL 1
+#endif
+  launch_resident(select_careful<S>, args, x.rows, Plan{1, 256, 0, 0}, device, stream,
+                  SEL_PDL && !args.all && device.fed());
 }
 
 }  // namespace
@@ -88,7 +103,7 @@ int64_t select_workspace(int64_t rows, int64_t n, Type type) {
   const int64_t size = type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
   const Units units = cut_rows(n * size, true, true);
   const int parts = units.parts;
-  if (size == 8 || units.items == 0 || parts == 1) return 0;
+  if (size == 8 || units.items == 0 || parts == 1) return SEL_DRAW ? 4 : 0;
   const int64_t entries = int64_t(kScanningWarps) * room_of_warp(parts);
   return rows * (parts * (int64_t(sizeof(Part)) + entries * int64_t(sizeof(Entry))) + 4) + 4;
 }
