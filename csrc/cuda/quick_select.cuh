@@ -3,27 +3,30 @@
 // One pass over memory. A block has a unit of a row, all of it if it is short enough, on chip
 // (unit.cuh), and two kinds of warps. Four scan: they take the maxima of groups, one of them finds
 // a bound L that as many of these reach as there are elements wanted, and each takes its
-// candidates, which reach L less 36 alpha, from the groups that do, to places of its own. Then the
-// next unit is asked for, and the fifth warp, while the others are already at that, solves the row
-// and puts what is kept in order: it is never waited for, as long as it is quicker than the memory
-// that its multiprocessor gets.
+// candidates, which reach L less 36 alpha, from the groups that do, to places of its own in a slot.
+// Then the next unit is asked for. The other warps solve, each what comes into its slot: the row's
+// threshold is sought, and what is kept is put in order. One such warp takes two or three times as
+// long as a unit does to come and be scanned, nearly all of it latency, so that a multiprocessor
+// must have many at work: they are never waited for, as long as together they are quicker than the
+// memory that their multiprocessor gets.
 //
 // What is wanted: so many elements from L on that they alone make up the budget at L - 4 alpha, so
 // that the threshold lies above it, and what is not a candidate adds less than e^-32 of its like.
 // Of a row in several units each has its share, with some to spare for chance; the last to
 // be done puts the candidates together, and then it is seen whether the threshold lies above all
-// units' bounds. That one is then behind the others: units of such rows are drawn, so that it takes
-// fewer of them. Where L less 36 alpha is not above the activation's threshold all elements that
-// are take part, and the zeros are a tie below them. A row that does not fit the pattern, or whose
-// solution is not right, is marked, and left to the careful kernel of sparse_select.cu.
+// units' bounds. Units of such rows are drawn, for some blocks have more to solve than others.
+// Where L less 36 alpha is not above the activation's threshold all elements that are take part,
+// and the zeros are a tie below them. A row that does not fit the pattern, or whose solution is not
+// right, is marked, and left to the careful kernel of sparse_select.cu.
 //
 // An activation with one threshold for all and no bias costs nothing: what is not above it is never
 // a candidate. With a bias or thresholds every thread applies them to its own chunks on chip.
 //
 // The ladder, in fractions of reading the rows (H200, bfloat16, k 32 to 96, alpha = 1e-4; 4096 rows
-// of 16384 | 24576 | 65536, 8192 of 131072), where one warp did all for its row in turn, others of
-// the block waiting at the next row's first barrier, and clusters agreed on one bound: 0.56 | 0.58
-// | 0.53 | 0.40.
+// of 16384 | 24576 | 65536, 8192 of 131072). One warp does all for its row in turn, others of the
+// block wait at the next row's first barrier, and clusters agree on one bound: 0.56 | 0.60 | 0.55 |
+// 0.40. Scanning warps and one that solves, units of up to 32 KiB, a row's in a power of two, order
+// by counting: 0.46 | 0.36 | 0.60 | 0.81.
 #pragma once
 
 #include "few_select.cuh"
@@ -548,20 +551,14 @@ __device__ __forceinline__ void solve_rows(const SelectArgs& args, int at, Slot&
 #ifndef SEL_BLOCKS
 #define SEL_BLOCKS 5
 #endif
-// The kernel after this one, if it is launched to overlap, may start as soon as there is room.
-__device__ __forceinline__ void let_next_launch() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 template <class S, bool SOFT>
 __global__ void __launch_bounds__(kSelectThreads, SEL_BLOCKS) select_quick(const SelectArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ SelectShared shared;
   Unit<S> unit(memory, &shared.barrier, args.units, args.x);
   __syncthreads();
-  let_next_launch();
+  wait_for_kernel_before();
+  let_kernel_after_start();
   if (threadIdx.x < kScanners) {
     scan_units<S, SOFT>(args, unit, shared);
   } else {

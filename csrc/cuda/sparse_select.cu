@@ -15,9 +15,7 @@ namespace {
 template <class S>
 __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2)
     select_careful(const SelectArgs args) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // for the kernel that marks rows
-#endif
+  wait_for_kernel_before();
   __shared__ typename Block<256>::Storage storage;
   Block<256> group(storage);
   const int64_t step = gridDim.x;
@@ -32,6 +30,9 @@ __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2)
   }
 }
 
+#ifndef SEL_PDL
+#define SEL_PDL 1  // 0: no kernel overlaps, 1: the careful one, 2: both
+#endif
 #ifndef SEL_ITEMS
 #define SEL_ITEMS 24
 #endif
@@ -87,14 +88,11 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
       quick.wide_bias = args.wide_bias && !ragged;
       launch_resident(kernel, quick, all,
                       Plan{1, kSelectThreads, 0, int64_t(units.items) * kScanners * 16}, device,
-                      stream);
+                      stream, SEL_PDL == 2 && args.drawn == nullptr && device.fed());
     }
   }
-#ifndef SEL_PDL
-#define SEL_PDL 1
-#endif
   launch_resident(select_careful<S>, args, x.rows, Plan{1, 256, 0, 0}, device, stream,
-                  SEL_PDL && !args.all && device.fed());
+                  SEL_PDL >= 1 && !args.all && device.fed());
 }
 
 }  // namespace

@@ -45,8 +45,8 @@ class Unit {
 
   // Makes unit u the one that is spoken of, which may be none.
   __device__ __forceinline__ void move_to(int32_t u) {
-    const int64_t row = u / units_.parts;
-    part_ = u - int32_t(row) * units_.parts;
+    int32_t row = u;
+    if (units_.parts > 1) row = u / units_.parts, part_ = u - row * units_.parts;
     const uint64_t first =
         reinterpret_cast<uint64_t>(x_.data) + uint64_t(row * x_.stride) * sizeof(S);
     granule_ = first & ~uint64_t(15);
