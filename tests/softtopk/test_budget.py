@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from softtopk.budget import budget, excess
+from tests.waiting import record
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -76,16 +77,7 @@ def test_in_a_graph_without_waiting():
         k = budget(score, shift, 20.0, 1.0, 18.0)
         return k, *torch.autograd.grad(k.square().sum() + excess(k, target, 1.0), (score, shift))
 
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = record(step)
     with torch.no_grad():
         score.add_(1)
         target.fill_(5)
