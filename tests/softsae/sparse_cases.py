@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from softsae import (
     AdaptiveKConfig,
     AutoencoderConfig,
     EstimatorConfig,
     MSAEConfig,
     SoftSAEConfig,
+    SparseAutoencoder,
     TrainConfig,
     Trainer,
 )
@@ -60,6 +63,18 @@ CASES: dict[str, tuple[AutoencoderConfig, dict]] = {
         {"mode": "published", "alpha_start": ALPHA / 4, "k_anneal_steps": 0},
     ),
 }  # fmt: skip
+
+
+def midway(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """In float64, with parameters as in the middle of a training."""
+    sae = sae.double()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise, alpha=0.1)
+        sae.normalize_decoder()
+    return sae
 
 
 class Roomy(Trainer):

@@ -11,7 +11,7 @@ from softsae.config import RegularizerConfig
 from softsae.parts import derive, in_parts, rows_at_a_time, whole
 from softsae.schedules import Phase
 from softsae.step import weighted
-from tests.softsae.sparse_cases import ALPHA, CASES, SOURCE, D, Exactly, K, N, records
+from tests.softsae.sparse_cases import ALPHA, CASES, SOURCE, D, Exactly, K, N, midway, records
 
 WEIGHTS = {"reconstruction": 0.7, "budget": 3.0}
 BY_ROWS = [
@@ -27,7 +27,6 @@ PHASES = {
 
 
 def autoencoder(name: str) -> SparseAutoencoder:
-    """In float64, with parameters as in the middle of a training."""
     if name == "softsae-linear":
         options = SoftSAEConfig(alpha=ALPHA, estimator=EstimatorConfig("linear", moves_b_dec=True))
         model = AutoencoderConfig(n=N, k=K, softsae=options)
@@ -36,14 +35,7 @@ def autoencoder(name: str) -> SparseAutoencoder:
     train = TrainConfig(**CASES[name][1]) if name in CASES else TrainConfig()
     run = configuration.RunConfig(model, train)
     d_out = 24 if name == "transcoder" else None
-    sae = SparseAutoencoder(configuration.resolve(run, D, d_out).autoencoder, seed=3).double()
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(noise, alpha=0.1)
-        sae.normalize_decoder()
-    return sae
+    return midway(SparseAutoencoder(configuration.resolve(run, D, d_out).autoencoder, seed=3))
 
 
 def derived(sae: SparseAutoencoder, passed):

@@ -13,7 +13,7 @@ from softsae import config as configuration
 from softsae.losses import RegularizerConfig
 from softsae.schedules import Phase
 from softsae.sparse import Sparse
-from tests.softsae.sparse_cases import ALPHA, CASES, SOURCE, D, Exactly, records
+from tests.softsae.sparse_cases import ALPHA, CASES, SOURCE, D, Exactly, midway, records
 
 PHASES = {
     "soft": {"hard": False},
@@ -25,18 +25,12 @@ PHASES = {
 
 
 def autoencoder(name: str) -> SparseAutoencoder:
-    """In float64, with weights and thresholds as they are in the middle of a training."""
+    """Thresholds as well are as in the middle of a training."""
     model, train = CASES[name]
     run = configuration.RunConfig(model, TrainConfig(**train))
-    sae = SparseAutoencoder(configuration.resolve(run, D).autoencoder, seed=3).double()
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(noise, alpha=0.1)
-        sae.normalize_decoder()
-        if hasattr(sae.selector, "threshold"):
-            sae.selector.threshold.fill_(0.7)
+    sae = midway(SparseAutoencoder(configuration.resolve(run, D).autoencoder, seed=3))
+    if hasattr(sae.selector, "threshold"):
+        sae.selector.threshold.data.fill_(0.7)
     return sae
 
 

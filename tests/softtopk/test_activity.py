@@ -9,6 +9,7 @@ from torch import Tensor
 from softtopk import SparseCode, hard_topk_code
 from softtopk.activity import activity
 from softtopk.functional import FLOATS
+from tests.waiting import record
 
 # (rows, n): no rows, less than a warp, odd, whole chunks, several batches of them, many rows of a warp.
 SHAPES = [(0, 5), (1, 1), (3, 30), (70, 333), (65, 1024), (9, 4104), (3, 70_000), (20_000, 64)]
@@ -81,16 +82,7 @@ def test_what_the_kernels_do_not_take(device):
 def test_in_a_graph_without_waiting():
     x = latents((300, 512), "cuda")
     code = SparseCode.from_dense(x)
-    activity(x), activity(code)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        activity(x), activity(code)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = activity(x), activity(code)
+    graph, found = record(lambda: (activity(x), activity(code)))
     x.copy_(x.flip(0, 1))
     code.values.mul_(code.values > 0)
     graph.replay()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softtopk import optim
 from softtopk.optim import Adam, Clipped, clip_factor, clip_factors
+from tests.waiting import waiting_is_an_error
 
 # Lengths that are whole numbers of 16 bytes and others; rows of one place a thread, of several, and more
 # than a block can keep; more elements than a block of a flat sweep.
@@ -404,12 +405,8 @@ def test_in_a_graph_without_waiting(normalize):
             unit_rows(q)
 
     give(0, p, q)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         ours.step(scale=scale, found_inf=found_inf)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     eager()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -14,6 +14,7 @@ from torch import Tensor
 import softtopk
 from softtopk import relu_projection
 from softtopk.backends import projection
+from tests.waiting import record
 
 # (B, d, n): fewer than a byte of columns, odd, more than a chunk's multiple, a whole number of chunks.
 SHAPES = [(1, 1, 1), (5, 7, 3), (3, 12, 33), (9, 5, 257), (37, 8, 700), (17, 20, 1024), (70, 3, 300)]
@@ -284,16 +285,7 @@ class TestOnTheGpu:
             scores = relu_projection(x, weight, bias, w2, copy=copy, backend=backend)
             return scores, *torch.autograd.grad(scores, (weight, bias, w2), torch.ones_like(scores))
 
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = step()
+        graph, results = record(step)
         x.copy_(torch.randn_like(x))
         graph.replay()
         for got, want in zip(results, step(), strict=True):
