@@ -67,7 +67,9 @@ __global__ void __launch_bounds__(kDecodeThreads, SOFTTOPK_DECODE_BLOCKS)
         const float of = __shfl_sync(~0u, scale, e);
         const bool there = base + e < count;
         rows[i] = there ? weight + int64_t(chosen) * (2 * d) : nowhere() + 16 * g;
-        scales[i / 2] |= part_of(there ? of : 0.0f, g % 2) << (16 * (i % 2));
+        uint32_t parts[3];
+        split(there ? of : 0.0f, parts);
+        scales[i / 2] |= (g % 2 == 0 ? parts[0] : parts[1]) << (16 * (i % 2));
       }
 #pragma unroll
       for (int c = 0; c < kDecodeChunks; ++c) {
@@ -82,8 +84,7 @@ __global__ void __launch_bounds__(kDecodeThreads, SOFTTOPK_DECODE_BLOCKS)
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           const Turned a(x, m);
-          multiply_add(sum[c][m], a.words[0], a.words[1], a.words[2], a.words[3], scales[0],
-                       scales[1]);
+          multiply_add(sum[c][m], a.words, scales);
         }
       }
     }

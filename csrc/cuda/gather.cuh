@@ -1,11 +1,13 @@
-// Sums of scaled rows on tensor cores, for bfloat16: what decoding and the weights' gradients share.
+// Sums of scaled rows on tensor cores, for bfloat16: what decoding and the weights' gradients
+// share.
 //
 // With g = lane / 4 and t = lane % 4, a lane loads 16 bytes, columns 8g to 8g + 7 of a chunk of 64,
-// of entries 2t, 2t + 1, 2t + 8 and 2t + 9 of sixteen: eight lanes read 128 bytes of a row. Words of
-// two entries, woven, are what multiply_add() takes for a matrix of columns by entries (Turned);
-// its product with the entries' scales, one column to a sum, has the sums. A scale is the sum of two
-// bfloat16, of columns 2s and 2s + 1 of the product for sum s, which are added up in the end: 17
-// bits of it count. No element is converted, and no sum is taken across lanes.
+// of entries 2t, 2t + 1, 2t + 8 and 2t + 9 of sixteen: eight lanes read 128 bytes of a row. Words
+// of two entries, woven, are what multiply_add() takes for a matrix of columns by entries (Turned);
+// its product with the entries' scales, one column to a sum, has the sums. A scale is the sum of
+// two bfloat16, of columns 2s and 2s + 1 of the product for sum s, which are added up in the end:
+// 17 bits of it count, and 25 with the third that a sum in float32 has from another product. No
+// element is converted, and no sum is taken across lanes.
 #pragma once
 
 #include "layout.cuh"
@@ -14,7 +16,7 @@
 namespace softtopk::cuda {
 
 // A row of zeros for where there is no entry.
-__device__ uint4 zeros[64];
+static __device__ uint4 zeros[64];
 __device__ __forceinline__ const unsigned char* nowhere() {
   return reinterpret_cast<const unsigned char*>(zeros);
 }
@@ -23,11 +25,15 @@ __device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
-// The bits of a scale's greater part, or of the rest.
-__device__ __forceinline__ uint32_t part_of(float scale, int rest) {
+// The bits of the parts of a scale.
+__device__ __forceinline__ void split(float scale, uint32_t (&parts)[3]) {
   using E = Element<__nv_bfloat16>;
-  const uint16_t greater = E::raw(scale);
-  return rest != 0 ? E::raw(scale - E::value(greater)) : greater;
+#pragma unroll
+  for (uint32_t& part : parts) {
+    const uint16_t raw = E::raw(scale);
+    scale -= E::value(raw);
+    part = raw;
+  }
 }
 
 // Columns 8g + 2m of all g, and then 8g + 2m + 1, by the sixteen entries.

@@ -31,7 +31,7 @@ struct GradientArgs {
   void* squares;
   // The workspace.
   int64_t pieces;
-  int tiles;  // of the dots and squares here; 0: none, they are written at once
+  int tiles;              // of the dots and squares here; 0: none, they are written at once
   void* partial;          // (pieces, d), of a piece's last latent where it is not the piece's alone
   void* partial_sums;     // (pieces,)
   void* partial_dots;     // (tiles, places) in the order of the entries

@@ -9,10 +9,10 @@
 
 namespace softtopk::cuda {
 
-constexpr int kTogether = 4;     // of them, whose rows are asked for at once
-constexpr int kResident = 6;     // blocks of a multiprocessor, which leave 80 registers to a thread
-constexpr int kWarps = 4;        // of a block whose warps are on their own
-constexpr int kMostTiles = 16;   // of a block that has them all
+constexpr int kTogether = 4;    // of them, whose rows are asked for at once
+constexpr int kResident = 6;    // blocks of a multiprocessor, which leave 80 registers to a thread
+constexpr int kWarps = 4;       // of a block whose warps are on their own
+constexpr int kMostTiles = 16;  // of a block that has them all
 
 // Of SIZE values of every lane, a power of two, the sums over a warp: value i in the lanes that
 // have i in their highest bits.

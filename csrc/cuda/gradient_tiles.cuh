@@ -1,17 +1,15 @@
 // The gradients of a piece of the entries (sparse_gradients.cu) on tensor cores, for bfloat16.
 //
-// Sixteen entries at a time, of up to four latents. The product of a tile of their rows of y,
-// turned over, with their scales, one column to a latent, is what they add to the rows of the
-// gradient; that of the tile with the rows of the weight has their dots. A scale is the sum of two
-// bfloat16, in two columns that are added up: 17 bits of it count. Rows of y are loaded such that
-// eight lanes read 128 bytes of one row, and entries lie in pairs of registers, as the first
-// product wants them; for the second, 8 x 8 matrices are transposed in registers. No element is
-// converted, and no sum is taken across lanes. A value of y that is not finite also reaches the
-// other latents of its sixteen entries.
+// Sixteen entries at a time, of up to four latents, in a chunk of 64 columns (gather.cuh). The tile
+// of their rows of y, turned, times their scales, a latent to a column, is what they add to the
+// rows of the gradient; turned back, times the rows of the weight, it is their dots: with neither
+// an element converted nor a sum taken across lanes. A block has a piece and up to kTileWarps tiles
+// of the columns, one to a warp, or all of them where the gradient is projected. A value of y that
+// is not finite also reaches the other latents of its sixteen entries.
 #pragma once
 
+#include "gather.cuh"
 #include "gradient_args.cuh"
-#include "mma.cuh"
 
 namespace softtopk::cuda {
 
@@ -20,30 +18,16 @@ constexpr int kTileColumns = kTileChunks * 64;
 constexpr int kTileWarps = 4;                  // of a block, at most
 constexpr int kWholeWarps = 64 / kTileChunks;  // of one that has all columns
 
-// What a block has to know of an entry.
-struct alignas(16) TileEntry {
+// What a block has to know of an entry: 16 bytes, which are read at once.
+struct TileEntry {
   int32_t row, place, latent;
   float scale;
-};
 
-__device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
-  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
-}
-
-template <class O>
-__device__ __forceinline__ void store_8(O* to, const float (&x)[8]) {
-  constexpr int kSize = Chunk<O>::size;
-#pragma unroll
-  for (int part = 0; part < 8 / kSize; ++part) {
-    float own[kSize];
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) own[i] = x[part * kSize + i];
-    store_global(to + part * kSize, Chunk<O>::of(own).words);
+  __device__ static TileEntry load(const int4& words) {
+    return {words.x, words.y, words.z, __int_as_float(anew(words.w))};
   }
-}
-
-// A row of y where there is no entry.
-__device__ uint4 zeros[kTileChunks * 8];
+  __device__ int4 store() const { return {row, place, latent, __float_as_int(scale)}; }
+};
 
 template <class O, bool FULL, bool DOTS, bool WHOLE>
 __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
@@ -52,7 +36,7 @@ __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
   using S = __nv_bfloat16;
   constexpr int kMost = 2 * kPiece;  // entries: the last latent may reach beyond the piece
   constexpr int kWarps = WHOLE ? kWholeWarps : kTileWarps;
-  __shared__ TileEntry entries[kMost + 16];
+  __shared__ int4 entries[kMost + 16];
   __shared__ uint32_t begins[kMost / 32 + 1];  // where a latent begins
   __shared__ float dots[DOTS ? kWarps : 1][kMost + 16];
   __shared__ float squares[kWarps][kMost];
@@ -75,7 +59,7 @@ __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
       entry.latent = args.indices[entry.place];
       entry.scale = static_cast<const float*>(args.scale)[entry.place];
     }
-    entries[i] = entry;
+    entries[i] = entry.store();
   }
   const Span span(args, begin, limit, first, last);
   const int lo = span.from - begin, hi = span.to - begin;
@@ -83,7 +67,7 @@ __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
   __syncthreads();
   for (int base = 0; base <= kMost; base += threads) {
     const int i = base + thread;
-    const bool is_one = i >= lo && i < hi && (i == lo || entries[i].latent != entries[i - 1].latent);
+    const bool is_one = i >= lo && i < hi && (i == lo || entries[i].z != entries[i - 1].z);
     const uint32_t word = __ballot_sync(~0u, is_one);
     if (lane == 0 && i <= kMost) begins[i / 32] = word;
   }
@@ -92,13 +76,15 @@ __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
 #pragma unroll
   for (int i = 0; i < kMost / 32; ++i) latents += __popc(begins[i]);
 
-  const auto* const y = static_cast<const unsigned char*>(args.y);
-  const auto* const weight = static_cast<const unsigned char*>(args.weight);
   const int32_t d = int32_t(args.d), bytes = 2 * d;
   // The lane's columns: eight from `column` on of every chunk; of the weight's rows sixteen from
   // `weight_column` on.
   const int32_t tile = (int32_t(blockIdx.y) * warps + warp) * kTileColumns;
   const int32_t column = tile + 8 * g, weight_column = tile + 16 * t;
+  const auto* const y = anew(static_cast<const unsigned char*>(args.y) + 2 * column);
+  const auto* const weight =
+      anew(static_cast<const unsigned char*>(args.weight) + 2 * weight_column);
+  const unsigned char* const none = anew(nowhere() + 16 * g);
   const auto load = [&](const unsigned char* row, int32_t column, int chunk) {
     uint4 words = make_uint4(0, 0, 0, 0);
     if (FULL || column + chunk * 64 < d) {
@@ -114,8 +100,10 @@ __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
   for (int p = lo; p < hi;) {
     // Up to 16 entries from p on, of no more than 4 latents: `marks` has bit i - 1 set where a
     // latent begins with the i-th. A latent's slot is its ordinal modulo 4.
-    uint32_t marks = __funnelshift_r(begins[(p + 1) / 32], begins[min((p + 1) / 32 + 1, kMost / 32)],
-                                     uint32_t(p + 1) % 32) & 0xffffu;
+    uint32_t marks =
+        __funnelshift_r(begins[(p + 1) / 32], begins[min((p + 1) / 32 + 1, kMost / 32)],
+                        uint32_t(p + 1) % 32) &
+        0xffffu;
     int begin_of[4] = {0, 0, 0, 0};  // the latents' first entries
     uint32_t later = marks;
 #pragma unroll
@@ -131,28 +119,30 @@ __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
 
     // The lane's entries, and where their rows are.
     const unsigned char* rows[4];
-    uint32_t scales[2] = {0, 0};
+    uint32_t scales[2] = {0, 0}, rests[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int e = 2 * t + i % 2 + 8 * (i / 2);
-      const TileEntry entry = entries[p + e];
+      const auto entry = TileEntry::load(entries[p + e]);
       const bool there = e < size;
-      rows[i] = there ? y + int64_t(entry.row) * bytes + 2 * column
-                      : reinterpret_cast<const unsigned char*>(zeros) + 16 * g;
+      const unsigned char* const row = anew(y + int64_t(entry.row) * bytes);
+      rows[i] = there ? row : none;
       const int slot = ordinal + __popc(marks & ((1u << e) - 1));
       const float scale = there && (slot & 3) == g / 2 ? entry.scale : 0.0f;
-      const uint32_t high = Element<S>::raw(scale);
-      const float rest = scale - Element<S>::value(uint16_t(high));
-      const uint32_t part = g % 2 == 0 ? high : Element<S>::raw(rest);
-      scales[i / 2] |= part << (16 * (i % 2));
+      uint32_t parts[3];
+      split(scale, parts);
+      scales[i / 2] |= (g % 2 == 0 ? parts[0] : parts[1]) << (16 * (i % 2));
+      rests[i / 2] |= (g % 2 == 0 ? parts[2] : 0) << (16 * (i % 2));
     }
-    const unsigned char* weight_row = reinterpret_cast<const unsigned char*>(zeros);
+    const unsigned char* weight_row = nowhere();
     if (DOTS) {
       const int which = (g - ordinal) & 3;
-      const int e = which == 0 ? 0 : which == 1 ? begin_of[1] : which == 2 ? begin_of[2] : begin_of[3];
-      if (which <= more) {
-        weight_row = weight + int64_t(entries[p + e].latent) * bytes + 2 * weight_column;
-      }
+      const int e = which == 0   ? 0
+                    : which == 1 ? begin_of[1]
+                    : which == 2 ? begin_of[2]
+                                 : begin_of[3];
+      const unsigned char* const row = anew(weight + int64_t(entries[p + e].z) * bytes);
+      if (which <= more) weight_row = row;
     }
 
     float dot[4] = {};
@@ -167,18 +157,15 @@ __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
       }
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        uint32_t own[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) own[i] = word_of(x[i], m);
-        const uint32_t a0 = __byte_perm(own[0], own[1], 0x5410);
-        const uint32_t a1 = __byte_perm(own[0], own[1], 0x7632);
-        const uint32_t a2 = __byte_perm(own[2], own[3], 0x5410);
-        const uint32_t a3 = __byte_perm(own[2], own[3], 0x7632);
-        multiply_add(sum[c][m], a0, a1, a2, a3, scales[0], scales[1]);
+        const Turned a(x, m);
+        multiply_add(sum[c][m], a.words, scales);
+        if (sizeof(O) == 4) multiply_add(sum[c][m], a.words, rests);
         if (DOTS) {
-          const uint32_t b0 = __byte_perm(word_of(w[0], m), word_of(w[1], m), 0x5410);
-          const uint32_t b1 = __byte_perm(word_of(w[0], m), word_of(w[1], m), 0x7632);
-          multiply_add(dot, transposed(a0), transposed(a2), transposed(a1), transposed(a3), b0, b1);
+          const uint32_t back[4] = {transposed(a.words[0]), transposed(a.words[2]),
+                                    transposed(a.words[1]), transposed(a.words[3])};
+          const uint32_t weights[2] = {__byte_perm(word_of(w[0], m), word_of(w[1], m), 0x5410),
+                                       __byte_perm(word_of(w[0], m), word_of(w[1], m), 0x7632)};
+          multiply_add(dot, back, weights);
         }
       }
     }
@@ -187,7 +174,8 @@ __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
       for (int i = 0; i < 2; ++i) {
         const int e = g + 8 * i;
         const int slot = (ordinal + __popc(marks & ((1u << e) - 1))) & 3;
-        if (slot / 2 == t && e < size) dots[warp][p + e] = slot % 2 == 0 ? dot[2 * i] : dot[2 * i + 1];
+        if (slot / 2 == t && e < size)
+          dots[warp][p + e] = slot % 2 == 0 ? dot[2 * i] : dot[2 * i + 1];
       }
     }
 
@@ -195,25 +183,21 @@ __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
       // The lane has columns of the latent in slot t.
       const int which = (t - ordinal) & 3;
       const bool ended = ordinal + which < next;
-      const int e = which == 0 ? 0 : which == 1 ? begin_of[1] : which == 2 ? begin_of[2] : begin_of[3];
-      const int32_t latent = entries[p + e].latent;
+      const int e = which == 0   ? 0
+                    : which == 1 ? begin_of[1]
+                    : which == 2 ? begin_of[2]
+                                 : begin_of[3];
+      const int32_t latent = entries[p + e].z;
       const bool sharing = span.shared && ordinal + which == latents - 1;
-      // Of a chunk the sums, of both parts of the scales.
-      const auto sums_of = [&](int c, float (&x)[8]) {
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          x[2 * m] = sum[c][m][0] + sum[c][m][1];
-          x[2 * m + 1] = sum[c][m][2] + sum[c][m][3];
-        }
-      };
       float all = 0;  // the part along the weight, to be taken away
-      const unsigned char* const own = WHOLE ? weight + int64_t(latent) * bytes + 2 * column : nullptr;
+      const unsigned char* const own =
+          WHOLE ? weight + int64_t(latent) * bytes + 2 * (column - weight_column) : nullptr;
       if (WHOLE) {
         float part = 0;
 #pragma unroll
         for (int c = 0; c < kTileChunks; ++c) {
           float x[8], w[8];
-          sums_of(c, x);
+          sums_of(sum[c], x);
           Chunk<S>{load(own, column, c)}.read(w);
 #pragma unroll
           for (int j = 0; j < 8; ++j) part = fma(w[j], x[j], part);
@@ -231,7 +215,7 @@ __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
 #pragma unroll
         for (int c = 0; c < kTileChunks; ++c) {
           float x[8];
-          sums_of(c, x);
+          sums_of(sum[c], x);
           if (WHOLE) {
             float w[8];
             Chunk<S>{load(own, column, c)}.read(w);
@@ -267,7 +251,7 @@ __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
   // What the warps have of the same entries and latents.
   __syncthreads();
   for (int i = lo + thread; i < hi; i += threads) {
-    const TileEntry entry = entries[i];
+    const auto entry = TileEntry::load(entries[i]);
     if (DOTS) {
       float all = 0;
       for (int other = 0; other < warps; ++other) all += dots[other][i];
@@ -288,12 +272,15 @@ __global__ void __launch_bounds__(WHOLE ? kWholeWarps * 32 : kTileWarps * 32,
       if (gridDim.y == 1) {
         static_cast<float*>(args.squares)[entry.latent] = all;
       } else {
-        static_cast<float*>(args.partial_squares)[int64_t(blockIdx.y) * args.n + entry.latent] = all;
+        static_cast<float*>(args.partial_squares)[int64_t(blockIdx.y) * args.n + entry.latent] =
+            all;
       }
     }
     if ((args.sums != nullptr || sharing) && blockIdx.y == 0) {
       float all = 0;
-      for (int j = i; j < hi && entries[j].latent == entry.latent; ++j) all += entries[j].scale;
+      for (int j = i; j < hi && entries[j].z == entry.latent; ++j) {
+        all += TileEntry::load(entries[j]).scale;
+      }
       if (sharing) {
         static_cast<float*>(args.partial_sums)[piece] = all;
       } else {

@@ -15,9 +15,9 @@
 // times of that are not measured yet.
 #include <type_traits>
 
+#include "decode_tiles.cuh"
 #include "launch.cuh"
 #include "layout.cuh"
-#include "decode_tiles.cuh"
 
 namespace softtopk::cuda {
 namespace {

@@ -196,12 +196,10 @@ bool add_by_tiles(GradientArgs& args, void* stream) {
   args.tiles = slices == 1 ? 0 : int(slices);
   const bool full = args.d == slices * warps * kTileColumns;
   const bool dots = args.dots != nullptr;
-  const auto kernel = args.project ? (full ? add_tiles<O, true, true, true>
-                                           : add_tiles<O, false, true, true>)
-                      : dots       ? (full ? add_tiles<O, true, true, false>
-                                           : add_tiles<O, false, true, false>)
-                                   : (full ? add_tiles<O, true, false, false>
-                                           : add_tiles<O, false, false, false>);
+  const auto kernel =
+      args.project ? (full ? add_tiles<O, true, true, true> : add_tiles<O, false, true, true>)
+      : dots       ? (full ? add_tiles<O, true, true, false> : add_tiles<O, false, true, false>)
+                   : (full ? add_tiles<O, true, false, false> : add_tiles<O, false, false, false>);
   run(kernel, args, dim3(unsigned(args.pieces), unsigned(slices)), warps * 32, stream);
   return true;
 }
