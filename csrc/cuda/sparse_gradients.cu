@@ -16,296 +16,13 @@
 //   366 | 507 | 1327;
 // - the weight's row kept for a latent, rows of y four ahead: 129 | 331 | 480 | 1199;
 // - a warp for a piece and a tile: not measured yet.
-#include "launch.cuh"
-#include "layout.cuh"
+#include "gradient_pieces.cuh"
+#include "gradient_tiles.cuh"
 
 namespace softtopk::cuda {
 namespace {
 
-constexpr int kPiece = 64;       // entries
-constexpr int kTogether = 4;     // of them, whose rows are asked for at once
-constexpr int kResident = 6;     // blocks of a multiprocessor, which leave 80 registers to a thread
-constexpr int kWarps = 4;        // of a block whose warps are on their own
-constexpr int kMostTiles = 16;   // of a block that has them all
 constexpr int kFinishing = 512;  // threads of a block of the second kernel
-
-struct GradientArgs {
-  const void* scale;
-  const int32_t* indices;
-  const int32_t* offsets;
-  const int32_t* entries;
-  int64_t places;
-  int32_t max_active, n;
-  int64_t d;
-  const void* y;
-  const void* weight;  // or null
-  bool project, zero_silent;
-  void* grad;
-  void* dots;
-  void* sums;
-  void* squares;
-  // The workspace.
-  int64_t pieces;
-  int tiles;
-  void* partial;          // (pieces, d), of a piece's last latent where it is not the piece's alone
-  void* partial_sums;     // (pieces,)
-  void* partial_dots;     // (tiles, places) in the order of the entries
-  void* partial_squares;  // (tiles, n)
-};
-
-template <class T>
-__device__ __forceinline__ T sum_of_warp(T value) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(~0u, value, mask);
-  return value;
-}
-
-// Of SIZE values of every lane, a power of two, the sums over a warp: value i in the lanes that
-// have i in their highest bits.
-template <class T, int SIZE>
-__device__ __forceinline__ T sums_of_warp(const T (&values)[SIZE], int lane) {
-  if constexpr (SIZE == 1) {
-    T sum = values[0];
-    return sum;
-  } else {
-    constexpr int kHalf = SIZE / 2;
-    T half[kHalf];
-    // The lanes in the upper half of those that share these values take the upper values.
-    const int mask = 16 * SIZE / kTogether;
-    const bool upper = lane & mask;
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const T mine = upper ? values[i + kHalf] : values[i];
-      const T other = upper ? values[i] : values[i + kHalf];
-      half[i] = mine + __shfl_xor_sync(~0u, other, mask);
-    }
-    return sums_of_warp(half, lane);
-  }
-}
-
-// A lane's columns of a tile: VECTORS chunks, a warp's width apart.
-template <class S, int VECTORS, bool WIDE>
-struct Columns {
-  using Raw = typename Element<S>::Raw;
-  static constexpr int size = Chunk<S>::size;
-  int32_t first, d;
-
-  __device__ Columns(int tile, int lane, int64_t d)
-      : first((tile * VECTORS * 32 + lane) * size), d(int32_t(d)) {}
-  __device__ __forceinline__ int32_t column(int vector) const { return first + vector * 32 * size; }
-  __device__ __forceinline__ void load(const void* data, int32_t row,
-                                       Chunk<S> (&chunks)[VECTORS]) const {
-    const Raw* const from = static_cast<const Raw*>(data) + uint64_t(uint32_t(row)) * uint32_t(d);
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      const int32_t at = column(v);
-      chunks[v] = Chunk<S>{};
-      if constexpr (WIDE) {
-        if (at < d) chunks[v].words = __ldg(reinterpret_cast<const uint4*>(from + at));
-      } else {
-#pragma unroll
-        for (int i = 0; i < size; ++i) {
-          if (at + i < d) chunks[v].set_raw(i, __ldg(from + at + i));
-        }
-      }
-    }
-  }
-  template <class O, class T>
-  __device__ __forceinline__ void store(O* row, const T (&x)[VECTORS][size]) const {
-    using RawOut = typename Element<O>::Raw;
-    constexpr int kOut = Chunk<O>::size;
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      const int32_t at = column(v);
-      RawOut* const to = reinterpret_cast<RawOut*>(row) + at;
-      if constexpr (WIDE && size % kOut == 0) {
-        if (at >= d) return;
-#pragma unroll
-        for (int part = 0; part < size / kOut; ++part) {
-          Compute<O> own[kOut];
-#pragma unroll
-          for (int i = 0; i < kOut; ++i) own[i] = Compute<O>(x[v][part * kOut + i]);
-          store_global(to + part * kOut, Chunk<O>::of(own).words);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < size; ++i) {
-          if (at + i < d) to[i] = Element<O>::raw(Compute<O>(x[v][i]));
-        }
-      }
-    }
-  }
-};
-
-// 32 entries in their order, one to a lane.
-template <class T>
-struct Window {
-  int32_t place, latent;
-  T scale;
-
-  __device__ __forceinline__ void load(const GradientArgs& args) {  // `place` is there
-    latent = args.indices[place];
-    scale = static_cast<const T*>(args.scale)[place];
-  }
-};
-
-// WHOLE: a block has all tiles of a piece.
-template <class S, class O, int VECTORS, bool WIDE, bool DOTS, bool WHOLE>
-__global__ void __launch_bounds__(WHOLE ? kMostTiles * 32 : kWarps * 32, WHOLE ? 1 : kResident)
-    add_pieces(const GradientArgs args) {
-  using T = Compute<S>;
-  using Own = Columns<S, VECTORS, WIDE>;
-  constexpr int kSize = Chunk<S>::size;
-  constexpr int kAtOnce = VECTORS == 1 ? kTogether : 1;  // as many rows as registers hold
-  constexpr uint32_t kAll = ~0u;
-  __shared__ T of_warps[2][WHOLE ? kMostTiles : 1];
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int tile = WHOLE ? warp : int(blockIdx.y);
-  const int64_t piece = WHOLE ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * kWarps + warp;
-  const int32_t total = args.offsets[args.n];
-  if (piece * kPiece >= total) return;
-  const int32_t begin = int32_t(piece) * kPiece, limit = min(begin + kPiece, total);
-  const Own own(tile, lane, args.d);
-
-  // Which entries: without those of a latent that a piece before has followed to its end, and with
-  // the rest of the last latent if that ends before the piece after the next begins.
-  Window<T> window;
-  window.place = begin + lane < limit ? args.entries[begin + lane] : 0;
-  int32_t bound = lane == 0 ? begin : limit - 1;
-  bound = args.indices[args.entries[bound]];  // lane 0: the first latent, others: the last
-  const int32_t bound_start = args.offsets[bound], bound_end = args.offsets[bound + 1];
-  window.load(args);
-  const int32_t first_start = __shfl_sync(kAll, bound_start, 0);
-  const int32_t first_end = __shfl_sync(kAll, bound_end, 0);
-  const int32_t last_latent = __shfl_sync(kAll, bound, 1);
-  const int32_t last_start = __shfl_sync(kAll, bound_start, 1);
-  const int32_t last_end = __shfl_sync(kAll, bound_end, 1);
-  const int32_t from = first_start < begin && first_end <= begin + kPiece ? first_end : begin;
-  const int32_t to = last_end <= begin + 2 * kPiece ? last_end : limit;
-  const bool shared = last_start < begin || to < last_end;  // the last latent
-  if (from >= to) return;
-
-  T sum[VECTORS][kSize] = {}, w[VECTORS][kSize] = {}, along = 0, of_scales = 0;
-  int32_t latent = -1;
-  int turn = 0;
-  // The sums of a latent, to where they belong.
-  const auto finish = [&]() {
-    const bool sharing = shared && latent == last_latent;
-    if (sharing) {
-      own.store(static_cast<T*>(args.partial) + piece * args.d, sum);
-      if (lane == 0 && tile == 0) static_cast<T*>(args.partial_sums)[piece] = of_scales;
-    } else {
-      if constexpr (WHOLE) {
-        along = sum_of_warp(along);
-        if (lane == 0) of_warps[turn][warp] = along;
-        __syncthreads();
-        T all = 0;
-        for (int other = 0; other < args.tiles; ++other) all += of_warps[turn][other];
-        turn ^= 1;
-#pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-#pragma unroll
-          for (int j = 0; j < kSize; ++j) sum[v][j] -= all * w[v][j];
-        }
-      }
-      own.store(static_cast<O*>(args.grad) + int64_t(latent) * args.d, sum);
-      if (args.squares != nullptr) {
-        T square = 0;
-#pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-#pragma unroll
-          for (const T x : sum[v]) square = fma(x, x, square);
-        }
-        square = sum_of_warp(square);
-        if (lane == 0) {
-          static_cast<T*>(args.partial_squares)[int64_t(tile) * args.n + latent] = square;
-        }
-      }
-      if (args.sums != nullptr && tile == 0 && lane == 0) {
-        static_cast<T*>(args.sums)[latent] = of_scales;
-      }
-    }
-    along = of_scales = 0;
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-#pragma unroll
-      for (T& x : sum[v]) x = 0;
-    }
-  };
-
-  int32_t before = -1;  // the latent of the last entry of the window before
-#pragma unroll 1
-  for (int32_t base = begin; base < to; base += 32) {
-    if (base > begin) window.load(args);
-    const int32_t row = int32_t(uint32_t(window.place) / uint32_t(args.max_active));
-    const bool active = base + lane >= from && base + lane < to;
-    int32_t previous = __shfl_up_sync(kAll, window.latent, 1);
-    if (lane == 0) previous = before;
-    before = __shfl_sync(kAll, window.latent, 31);
-    const uint32_t actives = __ballot_sync(kAll, active);
-    // Where a latent begins.
-    const uint32_t fresh =
-        __ballot_sync(kAll, active && (window.latent != previous || base + lane == from));
-    const Window<T> now = window;
-    if (base + 32 < to) window.place = base + 32 + lane < to ? args.entries[base + 32 + lane] : 0;
-    T* const dots = static_cast<T*>(args.partial_dots) + tile * args.places + base;
-#pragma unroll 1
-    for (int start = 0; start < 32; start += kAtOnce) {
-      const uint32_t here = actives >> start;
-      if ((here & ((1u << kAtOnce) - 1)) == 0) {
-        if (here == 0) break;
-        continue;
-      }
-      Chunk<S> y[kAtOnce][VECTORS], weights[kAtOnce][VECTORS];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int32_t which = __shfl_sync(kAll, row, start + i);
-        const int32_t of = __shfl_sync(kAll, now.latent, start + i);
-        if (actives >> (start + i) & 1) own.load(args.y, which, y[i]);
-        if (DOTS && fresh >> (start + i) & 1) own.load(args.weight, of, weights[i]);
-      }
-      T dot[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        dot[i] = 0;
-        if (!(actives >> (start + i) & 1)) continue;
-        if (fresh >> (start + i) & 1) {
-          if (latent >= 0) finish();
-          latent = __shfl_sync(kAll, now.latent, start + i);
-          if constexpr (DOTS) {
-#pragma unroll
-            for (int v = 0; v < VECTORS; ++v) weights[i][v].read(w[v]);
-          }
-        }
-        const T scale = __shfl_sync(kAll, now.scale, start + i);
-        of_scales += scale;
-#pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-          T x[kSize];
-          y[i][v].read(x);
-#pragma unroll
-          for (int j = 0; j < kSize; ++j) {
-            sum[v][j] = fma(scale, x[j], sum[v][j]);
-            if constexpr (DOTS) dot[i] = fma(w[v][j], x[j], dot[i]);
-          }
-        }
-        if constexpr (WHOLE) along = fma(scale, dot[i], along);
-      }
-      if constexpr (DOTS) {
-        constexpr int kLanes = 32 / kAtOnce;
-        T mine = dot[0];
-        if constexpr (kAtOnce > 1) mine = sums_of_warp(dot, lane);
-#pragma unroll
-        for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-          mine += __shfl_xor_sync(kAll, mine, mask);
-        }
-        const int at = start + lane / kLanes;
-        if (lane % kLanes == 0 && actives >> at & 1) dots[at] = mine;
-      }
-    }
-  }
-  finish();
-}
 
 // The sum of a value over a block of kFinishing threads, in all of them.
 template <class T>
@@ -408,7 +125,7 @@ __global__ void __launch_bounds__(kFinishing) finish_gradients(const GradientArg
     T* const dots = static_cast<T*>(args.dots);
     const int32_t total = args.offsets[args.n];
     for (int64_t i = block * kFinishing + t; i < args.places; i += blocks * kFinishing) {
-      if (i < total) {
+      if (i < total && args.tiles > 0) {
         dots[args.entries[i]] =
             strided_sum(static_cast<const T*>(args.partial_dots) + i, args.places, args.tiles);
       }
@@ -428,7 +145,7 @@ __global__ void __launch_bounds__(kFinishing) finish_gradients(const GradientArg
         shared[atomicAdd(&count, 1)] = int32_t(latent);
       } else if (blockIdx.y == 0) {
         if (silent && args.sums != nullptr) static_cast<T*>(args.sums)[latent] = 0;
-        if (args.squares != nullptr) {
+        if (args.squares != nullptr && (silent || args.tiles > 0)) {
           const T* const squares = static_cast<const T*>(args.partial_squares) + latent;
           static_cast<T*>(args.squares)[latent] =
               silent ? T(0) : strided_sum(squares, args.n, args.tiles);
@@ -469,6 +186,24 @@ void add(GradientArgs args, void* stream) {
 
 int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
+// On tensor cores; returns whether that can be.
+template <class O>
+bool add_by_tiles(GradientArgs& args, void* stream) {
+  const int64_t tiles = std::max<int64_t>((args.d + kTileColumns - 1) / kTileColumns, 1);
+  if (args.project && tiles > kWholeWarps) return false;
+  const int64_t slices = args.project ? 1 : (tiles + kTileWarps - 1) / kTileWarps;
+  const int64_t warps = (tiles + slices - 1) / slices;
+  args.tiles = slices == 1 ? 0 : int(slices);
+  const bool full = args.d == slices * warps * kTileColumns;
+  const bool dots = args.dots != nullptr;
+  const auto kernel =
+      args.project ? (full ? add_tiles<O, true, true, true> : add_tiles<O, false, true, true>)
+      : dots       ? (full ? add_tiles<O, true, true, false> : add_tiles<O, false, true, false>)
+                   : (full ? add_tiles<O, true, false, false> : add_tiles<O, false, false, false>);
+  run(kernel, args, dim3(unsigned(args.pieces), unsigned(slices)), warps * 32, stream);
+  return true;
+}
+
 // Tiles of the columns, at least one: d may be 0.
 int64_t tiles_of(int64_t d, int64_t size, int64_t vectors) {
   const int64_t width = vectors * 32 * (16 / size);
@@ -483,7 +218,11 @@ void gradients(GradientArgs args, int64_t rows, void* stream) {
   const bool wide = is_wide(args.y, rows, d, sizeof(S)) &&
                     is_wide(args.weight, args.n, d, sizeof(S)) &&
                     is_wide(args.grad, args.n, d, sizeof(O)) && d % kSize == 0;
-  const bool many = args.project && args.tiles > kMostTiles;
+  bool done = args.pieces == 0;
+  if constexpr (std::is_same_v<S, __nv_bfloat16>) {
+    if (!done && wide) done = add_by_tiles<O>(args, stream);
+  }
+  const bool many = !done && args.project && args.tiles > kMostTiles;
   if (many) {
     args.tiles = int(tiles_of(d, sizeof(S), kMany));
     if (args.tiles > kMostTiles) {
@@ -492,7 +231,7 @@ void gradients(GradientArgs args, int64_t rows, void* stream) {
                                std::to_string(kMostTiles * kMany * 32 * kSize));
     }
   }
-  if (args.pieces > 0) {
+  if (!done) {
     if (many) {
       run(add_pieces<S, O, kMany, false, true, true>, args, dim3(unsigned(args.pieces)),
           args.tiles * 32, stream);
