@@ -90,8 +90,22 @@ struct Keys {
   }
 };
 
+// The second kernel is launched while the first runs, and waits here until that has ended.
+__device__ __forceinline__ void launch_next() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
 __global__ void __launch_bounds__(kThreads) split_by_range(const TransposeArgs args) {
   __shared__ Keys keys;
+  launch_next();
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
   const int32_t first = int32_t(blockIdx.x) * kTile + warp * (32 * kItems) + lane;
   Entry entry[kItems];
@@ -186,6 +200,7 @@ __global__ void __launch_bounds__(kThreads, kResident) order_range(const Transpo
       return which < uint32_t(kKeys) ? int32_t(which) : -1;
     };
     keys.clear();
+    if (window == low) wait_for_previous();
     __syncthreads();
     Pieces pieces = {};
     int32_t warp_start = 0;
@@ -223,11 +238,19 @@ __global__ void __launch_bounds__(kThreads, kResident) order_range(const Transpo
 
 int64_t tiles_of(int64_t places) { return (places + kTile - 1) / kTile; }
 
-void run(void (*kernel)(TransposeArgs), TransposeArgs args, int64_t blocks, void* stream) {
-  void* pointers[] = {&args};
-  check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(kThreads), pointers, 0,
-                         static_cast<cudaStream_t>(stream)),
-        "kernel launch");
+// With `early` the kernel may begin before the one before it in the stream has ended.
+void run(void (*kernel)(TransposeArgs), TransposeArgs args, int64_t blocks, bool early,
+         void* stream) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, args), "kernel launch");
 }
 
 }  // namespace
@@ -248,14 +271,15 @@ void transpose(const int32_t* indices, const int32_t* counts, int64_t rows, int6
   args.places = int32_t(rows * max_active), args.max_active = int32_t(max_active);
   args.n = int32_t(n), args.tiles = int32_t(tiles_of(args.places));
   const auto ranges = [&] { return (n - 1 >> args.log_width) + 1; };
-  const int64_t many = device_at(device).multiprocessors * kResident;
+  const Device& on = device_at(device);
+  const int64_t many = on.multiprocessors * kResident;
   while (ranges() > std::min<int64_t>(many, kKeys)) ++args.log_width;
   args.ranges = int32_t(ranges());
   args.offsets = offsets, args.entries = entries;
   args.by_range = static_cast<Entry*>(workspace);
   args.before = reinterpret_cast<uint16_t*>(args.by_range + int64_t(args.tiles) * kTile);
-  if (args.tiles > 0) run(split_by_range, args, args.tiles, stream);
-  run(order_range, args, args.ranges, stream);
+  if (args.tiles > 0) run(split_by_range, args, args.tiles, false, stream);
+  run(order_range, args, args.ranges, args.tiles > 0 && on.fed(), stream);
 }
 
 }  // namespace softtopk::cuda
