@@ -266,6 +266,11 @@ void transpose(const int32_t* indices, const int32_t* counts, int64_t rows, int6
   check_length(n);
   check_length(rows * max_active);
   const DeviceGuard guard(device);
+  if (n == 0) {
+    check(cudaMemsetAsync(offsets, 0, sizeof(int32_t), static_cast<cudaStream_t>(stream)),
+          "cudaMemsetAsync");
+    return;
+  }
   TransposeArgs args = {};
   args.indices = indices, args.counts = counts;
   args.places = int32_t(rows * max_active), args.max_active = int32_t(max_active);
