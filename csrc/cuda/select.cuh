@@ -20,13 +20,14 @@ struct SelectArgs {
   bool wide_x, wide_bias;  // every row, and the bias, starts on 16 bytes
   bool all;                // the careful kernel has all rows
   float threshold;         // the activation's, if it is one for all
+  int64_t first_row;       // of the launch, where rows are short
   // Of rows on chip (quick_select.cuh): how they are cut, and where the units of a row put their
   // candidates, what is known of these, and how many are done; and how many units have been drawn.
   Units units;
   Entry* sent;
   Part* sent_parts;
   int32_t* arrived;
-  int32_t* drawn;  // null: a block has every so-manieth unit
+  int32_t* drawn;  // null: the blocks have units in turns
 };
 
 // Of kernels that are launched to overlap (launch_resident): until all is done that the one before
@@ -169,12 +170,23 @@ class ActivatedRow : public LongRow<S, Group> {
   Activated<S> activated_;
 };
 
+// Those of a short row, made once.
+template <class S, class Group, int ITEMS>
+class ActivatedRegisters : public RegisterRow<S, Group, ITEMS> {
+ public:
+  __device__ ActivatedRegisters(const Source<S>& source, const Activated<S>& activated)
+      : RegisterRow<S, Group, ITEMS>(source, nullptr) {
+    this->for_each([&](int32_t item) {
+      this->row_[item] = activated(this->row_[item], chunk_index<Group>(item) * Chunk<S>::size);
+    });
+  }
+};
+
 // The code of row r by a group of threads. Its order is that of the chunks: item by item, and the
 // threads within an item.
-template <class S, class Group>
+template <class S, class Row, class Group>
 __device__ __forceinline__ void select_row(const SelectArgs& args, int64_t r, Group& group) {
   using T = Compute<S>;
-  using Row = ActivatedRow<S, Group>;
   constexpr int kSize = Chunk<S>::size;
   const int32_t n = int32_t(args.x.n);
   const Source<S> source(args.x.data, r * args.x.stride, n, args.wide_x, false);

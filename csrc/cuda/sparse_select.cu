@@ -2,16 +2,17 @@
 // (softtopk/sparse.py).
 //
 // Bytes: a row is read once where it fits on chip and few of its elements lie near the threshold or
-// above it (quick_select.cuh), on every sweep of the search otherwise; 12 bytes are written for
-// each of the max_active places, and where a row is shared by several blocks 8 bytes are written
-// and read for each candidate.
+// above it (quick_select.cuh), and where the registers of a warp hold it; on every sweep of the
+// search otherwise. 12 bytes are written for each of the max_active places, and where a row is
+// shared by several blocks 8 bytes are written and read for each candidate.
+#include "launch.cuh"
 #include "quick_select.cuh"
 #include "resident_launch.cuh"
 
 namespace softtopk::cuda {
 namespace {
 
-// The rows that select_quick has left, or all.
+// The rows that select_quick has left, or all that are too long for it.
 template <class S>
 __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2)
     select_careful(const SelectArgs args) {
@@ -25,7 +26,8 @@ __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2)
         __ballot_sync(~0u, mine < args.x.rows && (args.all || args.code.counts[mine] == kLeftRow));
     if (left != 0) __syncthreads();  // all have looked before one is done
     for (; left != 0; left &= left - 1) {
-      select_row<S>(args, first + (__ffs(int(left)) - 1) * step, group);
+      const int64_t r = first + (__ffs(int(left)) - 1) * step;
+      select_row<S, ActivatedRow<S, Block<256>>>(args, r, group);
     }
   }
 }
@@ -53,9 +55,26 @@ Units cut_rows(int64_t bytes, bool ragged, bool fed) {
   return units;
 }
 
+// Rows that the registers of a warp hold.
+template <int ITEMS>
+using Short = Layout<Warp, RegisterRow, ITEMS>;
+template <class S, int ITEMS>
+__global__ void __launch_bounds__(Short<ITEMS>::block, sizeof(S) == 8 ? 2
+                                                       : ITEMS > 2    ? 3
+                                                                      : 5)
+    select_short(const SelectArgs args) {
+  Warp::Storage none;
+  Warp group(none);
+  const int64_t r = Short<ITEMS>::row(args.first_row);
+  if (r < args.x.rows) select_row<S, ActivatedRegisters<S, Warp, ITEMS>>(args, r, group);
+}
+
 template <class S>
 void select_rows(SelectArgs args, void* workspace, const Device& device, void* stream) {
   const Rows& x = args.x;
+  const int64_t chunks = (x.n * int64_t(sizeof(S)) + 15) / 16;
+  if (chunks <= 32 * 2) return launch<Short<2>>(select_short<S, 2>, args, x.rows, 0, stream);
+  if (chunks <= 32 * 8) return launch<Short<8>>(select_short<S, 8>, args, x.rows, 0, stream);
   if constexpr (sizeof(S) <= 4) {
     const bool ragged =
         !is_wide(x.data, x.rows, x.stride, sizeof(S)) || x.n * int64_t(sizeof(S)) % 16 != 0;
