@@ -1,10 +1,11 @@
 // The entries of a code by latent (softtopk.h), for the gradients of encoder and decoder.
 //
-// A radix sort of two digits, the first of which is a range of latents. The first kernel has a tile
-// of the code's places to a block, and writes its entries down by range, in their order, with the
-// number of them that lie before each range. The second has a range to a block. Summed over the
-// tiles those numbers are where the range begins in the result: no kernel has to scan anything
-// across blocks, nothing has to be zero beforehand, and nobody waits for anybody within a kernel.
+// A radix sort of two digits, the first of which is a range of latents, narrower where a sample
+// finds that they fire more. The first kernel has a tile of the code's places to a block, and
+// writes its entries down by range, in their order, with the number of them that lie before each
+// range. The second has a range to a block. Summed over the tiles those numbers are where the range
+// begins in the result: no kernel has to scan anything across blocks, nothing has to be zero
+// beforehand, and nobody waits for anybody within a kernel.
 //
 // Both place their entries alike, and stably. The warps of a block have consecutive parts of its
 // entries; every warp counts the keys of its own, a scan over (key, warp) makes of the counts the
@@ -34,12 +35,13 @@ struct Entry {
 struct TransposeArgs {
   const int32_t* indices;
   const int32_t* counts;
-  int32_t places, max_active, n, tiles, ranges;
-  int log_width;  // of a range
+  int32_t rows, places, max_active, n, tiles, ranges, buckets;
+  int log_bucket;  // latents of a bucket
   int32_t* offsets;
   int32_t* entries;
   // The workspace.
   Entry* by_range;   // (tiles, kTile)
+  int32_t* lowest;   // (ranges + 1,): latents
   uint16_t* before;  // (ranges + 1, tiles): entries of the tile in ranges before
 };
 
@@ -90,6 +92,68 @@ struct Keys {
   }
 };
 
+// Which latents are a range: about as many as have its share of the entries. Of the ranges 3/4 are
+// shared out evenly among the latents, 1/4 by a sample, so that no range is much wider than others
+// and hot latents that are neighbours are not all in one. The sample is of kWarps rows and counts
+// what falls into buckets of latents; within a bucket, latents are equals.
+struct Ranges {
+  static constexpr int kShift = 16;  // bits behind the point of `edges`
+
+  uint32_t edges[kKeys + 1];  // in ranges: where each bucket begins
+  int32_t sampled[kKeys];
+  uint32_t sums[kWarps];
+
+  // The same in every block.
+  __device__ void make(const TransposeArgs& args) {
+    const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
+    const int64_t row = int64_t(args.rows) * warp / kWarps;
+    const int32_t count = min(args.counts[row], args.max_active);
+    int32_t latent = -1;
+    if (count > 0) {
+      latent = args.indices[row * args.max_active + int32_t(int64_t(count) * lane / 32)];
+    }
+    sampled[t] = 0;
+    __syncthreads();
+    if (latent >= 0) atomicAdd(sampled + (latent >> args.log_bucket), 1);
+    __syncthreads();
+    const uint32_t all = uint32_t(args.ranges) << kShift;
+    const uint32_t even = all / 4 * 3 / uint32_t(args.buckets), each = all / 4 / kThreads;
+    uint32_t upto = t < args.buckets ? even + each * uint32_t(sampled[t]) : 0;
+    upto = inclusive_scan<32>(upto, lane);
+    if (lane == 31) sums[warp] = upto;
+    __syncthreads();
+    upto += __reduce_add_sync(~0u, lane < warp ? sums[lane] : 0u);
+    edges[t + 1] = upto;
+    if (t == 0) edges[0] = 0;
+    __syncthreads();
+  }
+
+  __device__ int32_t of(const TransposeArgs& args, int32_t latent) const {
+    const int32_t bucket = latent >> args.log_bucket, in = latent - (bucket << args.log_bucket);
+    const uint32_t edge = edges[bucket];
+    return int32_t(
+        (edge + uint32_t(uint64_t(edges[bucket + 1] - edge) * uint32_t(in) >> args.log_bucket)) >>
+        kShift);
+  }
+
+  // Every block writes some of the lowest latents, a thread those in its bucket.
+  __device__ void write_lowest(const TransposeArgs& args) const {
+    const uint32_t t = threadIdx.x, last = uint32_t(args.buckets) - 1;
+    if (t > last) return;
+    const uint32_t edge = edges[t], width = edges[t + 1] - edge;
+    const uint32_t all = uint32_t(args.ranges);
+    const uint32_t end = t == last ? all + 1 : ((edge + width - 1) >> kShift) + 1;
+    const uint32_t begin = (edge + (1u << kShift) - 1) >> kShift;
+    const uint32_t tiles = uint32_t(args.tiles),
+                   skip = (blockIdx.x + tiles - begin % tiles) % tiles;
+    for (uint32_t range = begin + skip; range < end; range += tiles) {
+      const uint64_t target = uint64_t((range << kShift) - edge) << args.log_bucket;
+      const uint64_t latent = (uint64_t(t) << args.log_bucket) + (target + width - 1) / width;
+      args.lowest[range] = int32_t(min(latent, uint64_t(args.n)));
+    }
+  }
+};
+
 // The second kernel is launched while the first runs, and waits here until that has ended.
 __device__ __forceinline__ void launch_next() {
 #if __CUDA_ARCH__ >= 900
@@ -105,6 +169,7 @@ __device__ __forceinline__ void wait_for_previous() {
 
 __global__ void __launch_bounds__(kThreads) split_by_range(const TransposeArgs args) {
   __shared__ Keys keys;
+  __shared__ Ranges ranges;
   launch_next();
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
   const int32_t first = int32_t(blockIdx.x) * kTile + warp * (32 * kItems) + lane;
@@ -121,11 +186,12 @@ __global__ void __launch_bounds__(kThreads) split_by_range(const TransposeArgs a
     }
   }
   keys.clear();
-  __syncthreads();
-  int32_t rank[kItems];
+  ranges.make(args);
+  int32_t range[kItems], rank[kItems];
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    rank[i] = keys.take(used[i] ? entry[i].latent >> args.log_width : -1);
+    range[i] = used[i] ? ranges.of(args, entry[i].latent) : -1;
+    rank[i] = keys.take(range[i]);
   }
   __syncthreads();
   int32_t total;
@@ -136,8 +202,9 @@ __global__ void __launch_bounds__(kThreads) split_by_range(const TransposeArgs a
   Entry* const to = args.by_range + int64_t(blockIdx.x) * kTile;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    if (used[i]) to[keys.of_warp[warp][entry[i].latent >> args.log_width] + rank[i]] = entry[i];
+    if (used[i]) to[keys.of_warp[warp][range[i]] + rank[i]] = entry[i];
   }
+  ranges.write_lowest(args);
 }
 
 // A range's pieces of up to 32 consecutive tiles, one to a lane of the warp.
@@ -191,16 +258,17 @@ __global__ void __launch_bounds__(kThreads, kResident) order_range(const Transpo
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
   const int32_t first = int32_t(int64_t(args.tiles) * warp / kWarps);
   const int32_t last = int32_t(int64_t(args.tiles) * (warp + 1) / kWarps);
-  const int64_t low = int64_t(blockIdx.x) << args.log_width;
-  const int64_t high = min(low + (int64_t(1) << args.log_width), int64_t(args.n));
+  keys.clear();
+  wait_for_previous();
+  const int64_t low = args.tiles > 0 ? args.lowest[blockIdx.x] : 0;
+  const int64_t high = args.tiles > 0 ? args.lowest[blockIdx.x + 1] : args.n;
   int32_t start = 0;  // of the range, then of the keys, which are kKeys of its latents
   for (int64_t window = low; window < high; window += kKeys) {
     const auto key = [&](const Entry& entry) {
       const uint32_t which = uint32_t(entry.latent) - uint32_t(window);
       return which < uint32_t(kKeys) ? int32_t(which) : -1;
     };
-    keys.clear();
-    if (window == low) wait_for_previous();
+    if (window != low) keys.clear();
     __syncthreads();
     Pieces pieces = {};
     int32_t warp_start = 0;
@@ -233,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, kResident) order_range(const Transpo
     __syncthreads();
     start += total;
   }
-  if (high == args.n && t == 0) args.offsets[args.n] = start;
+  if (low < high && high == args.n && t == 0) args.offsets[args.n] = start;
 }
 
 int64_t tiles_of(int64_t places) { return (places + kTile - 1) / kTile; }
@@ -257,7 +325,8 @@ void run(void (*kernel)(TransposeArgs), TransposeArgs args, int64_t blocks, bool
 
 int64_t transpose_workspace(int64_t rows, int64_t max_active, int64_t) {
   const int64_t tiles = tiles_of(rows * max_active);
-  return tiles * (kTile * int64_t(sizeof(Entry)) + (kKeys + 1) * int64_t(sizeof(uint16_t)));
+  return tiles * (kTile * int64_t(sizeof(Entry)) + (kKeys + 1) * int64_t(sizeof(uint16_t))) +
+         (kKeys + 1) * int64_t(sizeof(int32_t));
 }
 
 void transpose(const int32_t* indices, const int32_t* counts, int64_t rows, int64_t max_active,
@@ -274,15 +343,17 @@ void transpose(const int32_t* indices, const int32_t* counts, int64_t rows, int6
   TransposeArgs args = {};
   args.indices = indices, args.counts = counts;
   args.places = int32_t(rows * max_active), args.max_active = int32_t(max_active);
-  args.n = int32_t(n), args.tiles = int32_t(tiles_of(args.places));
-  const auto ranges = [&] { return (n - 1 >> args.log_width) + 1; };
+  args.rows = int32_t(rows), args.n = int32_t(n), args.tiles = int32_t(tiles_of(args.places));
+  const auto buckets = [&] { return ((n - 1) >> args.log_bucket) + 1; };
+  while (buckets() > kKeys) ++args.log_bucket;
+  args.buckets = int32_t(buckets());
   const Device& on = device_at(device);
-  const int64_t many = on.multiprocessors * kResident;
-  while (ranges() > std::min<int64_t>(many, kKeys)) ++args.log_width;
-  args.ranges = int32_t(ranges());
+  const int64_t many = std::min<int64_t>(on.multiprocessors * kResident, kKeys);
+  args.ranges = args.tiles > 0 ? int32_t(std::min(n, many)) : 1;
   args.offsets = offsets, args.entries = entries;
   args.by_range = static_cast<Entry*>(workspace);
-  args.before = reinterpret_cast<uint16_t*>(args.by_range + int64_t(args.tiles) * kTile);
+  args.lowest = reinterpret_cast<int32_t*>(args.by_range + int64_t(args.tiles) * kTile);
+  args.before = reinterpret_cast<uint16_t*>(args.lowest + kKeys + 1);
   if (args.tiles > 0) run(split_by_range, args, args.tiles, false, stream);
   run(order_range, args, args.ranges, args.tiles > 0 && on.fed(), stream);
 }
