@@ -142,7 +142,7 @@ struct Ranges {
     if (t > last) return;
     const uint32_t edge = edges[t], width = edges[t + 1] - edge;
     const uint32_t all = uint32_t(args.ranges);
-    const uint32_t end = t == last ? all + 1 : (edge + width - 1 >> kShift) + 1;
+    const uint32_t end = t == last ? all + 1 : ((edge + width - 1) >> kShift) + 1;
     const uint32_t begin = (edge + (1u << kShift) - 1) >> kShift;
     const uint32_t tiles = uint32_t(args.tiles),
                    skip = (blockIdx.x + tiles - begin % tiles) % tiles;
@@ -344,7 +344,7 @@ void transpose(const int32_t* indices, const int32_t* counts, int64_t rows, int6
   args.indices = indices, args.counts = counts;
   args.places = int32_t(rows * max_active), args.max_active = int32_t(max_active);
   args.rows = int32_t(rows), args.n = int32_t(n), args.tiles = int32_t(tiles_of(args.places));
-  const auto buckets = [&] { return (n - 1 >> args.log_bucket) + 1; };
+  const auto buckets = [&] { return ((n - 1) >> args.log_bucket) + 1; };
   while (buckets() > kKeys) ++args.log_bucket;
   args.buckets = int32_t(buckets());
   const Device& on = device_at(device);
