@@ -26,7 +26,7 @@
 // of 16384 | 24576 | 65536, 8192 of 131072). One warp does all for its row in turn, others of the
 // block wait at the next row's first barrier, and clusters agree on one bound: 0.56 | 0.60 | 0.55 |
 // 0.40. Scanning warps and one that solves, units of up to 32 KiB, a row's in a power of two, order
-// by counting: 0.46 | 0.36 | 0.60 | 0.81.
+// by counting: 0.46 | 0.36 | 0.60 | 0.81. This: not measured yet.
 #pragma once
 
 #include "few_select.cuh"

@@ -11,8 +11,10 @@
 // bytes 61 | 145 | 174 | 405, of 512 bytes 56 | 147 | 186 | 415, of 256 bytes - | - | 184 | 416, of
 // 128 bytes - | - | 243 | 557: what a narrow tile gains in the cache it loses in requests.
 // These took 42 instructions an entry, of which 24 load, convert and add. It is 25 since entries of
-// which all are there are not asked one by one, and columns beyond a row are read as well; the
-// times of that are not measured yet.
+// which all are there are not asked one by one, and columns beyond a row are read as well: 48 | 139
+// | 177 | 406, where the kernel before had 63 | 169 | 236 | 517 in the same run, and with the tiles
+// of a row side by side, as where the block that has solved a row decodes it at once, 63 | 223 |
+// 273 | 544: no gain from that, and soft_topk_decode is two kernels.
 #include <type_traits>
 
 #include "decode_tiles.cuh"
