@@ -17,12 +17,22 @@
 // 273 | 544: no gain from that, and soft_topk_decode is two kernels.
 #include <type_traits>
 
-#include "decode_tiles.cuh"
 #include "launch.cuh"
 #include "layout.cuh"
 
 namespace softtopk::cuda {
 namespace {
+
+struct DecodeArgs {
+  const void* values;
+  const int32_t* indices;
+  const int32_t* counts;
+  int64_t rows, max_active;
+  const void* weight;
+  int64_t d;
+  const void* bias;
+  void* out;
+};
 
 constexpr int kThreads = 128;
 constexpr int64_t kCached = 40 << 20;  // bytes of a weight that the L2 cache holds
@@ -145,17 +155,6 @@ void launch_decode(DecodeArgs args, bool wide, void* stream) {
         "kernel launch");
 }
 
-void launch_tiles(DecodeArgs args, void* stream) {
-  constexpr int64_t kTile = kDecodeChunks * 64, kRowsOfBlock = kDecodeThreads / 32;
-  const auto kernel = args.d % kTile == 0 ? decode_tiles<true> : decode_tiles<false>;
-  const dim3 grid(unsigned((args.rows + kRowsOfBlock - 1) / kRowsOfBlock),
-                  unsigned((args.d + kTile - 1) / kTile));
-  void* pointers[] = {&args};
-  check(cudaLaunchKernel(kernel, grid, dim3(kDecodeThreads), pointers, 0,
-                         static_cast<cudaStream_t>(stream)),
-        "kernel launch");
-}
-
 }  // namespace
 
 void decode(const void* values, const int32_t* indices, const int32_t* counts, int64_t rows,
@@ -168,9 +167,6 @@ void decode(const void* values, const int32_t* indices, const int32_t* counts, i
     const DecodeArgs args = {values, indices, counts, rows, max_active, weight, d, bias, out};
     const bool wide = is_wide(weight, n, d, sizeof(S)) && is_wide(out, rows, d, sizeof(S)) &&
                       is_wide(bias, 1, 0, sizeof(S)) && d * sizeof(S) % 16 == 0;
-    if constexpr (std::is_same_v<S, __nv_bfloat16>) {
-      if (wide) return launch_tiles(args, stream);
-    }
     const int64_t size = sizeof(S), chunks = (d * size + 15) / 16;
     if (chunks <= 8) return launch_decode<S, 8, 1>(args, wide, stream);
     if (chunks <= 16) return launch_decode<S, 16, 1>(args, wide, stream);
