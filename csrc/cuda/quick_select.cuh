@@ -31,6 +31,7 @@
 
 #include "few_select.cuh"
 #include "maxima.cuh"
+#include "overlap.cuh"
 #include "unit.cuh"
 
 namespace softtopk::cuda {

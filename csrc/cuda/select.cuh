@@ -30,19 +30,6 @@ struct SelectArgs {
   int32_t* drawn;  // null: the blocks have units in turns
 };
 
-// Of kernels that are launched to overlap (launch_resident): until all is done that the one before
-// does; from where on the one after may take the room that is left.
-__device__ __forceinline__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_kernel_after_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 inline constexpr int32_t kLeftRow = -2;        // marks a row, in the place of its count
 inline constexpr float kLeastKept = 0x1p-24f;  // of p and q
 

@@ -13,8 +13,8 @@
 // the oldest row does not wait for the others. Rows that are too long for one block, and halves of
 // them where y is more than the L2 cache keeps, are gone through one after the other.
 //
-#include "launch.cuh"
 #include "layout.cuh"
+#include "overlap.cuh"
 
 namespace softtopk::cuda {
 namespace {
@@ -265,6 +265,8 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
   const int threads = int(blockDim.x), warps = threads / 32;
   const bool leading = args.first_column == 0;  // the first to go through the entries
+  wait_for_kernel_before();
+  let_kernel_after_start();
   if (leading) clear_unused<T, O>(args);
   const int32_t total = args.offsets[args.n];
   const int64_t begin = int64_t(blockIdx.x) * kPiece;
@@ -513,6 +515,7 @@ __global__ void __launch_bounds__(kFinishing) add_partial(const GradientArgs arg
   __shared__ int32_t found[kFinishing];
   __shared__ int count;
   const int t = int(threadIdx.x);
+  wait_for_kernel_before();
   const int32_t total = args.offsets[args.n];
   const int64_t step = gridDim.x, pieces = (int64_t(total) + kPiece - 1) / kPiece;
   for (int64_t base = blockIdx.x; base < pieces; base += step * kFinishing) {
@@ -533,15 +536,6 @@ __global__ void __launch_bounds__(kFinishing) add_partial(const GradientArgs arg
 }
 
 int64_t pieces_of(int64_t places) { return (places + kPiece - 1) / kPiece; }
-
-void run(void (*kernel)(GradientArgs), GradientArgs args, dim3 blocks, int64_t threads,
-         int64_t shared, void* stream) {
-  if (shared > 32 * 1024) allow_shared_once(reinterpret_cast<const void*>(kernel));
-  void* pointers[] = {&args};
-  check(cudaLaunchKernel(kernel, blocks, dim3(unsigned(threads)), pointers, size_t(shared),
-                         static_cast<cudaStream_t>(stream)),
-        "kernel launch");
-}
 
 template <class S, class O>
 void gradients(GradientArgs args, int64_t rows, const Device& device, void* stream) {
@@ -581,14 +575,17 @@ void gradients(GradientArgs args, int64_t rows, const Device& device, void* stre
     args.first_column = int32_t(slice * width);
     args.end_column = int32_t(std::min(d, (slice + 1) * width));
     const int64_t warps = warps_of(args.end_column - args.first_column);
-    run(kernel, args, dim3(unsigned(blocks)), warps * 32, shared_of(warps, wide ? kStages<S> : 1),
-        stream);
+    const int64_t shared = shared_of(warps, wide ? kStages<S> : 1);
+    if (shared > 32 * 1024) allow_shared_once(reinterpret_cast<const void*>(kernel));
+    launch_overlapping(kernel, args, dim3(unsigned(blocks)), warps * 32, shared, device.fed(),
+                       stream);
   }
   if (args.pieces == 0) return;
   const bool whole = args.project || args.squares != nullptr;
   const int64_t parts = whole ? 1 : std::clamp<int64_t>((d + kFinishing - 1) / kFinishing, 1, 4);
-  run(add_partial<S, O>, args, dim3(unsigned(std::min<int64_t>(args.pieces, 256)), unsigned(parts)),
-      kFinishing, 0, stream);
+  launch_overlapping(add_partial<S, O>, args,
+                     dim3(unsigned(std::min<int64_t>(args.pieces, 256)), unsigned(parts)),
+                     kFinishing, 0, device.fed(), stream);
 }
 
 }  // namespace

@@ -14,8 +14,8 @@
 // than others: what would be contended is counted within a warp.
 //
 // Bytes: the code's indices are read once, and 8 bytes an entry are written and read, in the L2
-// cache; the pieces of a tile that a range consists of have about 8 entries.
-#include "launch.cuh"
+// cache; the pieces of a tile that a range consists of have about 5 entries.
+#include "overlap.cuh"
 
 namespace softtopk::cuda {
 namespace {
@@ -23,7 +23,7 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kKeys = kThreads;  // at most, of either digit: a scan has one to a thread
-constexpr int kItems = 8;        // places of a tile to a thread
+constexpr int kItems = 4;        // places of a tile to a thread
 constexpr int kTile = kThreads * kItems;
 constexpr int kAhead = 4;     // times 32 entries that a warp of the second kernel asks for at once
 constexpr int kResident = 3;  // blocks of a multiprocessor, and ranges for each
@@ -154,23 +154,10 @@ struct Ranges {
   }
 };
 
-// The second kernel is launched while the first runs, and waits here until that has ended.
-__device__ __forceinline__ void launch_next() {
-#if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
-
 __global__ void __launch_bounds__(kThreads) split_by_range(const TransposeArgs args) {
   __shared__ Keys keys;
   __shared__ Ranges ranges;
-  launch_next();
+  let_kernel_after_start();
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
   const int32_t first = int32_t(blockIdx.x) * kTile + warp * (32 * kItems) + lane;
   Entry entry[kItems];
@@ -259,7 +246,8 @@ __global__ void __launch_bounds__(kThreads, kResident) order_range(const Transpo
   const int32_t first = int32_t(int64_t(args.tiles) * warp / kWarps);
   const int32_t last = int32_t(int64_t(args.tiles) * (warp + 1) / kWarps);
   keys.clear();
-  wait_for_previous();
+  wait_for_kernel_before();
+  let_kernel_after_start();
   const int64_t low = args.tiles > 0 ? args.lowest[blockIdx.x] : 0;
   const int64_t high = args.tiles > 0 ? args.lowest[blockIdx.x + 1] : args.n;
   int32_t start = 0;  // of the range, then of the keys, which are kKeys of its latents
@@ -306,21 +294,6 @@ __global__ void __launch_bounds__(kThreads, kResident) order_range(const Transpo
 
 int64_t tiles_of(int64_t places) { return (places + kTile - 1) / kTile; }
 
-// With `early` the kernel may begin before the one before it in the stream has ended.
-void run(void (*kernel)(TransposeArgs), TransposeArgs args, int64_t blocks, bool early,
-         void* stream) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, args), "kernel launch");
-}
-
 }  // namespace
 
 int64_t transpose_workspace(int64_t rows, int64_t max_active, int64_t) {
@@ -354,8 +327,11 @@ void transpose(const int32_t* indices, const int32_t* counts, int64_t rows, int6
   args.by_range = static_cast<Entry*>(workspace);
   args.lowest = reinterpret_cast<int32_t*>(args.by_range + int64_t(args.tiles) * kTile);
   args.before = reinterpret_cast<uint16_t*>(args.lowest + kKeys + 1);
-  if (args.tiles > 0) run(split_by_range, args, args.tiles, false, stream);
-  run(order_range, args, args.ranges, args.tiles > 0 && on.fed(), stream);
+  const auto run = [&](auto kernel, int32_t blocks, bool overlaps) {
+    launch_overlapping(kernel, args, dim3(unsigned(blocks)), kThreads, 0, overlaps, stream);
+  };
+  if (args.tiles > 0) run(split_by_range, args.tiles, false);
+  run(order_range, args.ranges, args.tiles > 0 && on.fed());
 }
 
 }  // namespace softtopk::cuda
