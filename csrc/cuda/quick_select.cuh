@@ -26,7 +26,8 @@
 // of 16384 | 24576 | 65536, 8192 of 131072). One warp does all for its row in turn, others of the
 // block wait at the next row's first barrier, and clusters agree on one bound: 0.56 | 0.60 | 0.55 |
 // 0.40. Scanning warps and one that solves, units of up to 32 KiB, a row's in a power of two, order
-// by counting: 0.46 | 0.36 | 0.60 | 0.81. This: not measured yet.
+// by counting: 0.46 | 0.36 | 0.60 | 0.81. Rows of up to 48 KiB one unit, two solving warps, sixteen
+// groups: 0.71 | 0.78 | 0.78 | 0.90. This: 0.71 | 0.80 | 0.81 | 0.92.
 #pragma once
 
 #include "few_select.cuh"
@@ -85,8 +86,8 @@ __device__ __forceinline__ int32_t add_in_order(int32_t* to, int32_t value) {
   return before;
 }
 
-// The candidates that a warp has room for in memory, where a row has several units.
-__host__ __device__ constexpr int32_t room_of_warp(int parts) { return 192 / parts + 12; }
+// The candidates of a unit that a warp has room for: in memory where a row has several.
+constexpr int32_t room_of_warp(int parts) { return parts == 1 ? kOfWarp : 192 / parts + 12; }
 
 struct Entry {
   float value;
@@ -296,10 +297,12 @@ template <class S, bool SOFT, int GROUPS>
 __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit,
                                            SelectShared& shared, Slot* slots) {
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
-  const int solvers = (int(blockDim.x) - kScanners) / 32;
+  const auto after = [&](int slot) {
+    return slot + 1 < (int(blockDim.x) - kScanners) / 32 ? slot + 1 : 0;
+  };
   const int32_t parts = args.units.parts, units = int32_t(args.x.rows) * parts;
   const bool alone = parts == 1;
-  const int32_t room = alone ? kOfWarp : room_of_warp(parts);
+  const int32_t room = args.room;
   // What was drawn is not looked at before the next turn.
   const auto draw = [&](int32_t before) {
     return args.drawn != nullptr ? int32_t(gridDim.x) + atomicAdd(args.drawn, 1)
@@ -375,17 +378,17 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
       if (args.units.fed && now < units) unit.ask();
       arrive_at<Barrier::filled>(at);
     }
-    at = at + 1 < solvers ? at + 1 : 0;
+    at = after(at);
   }
   // The end, for each solver. No barrier is left behind half full.
 #pragma unroll 1
-  for (int i = 0; i < solvers; ++i) {
+  for (int i = kScanners; i < int(blockDim.x); i += 32) {
     wait_at<Barrier::emptied>(at);
     if (warp == 0) {
       if (lane == 0) slots[at].unit = -1;
       arrive_at<Barrier::filled>(at);
     }
-    at = at + 1 < solvers ? at + 1 : 0;
+    at = after(at);
   }
 }
 
@@ -416,7 +419,7 @@ __device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t
   const int lane = int(threadIdx.x) % 32, parts = args.units.parts;
   const int segments = parts * kScanningWarps;
   const int64_t first = r * parts;
-  const int32_t room = room_of_warp(parts);
+  const int32_t room = args.room;
   Taken own = {-infinity<float>, -infinity<float>, -infinity<float>};
   if (lane < parts) {
     const float* const from = &args.sent_parts[first + lane].taken.limit;
@@ -544,10 +547,11 @@ __device__ __forceinline__ void solve_rows(const SelectArgs& args, int at, Slot&
   }
 }
 
-// GROUPS: of a thread's chunks, as many as a unit has stripes, so that no chunk is read for what
-// another one of its group has. For fewer there are registers for a block more.
-constexpr int blocks_of(int groups) { return groups > 16 ? 4 : 5; }  // of a multiprocessor
+// Blocks that a multiprocessor must have registers for: with more groups of chunks fewer.
+constexpr int blocks_of(int groups) { return groups > 16 ? 4 : 5; }
 
+// GROUPS: as many as a unit has stripes, if there can be, so that a chunk is not looked through for
+// what others of its group have.
 template <class S, bool SOFT, int GROUPS>
 __global__ void __launch_bounds__(kScanners + 32 * kMostSolvers, blocks_of(GROUPS))
     select_quick(const SelectArgs args) {

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2)
   }
 }
 
-constexpr int kItems = 24;               // most stripes of a unit: four blocks have room for theirs
+constexpr int kItems = 24;               // most stripes of a unit, so that four are on chip
 constexpr int64_t kShortest = 256 * 16;  // bytes of a row that is worth it
 
 // How rows of so many bytes are cut, into units as even as can be; items = 0: they do not fit.
@@ -49,24 +49,26 @@ Units cut_rows(int64_t bytes, bool ragged, bool fed) {
   return units;
 }
 
-// How units of so many stripes are selected from.
+// How units of so many stripes are selected from: by more warps that solve where those cost no
+// block.
 struct Quick {
   void (*kernel)(const SelectArgs);
   Plan plan;
 };
 template <class S, bool SOFT>
 Quick quick_for(int items, const Device& device) {
-  const bool few = items <= 16;
-  const int most = blocks_of(few ? 16 : 24);
-  // Of a multiprocessor, whose shared memory is 1 KiB more than a block can have, and 1 KiB of it
-  // lost with every block.
+  const bool small = items <= 16;
+  const int most = blocks_of(small ? 16 : 24);
+  // A multiprocessor has 1 KiB of shared memory more than a block can have, and each block has 1
+  // KiB that is not its own.
+  constexpr int64_t kReserved = 1024;
   const auto blocks = [&](int solvers) {
-    const int64_t each = select_bytes(items, solvers) + int64_t(sizeof(SelectShared)) + 1024;
-    return std::min<int64_t>(most, (device.shared_limit + 1024) / each);
+    const int64_t each = select_bytes(items, solvers) + int64_t(sizeof(SelectShared)) + kReserved;
+    return std::min<int64_t>(most, (device.shared_limit + kReserved) / each);
   };
-  int solvers = 2;  // and more where they cost no block
+  int solvers = 2;
   while (solvers < kMostSolvers && blocks(solvers + 1) == blocks(2)) ++solvers;
-  return {few ? select_quick<S, SOFT, 16> : select_quick<S, SOFT, 24>,
+  return {small ? select_quick<S, SOFT, 16> : select_quick<S, SOFT, 24>,
           Plan{1, kScanners + 32 * solvers, 0, select_bytes(items, solvers)}};
 }
 
@@ -98,21 +100,22 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
       const int64_t all = x.rows * units.parts;
       args.all = false;
       args.units = units;
+      args.room = room_of_warp(units.parts);
       if (units.parts > 1) {
         args.sent_parts = static_cast<Part*>(workspace);
         args.sent = reinterpret_cast<Entry*>(args.sent_parts + all);
-        args.arrived = reinterpret_cast<int32_t*>(args.sent +
-                                                  all * kScanningWarps * room_of_warp(units.parts));
+        args.arrived = reinterpret_cast<int32_t*>(args.sent + all * kScanningWarps * args.room);
         args.drawn = args.arrived + x.rows;
         check(cudaMemsetAsync(args.arrived, 0, size_t(4 * (x.rows + 1)),
                               static_cast<cudaStream_t>(stream)),
               "cudaMemsetAsync");
       }
-      const Quick quick = args.mode == Selecting::hard ? quick_for<S, false>(units.items, device)
-                                                       : quick_for<S, true>(units.items, device);
-      SelectArgs of_units = args;
-      of_units.wide_bias = args.wide_bias && !ragged;
-      launch_resident(quick.kernel, of_units, all, quick.plan, device, stream);
+      SelectArgs quick = args;
+      quick.wide_bias = args.wide_bias && !ragged;
+      const auto [kernel, plan] = args.mode == Selecting::hard
+                                      ? quick_for<S, false>(units.items, device)
+                                      : quick_for<S, true>(units.items, device);
+      launch_resident(kernel, quick, all, plan, device, stream);
     }
   }
   launch_resident(select_careful<S>, args, x.rows, Plan{1, 256, 0, 0}, device, stream,
