@@ -26,7 +26,8 @@
 // of 16384 | 24576 | 65536, 8192 of 131072). One warp does all for its row in turn, others of the
 // block wait at the next row's first barrier, and clusters agree on one bound: 0.56 | 0.60 | 0.55 |
 // 0.40. Scanning warps and one that solves, units of up to 32 KiB, a row's in a power of two, order
-// by counting: 0.46 | 0.36 | 0.60 | 0.81. This: not measured yet.
+// by counting: 0.46 | 0.36 | 0.60 | 0.81. Rows of up to 48 KiB one unit, two solving warps, sixteen
+// groups: 0.71 | 0.78 | 0.78 | 0.90. This: 0.71 | 0.80 | 0.81 | 0.92.
 #pragma once
 
 #include "few_select.cuh"
@@ -36,23 +37,14 @@
 
 namespace softtopk::cuda {
 
-#ifndef SEL_GROUPS
-#define SEL_GROUPS 16
-#endif
-inline constexpr int kGroups =
-    SEL_GROUPS;  // of a thread's chunks: chunk i is of group i modulo this
 inline constexpr int kScanningWarps = kScanners / 32;
 inline constexpr int kOfWarp = 96;  // candidates of a row from one warp
 inline constexpr int kMostFew = kScanningWarps * kOfWarp;
 inline constexpr int kMostWanted = 192;  // of kMaxima maxima
 inline constexpr int kMostParts = 16;    // units of a row
-#ifndef SEL_SOLVERS
-#define SEL_SOLVERS 2
-#endif
-inline constexpr int kSolvers = SEL_SOLVERS;  // warps of a block that solve
-inline constexpr int kSelectThreads = kScanners + 32 * kSolvers;
-inline constexpr float kBelow = 4;   // alphas below L that the threshold may lie
-inline constexpr float kReach = 36;  // and that candidates reach
+inline constexpr int kMostSolvers = 3;   // warps of a block that solve
+inline constexpr float kBelow = 4;       // alphas below L that the threshold may lie
+inline constexpr float kReach = 36;      // and that candidates reach
 static_assert(int64_t(kMostParts) * kMostStripes * kScanners * 8 <= int64_t(1)
                                                                         << (32 - kPlaceBits));
 static_assert(kMostFew <= 1 << kPlaceBits);
@@ -67,7 +59,7 @@ template <Barrier B, class F>
 __device__ __forceinline__ void with_barrier(int slot, F f) {
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kSolvers; ++i) {
+  for (int i = 0; i < kMostSolvers; ++i) {
     if (slot == i) f(2 + 2 * i + int(B), B == Barrier::emptied ? kScanners + 32 : 64);
   }
 }
@@ -95,8 +87,8 @@ __device__ __forceinline__ int32_t add_in_order(int32_t* to, int32_t value) {
   return before;
 }
 
-// The candidates that a warp has room for in memory, where a row has several units.
-__host__ __device__ constexpr int32_t room_of_warp(int parts) { return 192 / parts + 12; }
+// The candidates of a unit that a warp has room for: in memory where a row has several.
+constexpr int32_t room_of_warp(int parts) { return parts == 1 ? kOfWarp : 192 / parts + 12; }
 
 struct Entry {
   float value;
@@ -144,8 +136,13 @@ struct SelectShared {
   float2 limits;    // the bound and the maximum
   Request request;  // of the unit's row
   int32_t next;     // unit
-  Slot slots[kSolvers];
 };
+
+// What a block has besides: the unit, and the slots after it.
+__host__ __device__ constexpr int32_t unit_bytes(int items) { return items * kScanners * 16; }
+__host__ __device__ constexpr int32_t select_bytes(int items, int solvers) {
+  return unit_bytes(items) + solvers * int32_t(sizeof(Slot));
+}
 
 // Which elements of a chunk are from `least` > 0 on, as bits.
 template <class S>
@@ -183,9 +180,10 @@ class Reaching {
   uint32_t both_ = 0;  // in both halves, the lowest of S that is not below
 };
 
-// The largest elements of the calling thread's groups of chunks: of 16-bit elements those of the
-// even and those of the odd ones. A NaN is the largest of all.
-template <class S>
+// The largest elements of the calling thread's groups of chunks, chunk i is of group i modulo
+// GROUPS: of 16-bit elements those of the even and those of the odd ones. A NaN is the largest of
+// all.
+template <class S, int GROUPS>
 class Groups {
   using Most = std::conditional_t<sizeof(S) == 2, uint32_t, float>;
 
@@ -195,9 +193,9 @@ class Groups {
     for (Most& most : most_) most = least();
     const int own = unit.own();
 #pragma unroll 1
-    for (int first = 0; first < own; first += kGroups) {
+    for (int first = 0; first < own; first += GROUPS) {
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
+      for (int i = 0; i < GROUPS; ++i) {
         if (first + i < own) most_[i] = larger(most_[i], of_chunk(unit.chunk(first + i)));
       }
     }
@@ -206,14 +204,14 @@ class Groups {
   __device__ __forceinline__ uint2 keys() const {
     Most most[2] = {most_[0], most_[1]};
 #pragma unroll
-    for (int i = 2; i < kGroups; ++i) most[i % 2] = larger(most[i % 2], most_[i]);
+    for (int i = 2; i < GROUPS; ++i) most[i % 2] = larger(most[i % 2], most_[i]);
     return {key(most[0]), key(most[1])};
   }
   // Which groups have elements that reach it, as bits.
   __device__ __forceinline__ uint32_t from(const Reaching<S>& reaching) const {
     uint32_t found = 0;
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) found |= uint32_t(reaching.any(most_[i])) << i;
+    for (int i = 0; i < GROUPS; ++i) found |= uint32_t(reaching.any(most_[i])) << i;
     return found;
   }
 
@@ -242,19 +240,19 @@ class Groups {
     return key_of(max_with_nan(Element<S>::value(Raw(pair)), Element<S>::value(Raw(pair >> 16))));
   }
 
-  Most most_[kGroups];
+  Most most_[GROUPS];
 };
 
 // By a scanning warp: f(place, value, index) for its elements that reach; returns how many. Each
 // thread has one in a turn. Where they go depends on nothing but the row.
-template <class S, class F>
-__device__ __forceinline__ int32_t collect(const Unit<S>& unit, const Groups<S>& groups,
+template <class S, int GROUPS, class F>
+__device__ __forceinline__ int32_t collect(const Unit<S>& unit, const Groups<S, GROUPS>& groups,
                                            const Reaching<S>& reaching, F f) {
   const int t = int(threadIdx.x);
   const uint32_t lanes_below = (1u << t % 32) - 1;
   uint32_t left = groups.from(reaching);
-  left = (left | left << kGroups) & ((2u << (unit.own() - 1)) - 1);  // of the thread's chunks
-  uint32_t found = 0;                                                // of chunk `item`
+  left = (left | left << GROUPS) & ((2u << (unit.own() - 1)) - 1);  // of the thread's chunks
+  uint32_t found = 0;                                               // of chunk `item`
   int item = 0;
   int32_t count = 0;
 #pragma unroll 1
@@ -295,14 +293,17 @@ __device__ __forceinline__ Request request_of(const SelectArgs& args, int64_t r)
   return {Budget(budget), alpha, wanted <= kMostWanted ? wanted : 0};
 }
 
-// The scanning warps.
-template <class S, bool SOFT>
+// The scanning warps; the block's first unit has been asked for.
+template <class S, bool SOFT, int GROUPS>
 __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit,
-                                           SelectShared& shared) {
+                                           SelectShared& shared, Slot* slots) {
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
+  const auto after = [&](int slot) {
+    return slot + 1 < (int(blockDim.x) - kScanners) / 32 ? slot + 1 : 0;
+  };
   const int32_t parts = args.units.parts, units = int32_t(args.x.rows) * parts;
   const bool alone = parts == 1;
-  const int32_t room = alone ? kOfWarp : room_of_warp(parts);
+  const int32_t room = args.room;
   // What was drawn is not looked at before the next turn.
   const auto draw = [&](int32_t before) {
     return args.drawn != nullptr ? int32_t(gridDim.x) + atomicAdd(args.drawn, 1)
@@ -311,12 +312,10 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
   uint32_t phase = 0;
   int at = 0;  // the slot
   int32_t now = int32_t(blockIdx.x), upcoming = 0;
-  unit.move_to(now);
-  if (args.units.fed && warp == 0) unit.ask();
   if (t == 32) upcoming = draw(now);
 #pragma unroll 1
   while (now < units) {
-    Slot& slot = shared.slots[at];
+    Slot& slot = slots[at];
     if (t == 32) {  // while the unit comes
       shared.next = upcoming;
       upcoming = draw(upcoming);
@@ -331,7 +330,7 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
       }
       unit.release();
     }
-    const Groups<S> groups(unit);
+    const Groups<S, GROUPS> groups(unit);
     wait_at<Barrier::emptied>(at);
     reinterpret_cast<uint2*>(slot.maxima)[t] = groups.keys();
     sync_scanners();
@@ -380,17 +379,17 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
       if (args.units.fed && now < units) unit.ask();
       arrive_at<Barrier::filled>(at);
     }
-    at = at + 1 < kSolvers ? at + 1 : 0;
+    at = after(at);
   }
   // The end, for each solver. No barrier is left behind half full.
 #pragma unroll 1
-  for (int i = 0; i < kSolvers; ++i) {
+  for (int i = kScanners; i < int(blockDim.x); i += 32) {
     wait_at<Barrier::emptied>(at);
     if (warp == 0) {
-      if (lane == 0) shared.slots[at].unit = -1;
+      if (lane == 0) slots[at].unit = -1;
       arrive_at<Barrier::filled>(at);
     }
-    at = at + 1 < kSolvers ? at + 1 : 0;
+    at = after(at);
   }
 }
 
@@ -421,7 +420,7 @@ __device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t
   const int lane = int(threadIdx.x) % 32, parts = args.units.parts;
   const int segments = parts * kScanningWarps;
   const int64_t first = r * parts;
-  const int32_t room = room_of_warp(parts);
+  const int32_t room = args.room;
   Taken own = {-infinity<float>, -infinity<float>, -infinity<float>};
   if (lane < parts) {
     const float* const from = &args.sent_parts[first + lane].taken.limit;
@@ -549,22 +548,31 @@ __device__ __forceinline__ void solve_rows(const SelectArgs& args, int at, Slot&
   }
 }
 
-#ifndef SEL_BLOCKS
-#define SEL_BLOCKS 5
-#endif
-template <class S, bool SOFT>
-__global__ void __launch_bounds__(kSelectThreads, SEL_BLOCKS) select_quick(const SelectArgs args) {
+// Blocks that a multiprocessor must have registers for: with more groups of chunks fewer.
+constexpr int blocks_of(int groups) { return groups > 16 ? 4 : 5; }
+
+// GROUPS: as many as a unit has stripes, if there can be, so that a chunk is not looked through for
+// what others of its group have.
+template <class S, bool SOFT, int GROUPS>
+__global__ void __launch_bounds__(kScanners + 32 * kMostSolvers, blocks_of(GROUPS))
+    select_quick(const SelectArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ SelectShared shared;
+  Slot* const slots = reinterpret_cast<Slot*>(memory + unit_bytes(args.units.items));
   Unit<S> unit(memory, &shared.barrier, args.units, args.x);
-  __syncthreads();
   wait_for_kernel_before();
   let_kernel_after_start();
-  if (threadIdx.x < kScanners) {
-    scan_units<S, SOFT>(args, unit, shared);
+  const bool scans = threadIdx.x < kScanners;
+  if (scans) {
+    unit.move_to(int32_t(blockIdx.x));
+    if (args.units.fed && threadIdx.x < 32) unit.ask();
+  }
+  __syncthreads();
+  if (scans) {
+    scan_units<S, SOFT, GROUPS>(args, unit, shared, slots);
   } else {
     const int at = int(threadIdx.x - kScanners) / 32;
-    solve_rows<S, SOFT>(args, at, shared.slots[at]);
+    solve_rows<S, SOFT>(args, at, slots[at]);
   }
 }
 

@@ -21,9 +21,11 @@ struct SelectArgs {
   bool all;                // the careful kernel has all rows
   float threshold;         // the activation's, if it is one for all
   int64_t first_row;       // of the launch, where rows are short
-  // Of rows on chip (quick_select.cuh): how they are cut, and where the units of a row put their
-  // candidates, what is known of these, and how many are done; and how many units have been drawn.
+  // Of rows on chip (quick_select.cuh): how they are cut, how many candidates of a unit a warp has
+  // room for, and where the units of a row put theirs, what is known of these, and how many are
+  // done; and how many units have been drawn.
   Units units;
+  int32_t room;
   Entry* sent;
   Part* sent_parts;
   int32_t* arrived;

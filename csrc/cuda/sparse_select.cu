@@ -32,13 +32,7 @@ __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2)
   }
 }
 
-#ifndef SEL_PDL
-#define SEL_PDL 1  // 0: no kernel overlaps, 1: the careful one, 2: both
-#endif
-#ifndef SEL_ITEMS
-#define SEL_ITEMS 24
-#endif
-constexpr int kItems = SEL_ITEMS;        // most stripes of a unit, of 2 KiB each
+constexpr int kItems = 24;               // most stripes of a unit, so that four are on chip
 constexpr int64_t kShortest = 256 * 16;  // bytes of a row that is worth it
 
 // How rows of so many bytes are cut, into units as even as can be; items = 0: they do not fit.
@@ -53,6 +47,29 @@ Units cut_rows(int64_t bytes, bool ragged, bool fed) {
   const int64_t items = cut(parts);
   if (items <= kMostStripes) units.parts = int(parts), units.items = int(items);
   return units;
+}
+
+// How units of so many stripes are selected from: by more warps that solve where those cost no
+// block.
+struct Quick {
+  void (*kernel)(const SelectArgs);
+  Plan plan;
+};
+template <class S, bool SOFT>
+Quick quick_for(int items, const Device& device) {
+  const bool small = items <= 16;
+  const int most = blocks_of(small ? 16 : 24);
+  // A multiprocessor has 1 KiB of shared memory more than a block can have, and each block has 1
+  // KiB that is not its own.
+  constexpr int64_t kReserved = 1024;
+  const auto blocks = [&](int solvers) {
+    const int64_t each = select_bytes(items, solvers) + int64_t(sizeof(SelectShared)) + kReserved;
+    return std::min<int64_t>(most, (device.shared_limit + kReserved) / each);
+  };
+  int solvers = 2;
+  while (solvers < kMostSolvers && blocks(solvers + 1) == blocks(2)) ++solvers;
+  return {small ? select_quick<S, SOFT, 16> : select_quick<S, SOFT, 24>,
+          Plan{1, kScanners + 32 * solvers, 0, select_bytes(items, solvers)}};
 }
 
 // Rows that the registers of a warp hold.
@@ -83,35 +100,26 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
       const int64_t all = x.rows * units.parts;
       args.all = false;
       args.units = units;
-#ifndef SEL_DRAW
-#define SEL_DRAW 0
-#endif
-      if (SEL_DRAW && units.parts == 1) {
-        args.drawn = static_cast<int32_t*>(workspace);
-        check(cudaMemsetAsync(args.drawn, 0, 4, static_cast<cudaStream_t>(stream)),
-              "cudaMemsetAsync");
-      }
+      args.room = room_of_warp(units.parts);
       if (units.parts > 1) {
         args.sent_parts = static_cast<Part*>(workspace);
         args.sent = reinterpret_cast<Entry*>(args.sent_parts + all);
-        args.arrived = reinterpret_cast<int32_t*>(args.sent +
-                                                  all * kScanningWarps * room_of_warp(units.parts));
+        args.arrived = reinterpret_cast<int32_t*>(args.sent + all * kScanningWarps * args.room);
         args.drawn = args.arrived + x.rows;
         check(cudaMemsetAsync(args.arrived, 0, size_t(4 * (x.rows + 1)),
                               static_cast<cudaStream_t>(stream)),
               "cudaMemsetAsync");
       }
-      const auto kernel =
-          args.mode == Selecting::hard ? select_quick<S, false> : select_quick<S, true>;
       SelectArgs quick = args;
       quick.wide_bias = args.wide_bias && !ragged;
-      launch_resident(kernel, quick, all,
-                      Plan{1, kSelectThreads, 0, int64_t(units.items) * kScanners * 16}, device,
-                      stream, SEL_PDL == 2 && args.drawn == nullptr && device.fed());
+      const auto [kernel, plan] = args.mode == Selecting::hard
+                                      ? quick_for<S, false>(units.items, device)
+                                      : quick_for<S, true>(units.items, device);
+      launch_resident(kernel, quick, all, plan, device, stream);
     }
   }
   launch_resident(select_careful<S>, args, x.rows, Plan{1, 256, 0, 0}, device, stream,
-                  SEL_PDL >= 1 && !args.all && device.fed());
+                  !args.all && device.fed());
 }
 
 }  // namespace
@@ -120,7 +128,7 @@ int64_t select_workspace(int64_t rows, int64_t n, Type type) {
   const int64_t size = type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
   const Units units = cut_rows(n * size, true, true);
   const int parts = units.parts;
-  if (size == 8 || units.items == 0 || parts == 1) return SEL_DRAW ? 4 : 0;
+  if (size == 8 || units.items == 0 || parts == 1) return 0;
   const int64_t entries = int64_t(kScanningWarps) * room_of_warp(parts);
   return rows * (parts * (int64_t(sizeof(Part)) + entries * int64_t(sizeof(Entry))) + 4) + 4;
 }
