@@ -19,37 +19,22 @@
 namespace softtopk::cuda {
 namespace {
 
-#ifndef G_PIECE
-#define G_PIECE 64
+#ifndef G_HINT
+#define G_HINT 0
 #endif
-#ifndef G_TOGETHER
-#define G_TOGETHER 4
-#endif
-#ifndef G_VECTORS
-#define G_VECTORS 3
-#endif
-#ifndef G_STAGES
-#define G_STAGES 4
-#endif
-#ifndef G_REGISTERS
-#define G_REGISTERS 104
-#endif
-#ifndef G_SLICE
-#define G_SLICE (32 << 20)
-#endif
-constexpr int kPiece = G_PIECE;        // entries
-constexpr int kMost = 2 * kPiece;      // of a block: the last latent may reach beyond its piece
-constexpr int kTogether = G_TOGETHER;  // entries whose dots are summed at once
-constexpr int kRegisters = G_REGISTERS;
+constexpr int kPiece = 64;         // entries
+constexpr int kMost = 2 * kPiece;  // of a block: the last latent may reach beyond its piece
+constexpr int kTogether = 4;       // entries whose dots are summed at once
+constexpr int kRegisters = 80;     // of a thread
 constexpr int kMostWarps = 65536 / (kRegisters * 32);
-constexpr int kFinishing = 256;                // threads of a block of the other kernel
-constexpr int64_t kCached = int64_t(G_SLICE);  // bytes of y that stay in the L2 cache
+constexpr int kFinishing = 256;        // threads of a block of the other kernel
+constexpr int64_t kCached = 32 << 20;  // bytes of y that stay in the L2 cache
 
 // Chunks of a row that a lane has, and rows on their way.
 template <class S>
-inline constexpr int kVectors = sizeof(S) == 2 ? G_VECTORS : 6;
+inline constexpr int kVectors = sizeof(S) == 2 ? 2 : 4;
 template <class S>
-inline constexpr int kStages = sizeof(S) == 2 ? G_STAGES : 2;
+inline constexpr int kStages = sizeof(S) == 2 ? 4 : 2;
 // Columns of a warp.
 template <class S>
 inline constexpr int64_t kTile = kVectors<S> * 32 * Chunk<S>::size;
@@ -66,6 +51,7 @@ struct GradientArgs {
   const void* y;
   const void* weight;  // or null
   bool project, zero_silent;
+  bool given;  // the dots are there
   void* grad;
   void* dots;
   void* sums;
@@ -127,7 +113,17 @@ __device__ __forceinline__ T sums_of_warp(const T (&values)[SIZE]) {
 
 // Copies 16 bytes to shared memory if `wanted`; wait_copies<N>() returns when all groups of copies
 // but the last N that the thread closed with close_copies() have come, for the thread's own eyes.
-__device__ __forceinline__ void copy_16(uint4* to, const void* from, bool wanted) {
+__device__ __forceinline__ void copy_16(uint4* to, const void* from, bool wanted, uint64_t policy) {
+#if G_HINT >= 2
+  asm volatile(
+      "{\n"
+      "  .reg .pred wanted;\n"
+      "  setp.ne.b32 wanted, %2, 0;\n"
+      "  @wanted cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %3;\n"
+      "}" ::"r"(shared_address(to)),
+      "l"(from), "r"(int(wanted)), "l"(policy)
+      : "memory");
+#else
   asm volatile(
       "{\n"
       "  .reg .pred wanted;\n"
@@ -136,6 +132,27 @@ __device__ __forceinline__ void copy_16(uint4* to, const void* from, bool wanted
       "}" ::"r"(shared_address(to)),
       "l"(from), "r"(int(wanted))
       : "memory");
+#endif
+}
+__device__ __forceinline__ uint64_t policy_of(bool weight) {
+  uint64_t policy = 0;
+#if G_HINT >= 2
+  if (weight) {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  }
+#endif
+  return policy;
+}
+__device__ __forceinline__ void store_grad(void* to, const uint4& words) {
+#if G_HINT >= 1
+  asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+#else
+  store_global(to, words);
+#endif
 }
 __device__ __forceinline__ void close_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -164,14 +181,15 @@ struct Columns {
     return static_cast<const unsigned char*>(data) + int64_t(first) * int64_t(sizeof(S));
   }
   // Begins to copy that of another row; columns beyond the end are left alone.
-  __device__ __forceinline__ void copy(uint4* to, const unsigned char* part, int32_t row) const {
+  __device__ __forceinline__ void copy(uint4* to, const unsigned char* part, int32_t row,
+                                       uint64_t policy) const {
     const unsigned char* const from =
         part + uint64_t(uint32_t(row)) * (uint32_t(d) * uint32_t(sizeof(S)));
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
       const int32_t at = column(v);
       if constexpr (WIDE) {
-        copy_16(to + v * 32, from + v * 512, at < end && row >= 0);
+        copy_16(to + v * 32, from + v * 512, at < end && row >= 0, policy);
       } else {
         const Raw* const own = reinterpret_cast<const Raw*>(from + v * 512);
         Chunk<S> chunk{};
@@ -200,7 +218,7 @@ struct Columns {
         Compute<O> own[kOut];
 #pragma unroll
         for (int i = 0; i < kOut; ++i) own[i] = Compute<O>(x[part * kOut + i]);
-        store_global(to + part * kOut, Chunk<O>::of(own).words);
+        store_grad(to + part * kOut, Chunk<O>::of(own).words);
       }
     } else {
 #pragma unroll
@@ -246,7 +264,7 @@ __device__ __forceinline__ void clear_unused(const GradientArgs& args) {
       // As many whole 16 bytes as there are, then the rest.
       const int64_t chunks = reinterpret_cast<uintptr_t>(bytes) % 16 == 0 ? size / 16 : 0;
       for (int64_t at = lane; at < chunks; at += 32) {
-        store_global(bytes + 16 * at, make_uint4(0, 0, 0, 0));
+        store_grad(bytes + 16 * at, make_uint4(0, 0, 0, 0));
       }
       for (int64_t at = 16 * chunks + lane; at < size; at += 32) bytes[at] = 0;
     }
@@ -284,20 +302,21 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
   const int32_t to = last_start >= begin && !last_long ? last_end : limit;
   const int32_t count = to - from;
   if (count <= 0) return;
-  for (int i = t; i < count; i += threads) {
-    const int32_t place = args.entries[from + i];
-    places[i] = place;
-    latents[i] = args.indices[place];
-    piece[i].row = int32_t(uint32_t(place) / uint32_t(args.max_active));
-    piece[i].scale = static_cast<const T*>(args.scale)[place];
-  }
-
   // The lane's places for rows on their way: a ring of y's, and of the weight's after it.
   constexpr int kRow = kMany * 32, kRing = kAhead * kRow;
   uint4* const rows = reinterpret_cast<uint4*>(memory) + warp * (DOTS ? 2 : 1) * kRing + lane;
   uint4* const weights = rows + kRing;
   OfWarp<T>* const of_warps = reinterpret_cast<OfWarp<T>*>(reinterpret_cast<uint4*>(memory) +
                                                            warps * (DOTS ? 2 : 1) * kRing);
+  for (int i = t; i < count; i += threads) {
+    const int32_t place = args.entries[from + i];
+    places[i] = place;
+    latents[i] = args.indices[place];
+    piece[i].row = int32_t(uint32_t(place) / uint32_t(args.max_active));
+    piece[i].scale = static_cast<const T*>(args.scale)[place];
+    if (args.given) of_warps->dots[i] = static_cast<const T*>(args.dots)[place];
+  }
+
   const Own own(args);
 #pragma unroll
   for (int v = 0; v < kMany; ++v) {
@@ -321,10 +340,11 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
   }
   __syncthreads();
   const unsigned char *const y = own.part(args.y), *const weight = own.part(args.weight);
+  const uint64_t policy_y = policy_of(false), policy_w = policy_of(true);
   const auto ask = [&](int i, int slot) {
-    own.copy(rows + slot * kRow, y, piece[i].row);
+    own.copy(rows + slot * kRow, y, piece[i].row, policy_y);
     const int32_t latent = piece[i].weight;
-    if (DOTS && latent >= 0) own.copy(weights + slot * kRow, weight, latent);
+    if (DOTS && latent >= 0) own.copy(weights + slot * kRow, weight, latent, policy_w);
     close_copies();
   };
 
@@ -343,8 +363,11 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
     } else {
       if constexpr (DOTS) {
         if (args.project) {
-          T all = sum_of_warp(along);
-          if (warps > 1) {
+          T all = 0;
+          if (args.given) {
+            for (int e = i; all += piece[e].scale * of_warps->dots[e], !(piece[e].flags & kFresh);)
+              --e;
+          } else if (all = sum_of_warp(along); warps > 1) {
             if (lane == 0) of_warps[warp].along[turn] = all;
             __syncthreads();
             all = 0;
@@ -423,13 +446,13 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
     if constexpr (DOTS) {
       constexpr int kLanes = 32 / kTogether;
       const T own_sum = sums_of_warp(dots);
-      if (lane % kLanes == 0) of_warps[warp].dots[base + lane / kLanes] = own_sum;
+      if (lane % kLanes == 0 && !args.given) of_warps[warp].dots[base + lane / kLanes] = own_sum;
     }
   }
   if (!DOTS && args.squares == nullptr) return;
   __syncthreads();
   for (int i = t; i < count; i += threads) {
-    if constexpr (DOTS) {
+    if (DOTS && !args.given) {
       T* const out = static_cast<T*>(args.dots) + places[i];
       T dot = leading ? 0 : *out;
       for (int other = 0; other < warps; ++other) dot += of_warps[other].dots[i];
@@ -442,6 +465,12 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
     *out = square;
   }
 }
+
+constexpr int kWide = 4;
+template <class T>
+struct alignas(16) Wide {
+  T values[kWide];
+};
 
 // The sum of a value over a block of kFinishing threads, in all of them.
 template <class T>
@@ -456,7 +485,8 @@ __device__ __forceinline__ T sum_of_block(T value, T (&of_warps)[kFinishing / 32
   return total;
 }
 
-// By a block: adds up the partial sums of a long latent, for its slice of columns.
+// By a block: adds up the partial sums of a long latent, for its slice of columns, of which a
+// thread has kWide neighbours.
 template <class S, class O>
 __device__ __forceinline__ void add_partial_of(const GradientArgs& args, int32_t latent,
                                                Compute<S> (&of_warps)[kFinishing / 32]) {
@@ -466,45 +496,70 @@ __device__ __forceinline__ void add_partial_of(const GradientArgs& args, int32_t
   const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
   // The first piece has it last, but where it begins with it; the others have it first.
   const int32_t first = begin / kPiece, last = (end - 1) / kPiece;
-  const int64_t start = int64_t(first) * 2 + (begin > first * kPiece);
-  T* const partial = static_cast<T*>(args.partial);
+  T* const start =
+      static_cast<T*>(args.partial) + (int64_t(first) * 2 + (begin > first * kPiece)) * d;
+  const T* const others = static_cast<const T*>(args.partial) + int64_t(first) * 2 * d;
   const auto* const weight = static_cast<const typename Element<S>::Raw*>(args.weight) +
                              (args.project ? int64_t(latent) * d : 0);
-  const int64_t first_column = int64_t(blockIdx.y) * kFinishing + t;
-  const int64_t step = int64_t(gridDim.y) * kFinishing;
   auto* const out = static_cast<typename Element<O>::Raw*>(args.grad) + int64_t(latent) * d;
+  const int64_t first_column = (int64_t(blockIdx.y) * kFinishing + t) * kWide;
+  const int64_t step = int64_t(gridDim.y) * kFinishing * kWide;
   T along = 0, square = 0;
   for (int64_t column = first_column; column < d; column += step) {
-    T sum = partial[start * d + column];
+    const int count = int(min(int64_t(kWide), d - column));
+    T sum[kWide];
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) sum[i] = i < count ? start[column + i] : T(0);
+    if (d % kWide == 0) {
 #pragma unroll 8
-    for (int32_t piece = first + 1; piece <= last; ++piece) {
-      sum += partial[int64_t(piece) * 2 * d + column];
-    }
-    if (args.project) {
-      partial[start * d + column] = sum;  // this thread's from here on
-      along = fma(sum, Element<S>::value(weight[column]), along);
+      for (int32_t piece = 1; piece <= last - first; ++piece) {
+        const Wide<T> own =
+            *reinterpret_cast<const Wide<T>*>(others + int64_t(piece) * 2 * d + column);
+#pragma unroll
+        for (int i = 0; i < kWide; ++i) sum[i] += own.values[i];
+      }
     } else {
-      out[column] = Element<O>::raw(Compute<O>(sum));
-      square = fma(sum, sum, square);
+      for (int32_t piece = 1; piece <= last - first; ++piece) {
+#pragma unroll
+        for (int i = 0; i < kWide; ++i) {
+          if (i < count) sum[i] += others[int64_t(piece) * 2 * d + column + i];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) {
+      if (i >= count) continue;
+      if (args.project) {
+        start[column + i] = sum[i];  // this thread's from here on
+        along = fma(sum[i], Element<S>::value(weight[column + i]), along);
+      } else {
+        out[column + i] = Element<O>::raw(Compute<O>(sum[i]));
+        square = fma(sum[i], sum[i], square);
+      }
     }
   }
   if (args.project) {
     along = sum_of_block(along, of_warps);
     for (int64_t column = first_column; column < d; column += step) {
-      const T sum = partial[start * d + column] - along * Element<S>::value(weight[column]);
-      out[column] = Element<O>::raw(Compute<O>(sum));
-      square = fma(sum, sum, square);
+      for (int64_t i = column; i < min(column + kWide, d); ++i) {
+        const T sum = start[i] - along * Element<S>::value(weight[i]);
+        out[i] = Element<O>::raw(Compute<O>(sum));
+        square = fma(sum, sum, square);
+      }
     }
   }
   if (args.squares != nullptr) {
     square = sum_of_block(square, of_warps);
     if (t == 0) static_cast<T*>(args.squares)[latent] = square;
   }
-  if (args.sums != nullptr && t == 0 && blockIdx.y == 0) {
+  if (args.sums != nullptr && blockIdx.y == 0 && t < 32) {
     const T* const sums = static_cast<const T*>(args.partial_sums);
-    T sum = sums[start];
-    for (int32_t piece = first + 1; piece <= last; ++piece) sum += sums[int64_t(piece) * 2];
-    static_cast<T*>(args.sums)[latent] = sum;
+    T sum = 0;
+    for (int32_t piece = first + t; piece <= last; piece += 32) {
+      sum += sums[int64_t(piece) * 2 + (piece == first && begin > first * kPiece)];
+    }
+    sum = sum_of_warp(sum);
+    if (t == 0) static_cast<T*>(args.sums)[latent] = sum;
   }
 }
 
@@ -548,19 +603,14 @@ void gradients(GradientArgs args, int64_t rows, const Device& device, void* stre
     return warps * (arrays * stages * kVectors<S> * 512 + int64_t(sizeof(OfWarp<T>)));
   };
   const int64_t room = device.shared_limit - 8 * 1024;  // beside what every block has
-  bool wide = is_wide(args.y, rows, d, sizeof(S)) && is_wide(args.weight, args.n, d, sizeof(S)) &&
-              is_wide(args.grad, args.n, d, sizeof(O)) && d % Chunk<S>::size == 0;
-  const auto most_warps = [&] {
-    return std::min<int64_t>(kMostWarps, room / shared_of(1, wide ? kStages<S> : 1));
-  };
-  // A projection needs a whole row of the gradient.
-  if (args.project && warps_of(d) > most_warps()) wide = false;
-  int64_t slices = (warps_of(d) + most_warps() - 1) / most_warps();
-  if (args.project && slices > 1) {
-    throw std::runtime_error("softtopk: d=" + std::to_string(d) +
-                             " is more than the CUDA backend projects in this type, " +
-                             std::to_string(most_warps() * kTile<S>));
-  }
+  const bool wide = is_wide(args.y, rows, d, sizeof(S)) &&
+                    is_wide(args.weight, args.n, d, sizeof(S)) &&
+                    is_wide(args.grad, args.n, d, sizeof(O)) && d % Chunk<S>::size == 0;
+  const int64_t most_warps =
+      std::min<int64_t>(kMostWarps, room / shared_of(1, wide ? kStages<S> : 1));
+  int64_t slices = (warps_of(d) + most_warps - 1) / most_warps;
+  // A projection needs whole rows, or else the dots beforehand.
+  const bool twice = args.project && slices > 1;
   if (!args.project && warps_of(d) > 1 && rows * d * int64_t(sizeof(S)) > kCached) {
     slices = std::max<int64_t>(slices, 2);
   }
@@ -571,18 +621,29 @@ void gradients(GradientArgs args, int64_t rows, const Device& device, void* stre
   const int64_t width = (warps_of(d) + slices - 1) / slices * kTile<S>;
   // Enough blocks to clear silent latents even if there are few entries.
   const int64_t blocks = std::max(args.pieces, std::min<int64_t>((args.n + 31) / 32, 1024));
-  for (int64_t slice = 0; slice < slices && blocks > 0; ++slice) {
-    args.first_column = int32_t(slice * width);
-    args.end_column = int32_t(std::min(d, (slice + 1) * width));
-    const int64_t warps = warps_of(args.end_column - args.first_column);
-    const int64_t shared = shared_of(warps, wide ? kStages<S> : 1);
-    if (shared > 32 * 1024) allow_shared_once(reinterpret_cast<const void*>(kernel));
-    launch_overlapping(kernel, args, dim3(unsigned(blocks)), warps * 32, shared, device.fed(),
-                       stream);
+  const auto add = [&](GradientArgs now) {
+    for (int64_t slice = 0; slice < slices && blocks > 0; ++slice) {
+      now.first_column = int32_t(slice * width);
+      now.end_column = int32_t(std::min(d, (slice + 1) * width));
+      const int64_t warps = warps_of(now.end_column - now.first_column);
+      const int64_t shared = shared_of(warps, wide ? kStages<S> : 1);
+      if (shared > 32 * 1024) allow_shared_once(reinterpret_cast<const void*>(kernel));
+      launch_overlapping(kernel, now, dim3(unsigned(blocks)), warps * 32, shared, device.fed(),
+                         stream);
+    }
+  };
+  if (twice) {
+    GradientArgs dots = args;
+    dots.project = dots.zero_silent = false;
+    dots.squares = nullptr;
+    add(dots);
+    args.given = true;
   }
+  add(args);
   if (args.pieces == 0) return;
   const bool whole = args.project || args.squares != nullptr;
-  const int64_t parts = whole ? 1 : std::clamp<int64_t>((d + kFinishing - 1) / kFinishing, 1, 4);
+  constexpr int64_t kColumns = kFinishing * kWide;
+  const int64_t parts = whole ? 1 : std::clamp<int64_t>((d + kColumns - 1) / kColumns, 1, 4);
   launch_overlapping(add_partial<S, O>, args,
                      dim3(unsigned(std::min<int64_t>(args.pieces, 256)), unsigned(parts)),
                      kFinishing, 0, device.fed(), stream);
