@@ -27,7 +27,7 @@
 // block wait at the next row's first barrier, and clusters agree on one bound: 0.56 | 0.60 | 0.55 |
 // 0.40. Scanning warps and one that solves, units of up to 32 KiB, a row's in a power of two, order
 // by counting: 0.46 | 0.36 | 0.60 | 0.81. Rows of up to 48 KiB one unit, two solving warps, sixteen
-// groups: 0.71 | 0.78 | 0.78 | 0.90. This: 0.71 | 0.80 | 0.81 | 0.92.
+// groups: 0.71 | 0.78 | 0.78 | 0.90. This: 0.70 | 0.79 | 0.81 | 0.91.
 #pragma once
 
 #include "few_select.cuh"

@@ -13,19 +13,28 @@
 // the oldest row does not wait for the others. Rows that are too long for one block, and halves of
 // them where y is more than the L2 cache keeps, are gone through one after the other.
 //
+// In development runs on an H200 (dW and dots in bfloat16, microseconds, (rows, k, d, n) = (4096,
+// 64, 768, 24576) | (4096, 64, 2304, 16384) | (4096, 64, 2304, 65536) | (8192, 32, 4096, 131072)):
+// - a block for a piece, a chunk to a thread, the weight's row made anew for each entry: 139 | 366
+//   | 507 | 1327;
+// - the weight's row kept for a latent, rows of y four ahead in registers: 129 | 331 | 480 | 1199;
+// - a warp for a piece and a tile of 512 bytes, another kernel for the dots: 127 | 333 | 391 | 851;
+// - a block for a piece again, rows on their way in shared memory: 123 | 311 | 350 | 824;
+// - on tensor cores, sixteen entries at a time, scales in two parts: 151 | 406 | 513 | 1339, for
+//   what it loses in loads of 64 bytes;
+// - a lane with 24 columns where a thread had 8: 97 | 208 | 285 | 867, with 32: 126 | 251 | 314 |
+//   867, with 16: 96 | 198 | 279 | 861, bound by the L2 cache from here on;
+// - the cache told what to keep, this: to be measured.
 #include "layout.cuh"
 #include "overlap.cuh"
 
 namespace softtopk::cuda {
 namespace {
 
-#ifndef G_HINT
-#define G_HINT 0
-#endif
 constexpr int kPiece = 64;         // entries
 constexpr int kMost = 2 * kPiece;  // of a block: the last latent may reach beyond its piece
 constexpr int kTogether = 4;       // entries whose dots are summed at once
-constexpr int kRegisters = 80;     // of a thread
+constexpr int kRegisters = 96;     // of a thread
 constexpr int kMostWarps = 65536 / (kRegisters * 32);
 constexpr int kFinishing = 256;        // threads of a block of the other kernel
 constexpr int64_t kCached = 32 << 20;  // bytes of y that stay in the L2 cache
@@ -111,10 +120,25 @@ __device__ __forceinline__ T sums_of_warp(const T (&values)[SIZE]) {
   }
 }
 
+// Stores 16 bytes that are not soon read again.
+__device__ __forceinline__ void store_passing(void* to, const uint4& words) {
+  asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
+// How the L2 cache is to treat what is copied: y stays, a row of the weight is read but once.
+struct Policies {
+  uint64_t keep, pass;
+  __device__ Policies() {
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(pass));
+  }
+};
+
 // Copies 16 bytes to shared memory if `wanted`; wait_copies<N>() returns when all groups of copies
 // but the last N that the thread closed with close_copies() have come, for the thread's own eyes.
 __device__ __forceinline__ void copy_16(uint4* to, const void* from, bool wanted, uint64_t policy) {
-#if G_HINT >= 2
   asm volatile(
       "{\n"
       "  .reg .pred wanted;\n"
@@ -123,36 +147,6 @@ __device__ __forceinline__ void copy_16(uint4* to, const void* from, bool wanted
       "}" ::"r"(shared_address(to)),
       "l"(from), "r"(int(wanted)), "l"(policy)
       : "memory");
-#else
-  asm volatile(
-      "{\n"
-      "  .reg .pred wanted;\n"
-      "  setp.ne.b32 wanted, %2, 0;\n"
-      "  @wanted cp.async.cg.shared.global [%0], [%1], 16;\n"
-      "}" ::"r"(shared_address(to)),
-      "l"(from), "r"(int(wanted))
-      : "memory");
-#endif
-}
-__device__ __forceinline__ uint64_t policy_of(bool weight) {
-  uint64_t policy = 0;
-#if G_HINT >= 2
-  if (weight) {
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  } else {
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  }
-#endif
-  return policy;
-}
-__device__ __forceinline__ void store_grad(void* to, const uint4& words) {
-#if G_HINT >= 1
-  asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y),
-               "r"(words.z), "r"(words.w)
-               : "memory");
-#else
-  store_global(to, words);
-#endif
 }
 __device__ __forceinline__ void close_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -205,7 +199,8 @@ struct Columns {
   __device__ __forceinline__ static void read(const uint4* from, int vector, T (&x)[size]) {
     Chunk<S>{from[vector * 32]}.read(x);
   }
-  template <class O, class T>
+  // PASSING: it is not soon read again.
+  template <bool PASSING, class O, class T>
   __device__ __forceinline__ void store(O* row, int vector, const T (&x)[size]) const {
     using RawOut = typename Element<O>::Raw;
     constexpr int kOut = Chunk<O>::size;
@@ -218,7 +213,8 @@ struct Columns {
         Compute<O> own[kOut];
 #pragma unroll
         for (int i = 0; i < kOut; ++i) own[i] = Compute<O>(x[part * kOut + i]);
-        store_grad(to + part * kOut, Chunk<O>::of(own).words);
+        const uint4 words = Chunk<O>::of(own).words;
+        PASSING ? store_passing(to + part * kOut, words) : store_global(to + part * kOut, words);
       }
     } else {
 #pragma unroll
@@ -264,7 +260,7 @@ __device__ __forceinline__ void clear_unused(const GradientArgs& args) {
       // As many whole 16 bytes as there are, then the rest.
       const int64_t chunks = reinterpret_cast<uintptr_t>(bytes) % 16 == 0 ? size / 16 : 0;
       for (int64_t at = lane; at < chunks; at += 32) {
-        store_grad(bytes + 16 * at, make_uint4(0, 0, 0, 0));
+        store_passing(bytes + 16 * at, make_uint4(0, 0, 0, 0));
       }
       for (int64_t at = 16 * chunks + lane; at < size; at += 32) bytes[at] = 0;
     }
@@ -340,11 +336,11 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
   }
   __syncthreads();
   const unsigned char *const y = own.part(args.y), *const weight = own.part(args.weight);
-  const uint64_t policy_y = policy_of(false), policy_w = policy_of(true);
+  const Policies policies;
   const auto ask = [&](int i, int slot) {
-    own.copy(rows + slot * kRow, y, piece[i].row, policy_y);
+    own.copy(rows + slot * kRow, y, piece[i].row, policies.keep);
     const int32_t latent = piece[i].weight;
-    if (DOTS && latent >= 0) own.copy(weights + slot * kRow, weight, latent, policy_w);
+    if (DOTS && latent >= 0) own.copy(weights + slot * kRow, weight, latent, policies.pass);
     close_copies();
   };
 
@@ -357,7 +353,7 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
       const int64_t slot = int64_t(blockIdx.x) * 2 + ((flags & kInside) != 0);
 #pragma unroll
       for (int v = 0; v < kMany; ++v) {
-        own.store(static_cast<T*>(args.partial) + slot * args.d, v, sum[v]);
+        own.template store<false>(static_cast<T*>(args.partial) + slot * args.d, v, sum[v]);
       }
       if (t == 0 && leading) static_cast<T*>(args.partial_sums)[slot] = of_scales;
     } else {
@@ -383,7 +379,7 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
       }
       O* const out = static_cast<O*>(args.grad) + int64_t(latent) * args.d;
 #pragma unroll
-      for (int v = 0; v < kMany; ++v) own.store(out, v, sum[v]);
+      for (int v = 0; v < kMany; ++v) own.template store<true>(out, v, sum[v]);
       if (args.squares != nullptr) {
         T square = 0;
 #pragma unroll
@@ -466,6 +462,10 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
   }
 }
 
+struct Long {
+  int32_t latent, begin, end;
+};
+
 constexpr int kWide = 4;
 template <class T>
 struct alignas(16) Wide {
@@ -488,12 +488,12 @@ __device__ __forceinline__ T sum_of_block(T value, T (&of_warps)[kFinishing / 32
 // By a block: adds up the partial sums of a long latent, for its slice of columns, of which a
 // thread has kWide neighbours.
 template <class S, class O>
-__device__ __forceinline__ void add_partial_of(const GradientArgs& args, int32_t latent,
+__device__ __forceinline__ void add_partial_of(const GradientArgs& args, const Long& found,
                                                Compute<S> (&of_warps)[kFinishing / 32]) {
   using T = Compute<S>;
   const int t = int(threadIdx.x);
   const int64_t d = args.d;
-  const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
+  const auto [latent, begin, end] = found;
   // The first piece has it last, but where it begins with it; the others have it first.
   const int32_t first = begin / kPiece, last = (end - 1) / kPiece;
   T* const start =
@@ -511,7 +511,7 @@ __device__ __forceinline__ void add_partial_of(const GradientArgs& args, int32_t
 #pragma unroll
     for (int i = 0; i < kWide; ++i) sum[i] = i < count ? start[column + i] : T(0);
     if (d % kWide == 0) {
-#pragma unroll 8
+#pragma unroll 16
       for (int32_t piece = 1; piece <= last - first; ++piece) {
         const Wide<T> own =
             *reinterpret_cast<const Wide<T>*>(others + int64_t(piece) * 2 * d + column);
@@ -567,7 +567,7 @@ __device__ __forceinline__ void add_partial_of(const GradientArgs& args, int32_t
 template <class S, class O>
 __global__ void __launch_bounds__(kFinishing) add_partial(const GradientArgs args) {
   __shared__ Compute<S> of_warps[kFinishing / 32];
-  __shared__ int32_t found[kFinishing];
+  __shared__ Long found[kFinishing];
   __shared__ int count;
   const int t = int(threadIdx.x);
   wait_for_kernel_before();
@@ -581,7 +581,7 @@ __global__ void __launch_bounds__(kFinishing) add_partial(const GradientArgs arg
       const int32_t latent = args.indices[args.entries[piece * kPiece]];
       const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
       if (is_long(begin, end) && begin > (piece - 1) * kPiece) {
-        found[atomicAdd(&count, 1)] = latent;
+        found[atomicAdd(&count, 1)] = {latent, begin, end};
       }
     }
     __syncthreads();
