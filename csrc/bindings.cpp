@@ -107,6 +107,7 @@ PyMethodDef method(const char* name) {
         method<&softtopk::device::soft_topk_backward>("soft_topk_backward"),   \
         method<&softtopk::device::hard_topk_mask>("hard_topk_mask"),           \
         method<&softtopk::device::hard_topk_indices>("hard_topk_indices"),     \
+        method<&softtopk::device::select_workspace>("select_workspace"),       \
         method<&softtopk::device::code_forward>("code_forward"),               \
         method<&softtopk::device::code_backward>("code_backward"),             \
         method<&softtopk::device::transpose_workspace>("transpose_workspace"), \

@@ -78,8 +78,9 @@ void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* i
                        void* values, int64_t* counts, int threads);
 
 // The code of every row of pre-activations z; z.largest is not read.
+int64_t select_workspace(int64_t rows, int64_t n, Type type);  // bytes
 void code_forward(const Rows& z, const PerRow& k, const PerRow& alpha, const Activation& activation,
-                  Selecting mode, const Code& code, int threads);
+                  Selecting mode, const Code& code, void* workspace, int threads);
 
 // From g, the gradient of a code's values: grad_active (rows, max_active), grad_k and grad_alpha
 // (rows,), all of the type `compute`. `values` is null but where the selection was
@@ -134,8 +135,9 @@ void hard_topk_indices(const Rows& x, const PerRow& k, int64_t max_k, int64_t* i
                        void* values, int64_t* counts, int device, void* stream);
 
 // The code of every row of pre-activations z; z.largest is not read.
+int64_t select_workspace(int64_t rows, int64_t n, Type type);  // bytes
 void code_forward(const Rows& z, const PerRow& k, const PerRow& alpha, const Activation& activation,
-                  Selecting mode, const Code& code, int device, void* stream);
+                  Selecting mode, const Code& code, void* workspace, int device, void* stream);
 
 // From g, the gradient of a code's values: grad_active (rows, max_active), grad_k and grad_alpha
 // (rows,), all of the type `compute`. `values` is null but where the selection was

@@ -55,12 +55,15 @@ class cpu:
         max_k: int, indices: int, values: int, counts: int, threads: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
+    def select_workspace(rows: int, n: int, type: int, /) -> int: ...  # bytes
+    @staticmethod
     def code_forward(
         z: int, z_type: int, rows: int, n: int, z_stride: int, largest: bool,
         k: int, k_type: int, k_stride: int, k_number: float,
         alpha: int, alpha_type: int, alpha_stride: int, alpha_number: float,
         bias: int, thresholds: int, threshold: float, mode: int,
-        values: int, indices: int, active: int, counts: int, state: int, max_active: int, threads: int, /,
+        values: int, indices: int, active: int, counts: int, state: int, max_active: int,
+        workspace: int, threads: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
     def code_backward(
@@ -148,6 +151,8 @@ class cuda:
         step: int, scale: int, found_inf: int, offsets: int, normalize: bool, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
+    def select_workspace(rows: int, n: int, type: int, /) -> int: ...  # bytes
+    @staticmethod
     def clip_blocks(size: int, /) -> int: ...
     @staticmethod
     def clip_factors(
@@ -210,7 +215,7 @@ class cuda:
         alpha: int, alpha_type: int, alpha_stride: int, alpha_number: float,
         bias: int, thresholds: int, threshold: float, mode: int,
         values: int, indices: int, active: int, counts: int, state: int, max_active: int,
-        device: int, stream: int, /,
+        workspace: int, device: int, stream: int, /,
     ) -> None: ...  # fmt: skip
     @staticmethod
     def code_backward(

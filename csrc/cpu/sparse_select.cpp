@@ -244,8 +244,10 @@ void backward_row(const Row& row, const T* values, const T* state, T alpha, cons
 
 }  // namespace
 
+int64_t select_workspace(int64_t, int64_t, Type) { return 0; }
+
 void code_forward(const Rows& z, const PerRow& k, const PerRow& alpha, const Activation& activation,
-                  Selecting mode, const Code& code, int threads) {
+                  Selecting mode, const Code& code, void*, int threads) {
   with_compute_type(z.type, [&](auto zero) {
     using T = decltype(zero);
     // For every thread a row of activations, and room for the few.

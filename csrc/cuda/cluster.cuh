@@ -1,6 +1,8 @@
 // Blocks that share a row: their barrier, and writes into each other's shared memory (sm_90 on).
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 #include <cstring>
 

@@ -1,5 +1,5 @@
-// What one warp does with the few candidates of a row, in the order of their indices: the search
-// for the threshold, or the hard mask, and the code.
+// What one warp does with the few candidates of a row: the search for the threshold, or the hard
+// mask, and the code.
 #pragma once
 
 #include "few.cuh"
@@ -8,14 +8,104 @@
 
 namespace softtopk::cuda {
 
-// The elements of a row that may be in its code, in the order of their indices. All others lie far
-// below the threshold, or are the `zeros`, which take part in the budget.
+inline constexpr int kSorted = 128;  // so few are sorted in registers
+inline constexpr int kPlaceBits =
+    12;  // of a place among the elements; an index has no more than 20
+
+// The elements of a row that may be in its code. All others lie far below the threshold, or are the
+// `zeros`, which take part in the budget.
 struct Few {
-  const float* values;
-  const int32_t* indices;
+  float* values;
+  int32_t* indices;  // aligned to 16 bytes
+  uint16_t* order;   // room for an order of them, aligned to 8 bytes
+  int32_t places;    // of the arrays, a multiple of 4; what is not an element is -inf
   int32_t count, zeros;
   float least, most;  // no value lies below or above
 };
+
+// By one warp: sorts 128 numbers, 4 of each lane; the lanes have them in order, 4 by 4.
+__device__ __forceinline__ void sort_of_warp(uint32_t (&x)[4]) {
+  const int lane = int(threadIdx.x) % 32;
+  const auto in_lane = [&](int i, int j) {
+    const uint32_t least = min(x[i], x[j]);
+    x[j] = max(x[i], x[j]);
+    x[i] = least;
+  };
+  // With those of the lane `across`, in reverse where two sorted halves first meet.
+  const auto with_lane = [&](int across, bool reverse) {
+    uint32_t other[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) other[i] = __shfl_xor_sync(~0u, x[reverse ? 3 - i : i], across);
+    const bool upper = (lane & (reverse ? (across + 1) / 2 : across)) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = upper ? max(x[i], other[i]) : min(x[i], other[i]);
+  };
+  in_lane(0, 1), in_lane(2, 3);
+  in_lane(0, 3), in_lane(1, 2);
+  in_lane(0, 1), in_lane(2, 3);
+#pragma unroll
+  for (int lanes = 2; lanes <= 32; lanes *= 2) {
+    with_lane(lanes - 1, true);
+#pragma unroll
+    for (int across = lanes / 4; across > 0; across /= 2) with_lane(across, false);
+    in_lane(0, 2), in_lane(1, 3);
+    in_lane(0, 1), in_lane(2, 3);
+  }
+}
+
+// By one warp: moves the elements for which keep(value), asked of all 32 at once, to the front, and
+// puts them in the order of their indices; their number.
+template <class F>
+__device__ __forceinline__ int32_t keep_in_order(const Few& few, F keep) {
+  const int lane = int(threadIdx.x) % 32;
+  int32_t kept = 0;
+#pragma unroll 1
+  for (int32_t i = lane; i - lane < few.places; i += 32) {
+    const float x = i < few.places ? few.values[i] : -infinity<float>;
+    const int32_t index = i < few.places ? few.indices[i] : 0;
+    const bool own = keep(x);
+    const uint32_t all = __ballot_sync(~0u, own);  // all have read before one writes
+    if (own) {
+      const int32_t place = kept + __popc(all & ((1u << lane) - 1));
+      few.values[place] = x;
+      few.indices[place] = index;
+    }
+    kept += __popc(all);
+  }
+  __syncwarp();
+  if (kept <= kSorted) {
+    uint32_t key[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int32_t place = lane + 32 * j;
+      key[j] = place < kept ? uint32_t(few.indices[place]) << kPlaceBits | place : ~0u;
+    }
+    sort_of_warp(key);
+    constexpr uint32_t kPlaces = (1u << kPlaceBits) - 1;
+    reinterpret_cast<uint2*>(few.order)[lane] =
+        make_uint2((key[0] & kPlaces) | (key[1] & kPlaces) << 16,
+                   (key[2] & kPlaces) | (key[3] & kPlaces) << 16);
+    __syncwarp();
+    return kept;
+  }
+  const int32_t whole = (kept + 3) / 4 * 4;
+  if (lane < whole - kept) few.indices[kept + lane] = kLast;
+  __syncwarp();
+#pragma unroll 1
+  for (int32_t i = lane; i < kept; i += 32) {
+    const int32_t own = few.indices[i];
+    int32_t before = 0;
+#pragma unroll 4
+    for (int32_t j = 0; j < whole; j += 4) {
+      const int4 others = *reinterpret_cast<const int4*>(few.indices + j);
+      before += (others.x < own) + (others.y < own);
+      before += (others.z < own) + (others.w < own);
+    }
+    few.order[before] = uint16_t(i);
+  }
+  __syncwarp();
+  return kept;
+}
 
 // Which of few elements are in the hard mask: those with a key above the bound, and of those with
 // the bound for a key the first `ties`.
@@ -30,7 +120,8 @@ __device__ __forceinline__ MaskCut mask_cut(const Few& few, int32_t k) {
   const int lane = int(threadIdx.x) % 32;
   const auto reach = [&](uint32_t least) {
     int32_t reached = 0;
-    for (int32_t i = lane; i < few.count; i += 32) {
+#pragma unroll 2
+    for (int32_t i = lane; i < few.places; i += 32) {
       reached += key_of(few.values[i]) / GRAIN >= least;
     }
     return __reduce_add_sync(~0u, reached);
@@ -79,16 +170,19 @@ __device__ __forceinline__ int32_t hard_budget(const SelectArgs& args, int64_t r
 template <uint32_t GRAIN>
 __device__ __forceinline__ void write_hard(const SelectArgs& args, int64_t r, const Few& few) {
   const int lane = int(threadIdx.x) % 32;
-  Mask<GRAIN> mask(mask_cut<GRAIN>(few, hard_budget(args, r)));
+  const MaskCut cut = mask_cut<GRAIN>(few, hard_budget(args, r));
+  const int32_t count = keep_in_order(few, [&](float x) { return key_of(x) / GRAIN >= cut.bound; });
+  Mask<GRAIN> mask(cut);
   const CodeRow<float> to(args.code, r);
   int32_t kept = 0;
 #pragma unroll 1
-  for (int32_t i = lane; i - lane < few.count; i += 32) {
-    const float x = i < few.count ? few.values[i] : -infinity<float>;
+  for (int32_t i = lane; i - lane < count; i += 32) {
+    const int own = i < count ? few.order[i] : 0;
+    const float x = i < count ? few.values[own] : -infinity<float>;
     const bool keep = mask.holds(x);
     const uint32_t all = __ballot_sync(~0u, keep);
     const int32_t place = kept + __popc(all & Mask<GRAIN>::lanes_below());
-    if (keep) to.write(place, few.indices[i], x, x);
+    if (keep) to.write(place, few.indices[own], x, x);
     kept += __popc(all);
   }
   to.write_rest(kept, int32_t(args.x.n), lane, 32);
@@ -103,23 +197,39 @@ __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, co
   const int lane = int(threadIdx.x) % 32;
   int32_t right;
   const Solution<float> s =
-      FewSearch<GRAIN>(few.values, {L, few.most}, few.count, float(few.zeros), k, alpha, rate)
+      FewSearch<GRAIN>(few.values, {L, few.most}, few.places, float(few.zeros), k, alpha, rate)
           .solve(right);
   if (!right) return false;
   const Densities<float> d = quick_densities(s, rate);
   const float larger = fmaxf(d.h_B, d.q_B);
   const bool masked = args.mode == Selecting::straight_through;
-  Mask<GRAIN> mask({0, 0});
-  if (masked) mask = Mask<GRAIN>(mask_cut<GRAIN>(few, hard_budget(args, r)));
+  MaskCut cut = {~0u, 0};
+  if (masked) cut = mask_cut<GRAIN>(few, hard_budget(args, r));
   constexpr float kLn2 = 0.6931471805599453f;
+  float Q_out = 0, M_out = 0;
+  const auto tail = [&](float x) {
+    return faster_exp2(-fabsf(x - (x >= s.r_A ? s.r_A : s.r_B)) * rate);
+  };
+  const auto leave = [&](float x) {  // out of the code
+    const float q = (x >= s.r_A ? d.q_A : d.q_B) * tail(x);
+    Q_out += q;
+    if (q > 0) M_out = fmaf(q, (x - s.r_B) * rate, M_out);
+  };
+  const int32_t count = keep_in_order(few, [&](float x) {
+    const bool keep =
+        x >= s.r_A || larger * tail(x) >= kLeastKept || (masked && key_of(x) / GRAIN >= cut.bound);
+    if (!keep) leave(x);
+    return keep;
+  });
+  Mask<GRAIN> mask(cut);
   const CodeRow<float> to(args.code, r);
   int32_t kept = 0;
-  float Q_out = 0, M_out = 0;
 #pragma unroll 1
-  for (int32_t i = lane; i - lane < few.count; i += 32) {
-    const float x = i < few.count ? few.values[i] : -infinity<float>;
+  for (int32_t i = lane; i - lane < count; i += 32) {
+    const int own = i < count ? few.order[i] : 0;
+    const float x = i < count ? few.values[own] : -infinity<float>;
     const bool above = x >= s.r_A;
-    const float e = faster_exp2(-fabsf(x - (above ? s.r_A : s.r_B)) * rate);
+    const float e = tail(x);
     bool keep = above || larger * e >= kLeastKept;
     const float p = above ? fmaf(-d.h_A, e, 1.0f) : d.h_B * e;
     float value = p >= kLeastKept ? x * p : 0;
@@ -130,12 +240,8 @@ __device__ __forceinline__ bool write_soft(const SelectArgs& args, int64_t r, co
     }
     const uint32_t all = __ballot_sync(~0u, keep);
     const int32_t place = kept + __popc(all & Mask<GRAIN>::lanes_below());
-    if (keep) to.write(place, few.indices[i], value, x);
-    if (i < few.count && !(keep && place < to.room())) {
-      const float q = (above ? d.q_A : d.q_B) * e;
-      Q_out += q;
-      if (q > 0) M_out = fmaf(q, (x - s.r_B) * rate, M_out);
-    }
+    if (keep) to.write(place, few.indices[own], value, x);
+    if (i < count && !(keep && place < to.room())) leave(x);
     kept += __popc(all);
   }
 #pragma unroll

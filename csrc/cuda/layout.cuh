@@ -72,6 +72,12 @@ __device__ __forceinline__ int64_t anew(int64_t value) {
   return value;
 }
 
+template <class T>
+__device__ __forceinline__ const T* anew(const T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 __device__ __forceinline__ void store_global(void* to, const uint4& words) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y),
                "r"(words.z), "r"(words.w)

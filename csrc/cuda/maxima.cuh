@@ -18,20 +18,26 @@ struct LimitsShared {
   float2 of_blocks[2][H::C::many ? kMostBlocks : 1];
 };
 
-// By one warp: a bound that at least `need` of the maxima, and not many more, reach; and the
-// greatest of them.
-__device__ __forceinline__ float2 bound_of_maxima(const uint4* maxima, int need) {
+// By one warp: a bound that at least `need` of the maxima reach, if ties allow it at most `enough`;
+// and the greatest of them. GRAIN: by how much the keys of neighbouring values differ.
+template <uint32_t GRAIN>
+__device__ __forceinline__ float2 bound_of_maxima(const uint4* maxima, int need, int enough) {
   const int lane = int(threadIdx.x) % 32;
   const uint4 a = maxima[lane], b = maxima[32 + lane];
-  const uint32_t key[kMaxima / 32] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  const uint32_t key[kMaxima / 32] = {a.x / GRAIN, a.y / GRAIN, a.z / GRAIN, a.w / GRAIN,
+                                      b.x / GRAIN, b.y / GRAIN, b.z / GRAIN, b.w / GRAIN};
   // The least of 128 maxima of two: so many reach it.
-  const uint32_t pairs[4] = {max(a.x, b.x), max(a.y, b.y), max(a.z, b.z), max(a.w, b.w)};
-  const uint32_t least = min(min(pairs[0], pairs[1]), min(pairs[2], pairs[3]));
-  const uint32_t most = max(max(pairs[0], pairs[1]), max(pairs[2], pairs[3]));
-  uint32_t bound = __reduce_min_sync(~0u, least);
+  uint32_t least = ~0u, least_of_pairs = ~0u, most = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    least = min(least, min(key[i], key[i + 4]));
+    least_of_pairs = min(least_of_pairs, max(key[i], key[i + 4]));
+    most = max(most, max(key[i], key[i + 4]));
+  }
+  uint32_t bound = __reduce_min_sync(~0u, need <= kMaxima / 2 ? least_of_pairs : least);
   const uint32_t high = __reduce_max_sync(~0u, most);
-  bisect(key, need, need + need / 4 + 1, bound, high, kMaxima);
-  return make_float2(value_of(bound), value_of(high));
+  bisect(key, need, enough, bound, high, kMaxima);
+  return make_float2(value_of(bound * GRAIN), value_of(high * GRAIN));
 }
 
 // By all threads: a bound that at least `need` of a block's maxima reach, and the greatest; of a
@@ -57,7 +63,7 @@ __device__ __forceinline__ void find_limits(const Maxima<kGroupsOf<H>>& maxima, 
       reinterpret_cast<uint32_t*>(of_block)[i * H::threads + t] = most[i];
     }
     H::sync();
-    if (in_turn) limits = bound_of_maxima(of_block, need);
+    if (in_turn) limits = bound_of_maxima<1>(of_block, need, need + need / 4 + 1);
   } else {
     limits = bound_of_block<kWarps>(maxima, need, kWarps > 1, shared.bound);
   }

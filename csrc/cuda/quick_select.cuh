@@ -1,38 +1,109 @@
 // The code of rows on chip, for what is usual: few elements near the threshold or above it.
 //
-// One pass over memory: the copy engine brings a row, its code is written. As in
-// quick_hard_topk.cuh all warps take the maxima of groups, and one of them finds a bound L that
-// more than k of these reach, so that L lies below the threshold. All mark the groups that reach L
-// less 32 alpha; what lies lower is below e^-32 of what lies at L. That warp takes the candidates
-// from these groups in the order of their indices. Then the next row is asked for, and the same
-// warp solves, while the others already wait for the next row, whose one warp is another. Where L
-// less 32 alpha is not above the activation's threshold all elements that are take part, and the
-// zeros are a tie below them. A row that does not fit the pattern, or whose solution is not right,
-// is marked, and left to the careful kernel of sparse_select.cu.
+// One pass over memory. A block has a unit of a row, all of it if it is short enough, on chip
+// (unit.cuh), and two kinds of warps. Four scan: they take the maxima of groups, one of them finds
+// a bound L that as many of these reach as there are elements wanted, and each takes its
+// candidates, which reach L less 36 alpha, from the groups that do, to places of its own in a slot.
+// Then the next unit is asked for. The other warps solve, each what comes into its slot: the row's
+// threshold is sought, and what is kept is put in order. One such warp takes two or three times as
+// long as a unit does to come and be scanned, nearly all of it latency, so that a multiprocessor
+// must have many at work: they are never waited for, as long as together they are quicker than the
+// memory that their multiprocessor gets.
+//
+// What is wanted: so many elements from L on that they alone make up the budget at L - 4 alpha, so
+// that the threshold lies above it, and what is not a candidate adds less than e^-32 of its like.
+// Of a row in several units each has its share, with some to spare for chance; the last to
+// be done puts the candidates together, and then it is seen whether the threshold lies above all
+// units' bounds. Units of such rows are drawn, for some blocks have more to solve than others.
+// Where L less 36 alpha is not above the activation's threshold all elements that are take part,
+// and the zeros are a tie below them. A row that does not fit the pattern, or whose solution is not
+// right, is marked, and left to the careful kernel of sparse_select.cu.
 //
 // An activation with one threshold for all and no bias costs nothing: what is not above it is never
 // a candidate. With a bias or thresholds every thread applies them to its own chunks on chip.
 //
-// The ladder, in fractions of reading the rows (H200, bfloat16, k about 64, alpha = 1e-4; 4096 rows
-// of 16384 | 24576 | 65536, 8192 of 131072):
-// - this kernel: 0.56 | 0.59 | 0.55 | 0.40 (the hard selection 0.68 | 0.69 | 0.62 | 0.47);
-// - four warps that scan and one that solves, rows in units of 32 KiB, another kernel: 0.46 | 0.36
-//   | 0.60 | 0.81 in the same session: the one warp is the slower where rows are short.
+// The ladder, in fractions of reading the rows (H200, bfloat16, k 32 to 96, alpha = 1e-4; 4096 rows
+// of 16384 | 24576 | 65536, 8192 of 131072). One warp does all for its row in turn, others of the
+// block wait at the next row's first barrier, and clusters agree on one bound: 0.56 | 0.60 | 0.55 |
+// 0.40. Scanning warps and one that solves, units of up to 32 KiB, a row's in a power of two, order
+// by counting: 0.46 | 0.36 | 0.60 | 0.81. Rows of up to 48 KiB one unit, two solving warps, sixteen
+// groups: 0.71 | 0.78 | 0.78 | 0.90. This: 0.70 | 0.79 | 0.81 | 0.91.
 #pragma once
 
 #include "few_select.cuh"
 #include "maxima.cuh"
+#include "overlap.cuh"
+#include "unit.cuh"
 
 namespace softtopk::cuda {
 
-inline constexpr int kMostFew = 512;      // candidates of a row
-inline constexpr int kMostListed = 512;   // chunks looked at in one go
-inline constexpr float kReach = 32;       // alphas below L that candidates reach
-inline constexpr int kTooMany = 0x10000;  // is added to a count of candidates that is not complete
+inline constexpr int kScanningWarps = kScanners / 32;
+inline constexpr int kOfWarp = 96;  // candidates of a row from one warp
+inline constexpr int kMostFew = kScanningWarps * kOfWarp;
+inline constexpr int kMostWanted = 192;  // of kMaxima maxima
+inline constexpr int kMostParts = 16;    // units of a row
+inline constexpr int kMostSolvers = 3;   // warps of a block that solve
+inline constexpr float kBelow = 4;       // alphas below L that the threshold may lie
+inline constexpr float kReach = 36;      // and that candidates reach
+static_assert(int64_t(kMostParts) * kMostStripes * kScanners * 8 <= int64_t(1)
+                                                                        << (32 - kPlaceBits));
+static_assert(kMostFew <= 1 << kPlaceBits);
+inline constexpr int kTooMany = 0x10000;  // a count of candidates that are not to be had
+
+// A block hands rows over in slots, one for each of its solving warps. Of each slot two barriers:
+// one at which its solver meets all that scan, when it is empty, and one at which it meets the
+// collecting warp, when it is filled. They are spelled out, for a barrier whose number is not known
+// counts as all of a block's, of which a multiprocessor has not enough.
+enum class Barrier { emptied, filled };
+template <Barrier B, class F>
+__device__ __forceinline__ void with_barrier(int slot, F f) {
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kMostSolvers; ++i) {
+    if (slot == i) f(2 + 2 * i + int(B), B == Barrier::emptied ? kScanners + 32 : 64);
+  }
+}
+template <Barrier B>
+__device__ __forceinline__ void arrive_at(int slot) {
+  with_barrier<B>(slot, [](int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+  });
+}
+template <Barrier B>
+__device__ __forceinline__ void wait_at(int slot) {
+  with_barrier<B>(slot, [](int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+  });
+}
+
+// *to += value by one thread of a warp, in memory. What the block wrote before, all see that read
+// the sum, and the warp sees what others did that added before.
+__device__ __forceinline__ int32_t add_in_order(int32_t* to, int32_t value) {
+  int32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(to), "r"(value)
+               : "memory");
+  return before;
+}
+
+// The candidates of a unit that a warp has room for: in memory where a row has several.
+constexpr int32_t room_of_warp(int parts) { return parts == 1 ? kOfWarp : 192 / parts + 12; }
 
 struct Entry {
   float value;
   int32_t index;
+};
+// What is known of candidates: above which value the threshold must lie, -infinity if all positive
+// activations are candidates; bounds on all values.
+struct Taken {
+  float limit, least, most;
+};
+// The same of a unit in memory, with how many each warp has, more than its room if they are not all
+// there.
+struct alignas(16) Part {
+  int32_t counts[kScanningWarps];
+  Taken taken;
 };
 
 // A row's numbers.
@@ -42,35 +113,35 @@ struct Request {
   int32_t wanted;  // maxima that reach the bound; 0: the row is not for this kernel
 };
 
-template <class H>
-struct SelectShared {
-  static constexpr int warps = H::threads / 32, words = kGroupsOf<H> * warps;
-  uint64_t barrier;
+// What is handed over. A warp's candidates are kScanningWarps places apart. Those of a row in
+// several units go by way of memory, and the places here are the solving warp's.
+struct alignas(16) Slot {
   union {
-    uint4 maxima[kMaxima / 4];  // keys
-    uint16_t listed[kMostListed];
+    uint4 maxima[kMaxima / 4];  // keys, before there are candidates
+    float values[kMostFew];
   };
-  Request requests[2];    // of this row and the next, in turns
-  uint32_t marks[words];  // of groups that are looked at: item by item, a bit for each thread
-  LimitsShared<H> limits;
-  // What the blocks of a cluster tell the first.
-  uint64_t mailboxes[2];
-  int32_t counts_of_blocks[H::C::many ? kMostBlocks : 1];
+  int32_t indices[kMostFew];
+  union {
+    uint16_t order[kMostFew];
+    int32_t starts[kScanningWarps * kMostParts];  // of the candidates in memory
+  };
+  int32_t counts[kScanningWarps];
+  Taken taken;
+  int32_t unit;  // -1: there are no more
+  Request request;
 };
 
-// By all threads: marks the groups whose keys reach `least`.
-template <class H>
-__device__ __forceinline__ void mark_groups(const uint32_t (&key)[kGroupsOf<H>], float least,
-                                            uint32_t* marks) {
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const uint32_t bound = key_of(least);
-  uint32_t mine = 0;
-#pragma unroll
-  for (int i = 0; i < kGroupsOf<H>; ++i) {
-    const uint32_t word = __ballot_sync(~0u, key[i] >= bound);
-    if (lane == i) mine = word;
-  }
-  if (lane < kGroupsOf<H>) marks[lane * (H::threads / 32) + warp] = mine;
+struct SelectShared {
+  uint64_t barrier;
+  float2 limits;    // the bound and the maximum
+  Request request;  // of the unit's row
+  int32_t next;     // unit
+};
+
+// What a block has besides: the unit, and the slots after it.
+__host__ __device__ constexpr int32_t unit_bytes(int items) { return items * kScanners * 16; }
+__host__ __device__ constexpr int32_t select_bytes(int items, int solvers) {
+  return unit_bytes(items) + solvers * int32_t(sizeof(Slot));
 }
 
 // Which elements of a chunk are from `least` > 0 on, as bits.
@@ -98,232 +169,411 @@ class Reaching {
       return found;
     }
   }
+  // Whether some of what a group's largest are of is.
+  __device__ __forceinline__ bool any(uint32_t pair) const {
+    return pairs_from<S>(pair, both_) != 0;
+  }
+  __device__ __forceinline__ bool any(float most) const { return most >= least_; }
 
  private:
   float least_;
   uint32_t both_ = 0;  // in both halves, the lowest of S that is not below
 };
 
-// By one warp: f(place, value, index) for the elements of the marked groups from `least` on, in the
-// order of their indices. Returns their number, and kTooMany if it has not looked at all.
-template <class H, class F>
-__device__ __forceinline__ int32_t collect_in_order(const ResidentRow<H>& row, float least,
-                                                    SelectShared<H>& shared, F f) {
-  constexpr int kSize = Chunk<typename H::S>::size, kWords = SelectShared<H>::words;
-  const int lane = int(threadIdx.x) % 32;
-  const uint32_t lanes_below = (1u << lane) - 1;
-  const int words = row.items() * SelectShared<H>::warps;
-  const Reaching<typename H::S> reaching(least);
+// The largest elements of the calling thread's groups of chunks, chunk i is of group i modulo
+// GROUPS: of 16-bit elements those of the even and those of the odd ones. A NaN is the largest of
+// all.
+template <class S, int GROUPS>
+class Groups {
+  using Most = std::conditional_t<sizeof(S) == 2, uint32_t, float>;
+
+ public:
+  __device__ __forceinline__ explicit Groups(const Unit<S>& unit) {
+#pragma unroll
+    for (Most& most : most_) most = least();
+    const int own = unit.own();
+#pragma unroll 1
+    for (int first = 0; first < own; first += GROUPS) {
+#pragma unroll
+      for (int i = 0; i < GROUPS; ++i) {
+        if (first + i < own) most_[i] = larger(most_[i], of_chunk(unit.chunk(first + i)));
+      }
+    }
+  }
+  // The keys of the largest in even and in odd groups.
+  __device__ __forceinline__ uint2 keys() const {
+    Most most[2] = {most_[0], most_[1]};
+#pragma unroll
+    for (int i = 2; i < GROUPS; ++i) most[i % 2] = larger(most[i % 2], most_[i]);
+    return {key(most[0]), key(most[1])};
+  }
+  // Which groups have elements that reach it, as bits.
+  __device__ __forceinline__ uint32_t from(const Reaching<S>& reaching) const {
+    uint32_t found = 0;
+#pragma unroll
+    for (int i = 0; i < GROUPS; ++i) found |= uint32_t(reaching.any(most_[i])) << i;
+    return found;
+  }
+
+ private:
+  __device__ static Most least() {
+    if constexpr (sizeof(S) == 2) {
+      return Element<S>::minus_infinity * 0x10001u;
+    } else {
+      return -infinity<float>;
+    }
+  }
+  __device__ static uint32_t larger(uint32_t a, uint32_t b) { return max_of_pairs<S>(a, b); }
+  __device__ static float larger(float a, float b) { return max_with_nan(a, b); }
+  __device__ __forceinline__ static Most of_chunk(const Chunk<S>& chunk) {
+    if constexpr (sizeof(S) == 2) {
+      return larger(larger(chunk.word(0), chunk.word(1)), larger(chunk.word(2), chunk.word(3)));
+    } else {
+      float x[4];
+      chunk.read(x);
+      return larger(larger(x[0], x[1]), larger(x[2], x[3]));
+    }
+  }
+  __device__ static uint32_t key(float most) { return key_of(most); }
+  __device__ static uint32_t key(uint32_t pair) {
+    using Raw = typename Element<S>::Raw;
+    return key_of(max_with_nan(Element<S>::value(Raw(pair)), Element<S>::value(Raw(pair >> 16))));
+  }
+
+  Most most_[GROUPS];
+};
+
+// By a scanning warp: f(place, value, index) for its elements that reach; returns how many. Each
+// thread has one in a turn. Where they go depends on nothing but the row.
+template <class S, int GROUPS, class F>
+__device__ __forceinline__ int32_t collect(const Unit<S>& unit, const Groups<S, GROUPS>& groups,
+                                           const Reaching<S>& reaching, F f) {
+  const int t = int(threadIdx.x);
+  const uint32_t lanes_below = (1u << t % 32) - 1;
+  uint32_t left = groups.from(reaching);
+  left = (left | left << GROUPS) & ((2u << (unit.own() - 1)) - 1);  // of the thread's chunks
+  uint32_t found = 0;                                               // of chunk `item`
+  int item = 0;
   int32_t count = 0;
 #pragma unroll 1
-  for (int first = 0; first < words; first += 32) {
-    const int word = first + lane;
-    uint32_t marked = word < words ? shared.marks[word % kWords] : 0;
-    const int upto = int(inclusive_scan<32>(unsigned(__popc(marked)), lane));
-    const int listed = __shfl_sync(~0u, upto, 31);
-    if (listed > kMostListed) return count + kTooMany;
-    uint16_t* to = shared.listed + (upto - __popc(marked));
-    for (; marked != 0; marked &= marked - 1) {
-      *to++ = uint16_t(word * 32 + __ffs(int(marked)) - 1);
+  while (__any_sync(~0u, (left | found) != 0)) {
+    if (found == 0 && left != 0) {
+      item = __ffs(int(left)) - 1;
+      left &= left - 1;
+      found = reaching(unit.chunk(item));
     }
-    __syncwarp();
-#pragma unroll 1
-    for (int start = 0; start < listed; start += 32) {
-      const bool any = start + lane < listed;
-      const int32_t chunk = any ? shared.listed[start + lane] : 0;
-      const int item = chunk / H::threads, thread = chunk % H::threads;
-      uint32_t found = any ? reaching(row.chunk(item, thread)) : 0;
-      const int mine = __popc(found);
-      int32_t place = count;
-#pragma unroll
-      for (int bit = 1; bit <= kSize; bit *= 2) {
-        const uint32_t lanes = __ballot_sync(~0u, mine & bit);
-        place += bit * __popc(lanes & lanes_below);
-        count += bit * __popc(lanes);
-      }
-      for (; found != 0; found &= found - 1) {
-        const int32_t index = row.map().index(item, __ffs(int(found)) - 1, thread);
-        f(place++, row.element(item, index), index);
-      }
+    const bool has = found != 0;
+    const uint32_t all = __ballot_sync(~0u, has);
+    if (has) {
+      const int i = __ffs(int(found)) - 1;
+      found &= found - 1;
+      f(count + __popc(all & lanes_below), unit.element(item, t, i), unit.first(item) + i);
     }
-    __syncwarp();
+    count += __popc(all);
   }
   return count;
 }
 
-// By one warp: puts the entries of a cluster's blocks, each in order and in `room` places, in the
-// order of all.
-template <class C>
-__device__ __forceinline__ void merge_blocks(const Entry* entries, const int32_t* counts,
-                                             int32_t room, float* values, int32_t* indices) {
-  for (int b = 0; b < C::size(); ++b) {
-    for (int32_t i = int(threadIdx.x) % 32; i < counts[b]; i += 32) {
-      const Entry own = entries[b * room + i];
-      int32_t place = i;
-      for (int other = 0; other < C::size(); ++other) {
-        if (other == b) continue;
-        int32_t low = 0, high = counts[other];  // those before own lie below `low`
-        while (low < high) {
-          const int32_t middle = (low + high) / 2;
-          if (entries[other * room + middle].index < own.index) {
-            low = middle + 1;
-          } else {
-            high = middle;
-          }
-        }
-        place += low;
+// By one thread: the numbers of row r.
+template <bool SOFT>
+__device__ __forceinline__ Request request_of(const SelectArgs& args, int64_t r) {
+  const double k = per_row(args.k, r), budget = SOFT ? k : std::floor(k + 0.5);
+  const float alpha = SOFT ? float(per_row(args.alpha, r)) : 1.0f,
+              rate = quick_ratio(1.4426950408889634f, alpha);
+  const bool fits =
+      (SOFT ? budget > 0 : budget >= 0) && budget < kMostFew && rate > 1e-36f && rate < 1e36f;
+  if (!fits) return {Budget(0), 1, 0};
+  const int32_t whole = int32_t(budget);
+  // At L - 4 alpha p is 1 - e^-4 / 2 from L on.
+  int32_t wanted = SOFT ? whole + whole / 64 + 2 : max(whole, 1);
+  if (args.units.parts > 1) {
+    const float share = quick_ratio(float(wanted), float(args.units.parts));
+    wanted = int32_t(share + 5 * quick_sqrt(share)) + 4;
+  }
+  return {Budget(budget), alpha, wanted <= kMostWanted ? wanted : 0};
+}
+
+// The scanning warps; the block's first unit has been asked for.
+template <class S, bool SOFT, int GROUPS>
+__device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit,
+                                           SelectShared& shared, Slot* slots) {
+  const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
+  const auto after = [&](int slot) {
+    return slot + 1 < (int(blockDim.x) - kScanners) / 32 ? slot + 1 : 0;
+  };
+  const int32_t parts = args.units.parts, units = int32_t(args.x.rows) * parts;
+  const bool alone = parts == 1;
+  const int32_t room = args.room;
+  // What was drawn is not looked at before the next turn.
+  const auto draw = [&](int32_t before) {
+    return args.drawn != nullptr ? int32_t(gridDim.x) + atomicAdd(args.drawn, 1)
+                                 : before + int32_t(gridDim.x);
+  };
+  uint32_t phase = 0;
+  int at = 0;  // the slot
+  int32_t now = int32_t(blockIdx.x), upcoming = 0;
+  if (t == 32) upcoming = draw(now);
+#pragma unroll 1
+  while (now < units) {
+    Slot& slot = slots[at];
+    if (t == 32) {  // while the unit comes
+      shared.next = upcoming;
+      upcoming = draw(upcoming);
+      shared.request = request_of<SOFT>(args, now / parts);
+    }
+    __syncwarp();
+    unit.receive(phase);
+    if (args.activation.bias != nullptr || args.activation.thresholds != nullptr) {
+      const Activated<S> activated(args);
+      for (int item = 0; item < unit.own(); ++item) {
+        unit.replace(item, activated(unit.chunk(item), unit.first(item)));
       }
-      values[place] = own.value;
-      indices[place] = own.index;
+      unit.release();
+    }
+    const Groups<S, GROUPS> groups(unit);
+    wait_at<Barrier::emptied>(at);
+    reinterpret_cast<uint2*>(slot.maxima)[t] = groups.keys();
+    sync_scanners();
+    if (warp == 0) {
+      float2 limits = make_float2(0, infinity<float>);
+      const Request request = shared.request;
+      if (request.wanted > 0) {
+        limits = bound_of_maxima<Element<S>::grain>(slot.maxima, request.wanted,
+                                                    request.wanted + request.wanted / 8);
+      }
+      if (lane == 0) {
+        shared.limits = limits;
+        slot.unit = now;
+        slot.request = request;
+      }
+    }
+    sync_scanners();
+    float L = shared.limits.x;
+    const float most = shared.limits.y, alpha = shared.request.alpha;
+    const bool usual = most < infinity<float>;  // neither is NaN
+    float least = SOFT ? L - kReach * alpha : L;
+    if (!(least > args.threshold)) {
+      L = -infinity<float>;  // all that there are
+      least = value_of(key_of(args.threshold) + 1);
+    }
+    if (t == 0) slot.taken = {SOFT ? L - kBelow * alpha : L, least, most};
+    int32_t count = kTooMany;
+    if (usual) {
+      Entry* const sent = args.sent + (int64_t(now) * kScanningWarps + warp) * room;
+      count =
+          collect(unit, groups, Reaching<S>(least), [&](int32_t place, float value, int32_t index) {
+            if (place >= room) return;
+            if (alone) {
+              slot.values[place * kScanningWarps + warp] = value;
+              slot.indices[place * kScanningWarps + warp] = index;
+            } else {
+              sent[place] = {value, index};
+            }
+          });
+    }
+    if (lane == 0) slot.counts[warp] = count;
+    now = shared.next;
+    sync_scanners();  // the unit has been read
+    unit.move_to(now);
+    if (warp == 0) {
+      if (args.units.fed && now < units) unit.ask();
+      arrive_at<Barrier::filled>(at);
+    }
+    at = after(at);
+  }
+  // The end, for each solver. No barrier is left behind half full.
+#pragma unroll 1
+  for (int i = kScanners; i < int(blockDim.x); i += 32) {
+    wait_at<Barrier::emptied>(at);
+    if (warp == 0) {
+      if (lane == 0) slots[at].unit = -1;
+      arrive_at<Barrier::filled>(at);
+    }
+    at = after(at);
+  }
+}
+
+// A row's candidates: at so many places, of which some may be empty.
+struct Gathered {
+  int32_t places, count;
+  Taken taken;
+};
+
+// By one warp: those of the one unit of a row, where they are; empty places become -inf.
+__device__ __forceinline__ Gathered gather_warps(Slot& slot) {
+  const int lane = int(threadIdx.x) % 32, warp = lane % kScanningWarps;
+  const int32_t own = slot.counts[warp];  // of all places that this lane sees
+  const int32_t most = __reduce_max_sync(~0u, own);
+  const int32_t count = __reduce_add_sync(~0u, own) / (32 / kScanningWarps);
+  if (most > kOfWarp) return {kTooMany, kTooMany, slot.taken};
+#pragma unroll 2
+  for (int32_t i = lane; i < most * kScanningWarps; i += 32) {
+    if (i / kScanningWarps >= own) slot.values[i] = -infinity<float>;
+  }
+  __syncwarp();
+  return {most * kScanningWarps, count, slot.taken};
+}
+
+// By one warp, the last one to come with candidates of row r: brings those of all units.
+__device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t r, Slot& slot) {
+  constexpr int kEach = kScanningWarps * kMostParts / 32;  // warps whose candidates a lane counts
+  const int lane = int(threadIdx.x) % 32, parts = args.units.parts;
+  const int segments = parts * kScanningWarps;
+  const int64_t first = r * parts;
+  const int32_t room = args.room;
+  Taken own = {-infinity<float>, -infinity<float>, -infinity<float>};
+  if (lane < parts) {
+    const float* const from = &args.sent_parts[first + lane].taken.limit;
+    own = {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2)};
+  }
+  int32_t counts[kEach], sum = 0;
+  bool all_there = true;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int segment = lane * kEach + i;
+    counts[i] = segment < segments ? __ldcg(&args.sent_parts[first + segment / kScanningWarps]
+                                                 .counts[segment % kScanningWarps])
+                                   : 0;
+    all_there = all_there && counts[i] <= room;
+    sum += counts[i];
+  }
+  const Taken taken = {value_of(__reduce_max_sync(~0u, key_of(own.limit))),
+                       value_of(__reduce_max_sync(~0u, key_of(own.least))),
+                       value_of(__reduce_max_sync(~0u, key_of(own.most)))};
+  const int32_t upto = int32_t(inclusive_scan<32>(unsigned(sum), lane));
+  const int32_t count = __shfl_sync(~0u, upto, 31);
+  if (__any_sync(~0u, !all_there)) return {kTooMany, kTooMany, taken};
+  int32_t start = upto - sum;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    slot.starts[lane * kEach + i] = start;
+    start += counts[i];
+  }
+  __syncwarp();
+  constexpr int kAtOnce = 4;  // of a lane, so that it waits for memory less often
+  int32_t kept = 0;           // what reaches every unit's bound
+#pragma unroll 1
+  for (int32_t i = lane; i - lane < count; i += 32 * kAtOnce) {
+    int2 words[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int32_t place = i + 32 * j;
+      int segment = 0;  // the last that starts there or before
+#pragma unroll
+      for (int step = kScanningWarps * kMostParts / 2; step > 0; step /= 2) {
+        if (slot.starts[segment + step] <= place) segment += step;
+      }
+      words[j] = {int(0xff800000u), 0};
+      if (place < count) {
+        words[j] = __ldcg(reinterpret_cast<const int2*>(args.sent +
+                                                        (first * kScanningWarps + segment) * room +
+                                                        (place - slot.starts[segment])));
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const bool keep = __int_as_float(words[j].x) >= taken.least;
+      const uint32_t all = __ballot_sync(~0u, keep);
+      const int32_t place = kept + __popc(all & ((1u << lane) - 1));
+      if (keep && place < kMostFew) {
+        slot.values[place] = __int_as_float(words[j].x);
+        slot.indices[place] = words[j].y;
+      }
+      kept += __popc(all);
     }
   }
   __syncwarp();
+  return {kept, kept, taken};
 }
 
-template <class H, bool SOFT>
-__global__ void __launch_bounds__(H::threads, H::C::many ? 3 : 1024 / H::threads)
+// By one warp: the code of row r from its candidates, if they suffice.
+template <class S, bool SOFT>
+__device__ __forceinline__ bool write_row(const SelectArgs& args, int64_t r,
+                                          const Gathered& gathered, const Request& now,
+                                          Slot& slot) {
+  if (gathered.places > kMostFew) return false;
+  constexpr float kLog2e = 1.4426950408889634f;
+  const Taken& taken = gathered.taken;
+  const bool complete = taken.limit == -infinity<float>;
+  const Few few = {slot.values,    slot.indices,
+                   slot.order,     gathered.places,
+                   gathered.count, complete ? int32_t(args.x.n) - gathered.count : 0,
+                   taken.least,    taken.most};
+  if (!complete && args.units.parts > 1 && args.mode != Selecting::soft) {
+    // Whether all that a mask can have are above every unit's bound.
+    int32_t above = 0;
+#pragma unroll 2
+    for (int32_t i = int(threadIdx.x) % 32; i < few.places; i += 32) {
+      above += slot.values[i] >= taken.limit;
+    }
+    if (__reduce_add_sync(~0u, above) < hard_budget(args, r)) return false;
+  }
+  if constexpr (SOFT) {
+    return write_soft<Element<S>::grain>(args, r, few, complete ? 0 : taken.limit, now.k, now.alpha,
+                                         kLog2e / now.alpha);
+  } else {
+    write_hard<Element<S>::grain>(args, r, few);
+    return true;
+  }
+}
+
+// A warp that solves, of the units in its slot.
+template <class S, bool SOFT>
+__device__ __forceinline__ void solve_rows(const SelectArgs& args, int at, Slot& slot) {
+  const int lane = int(threadIdx.x) % 32, parts = args.units.parts;
+#pragma unroll 1
+  while (true) {
+    arrive_at<Barrier::emptied>(at);
+    wait_at<Barrier::filled>(at);
+    const int32_t unit = slot.unit;
+    if (unit < 0) break;
+    const Request now = slot.request;
+    const int32_t r = unit / parts;
+    Gathered gathered;
+    if (parts == 1) {
+      gathered = gather_warps(slot);
+    } else {
+      Part* const part = args.sent_parts + unit;
+      if (lane < kScanningWarps) part->counts[lane] = slot.counts[lane];
+      if (lane == kScanningWarps) part->taken = slot.taken;
+      __syncwarp();
+      int32_t before = 0;
+      if (lane == 0) before = add_in_order(args.arrived + r, 1);
+      if (__shfl_sync(~0u, before, 0) != parts - 1) continue;
+      gathered = gather_units(args, r, slot);
+    }
+    if (!write_row<S, SOFT>(args, r, gathered, now, slot) && lane == 0) {
+      args.code.counts[r] = kLeftRow;
+    }
+  }
+}
+
+// Blocks that a multiprocessor must have registers for: with more groups of chunks fewer.
+constexpr int blocks_of(int groups) { return groups > 16 ? 4 : 5; }
+
+// GROUPS: as many as a unit has stripes, if there can be, so that a chunk is not looked through for
+// what others of its group have.
+template <class S, bool SOFT, int GROUPS>
+__global__ void __launch_bounds__(kScanners + 32 * kMostSolvers, blocks_of(GROUPS))
     select_quick(const SelectArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ SelectShared<H> shared;
-  using S = typename H::S;
-  using C = typename H::C;
-  using Raw = typename Element<S>::Raw;
-  constexpr int kWarps = H::threads / 32, kKeys = kGroupsOf<H>;
-  constexpr float kLog2e = 1.4426950408889634f;
-  static_assert(kKeys <= 32 && kMostItems * H::threads <= 0x10000);
-  const int32_t n = int32_t(args.x.n), t = int32_t(threadIdx.x);
-  const int warp = t / 32, lane = t % 32;
-  const Mapping<H> map{n};
-  ResidentRow<H> row(memory, &shared.barrier, map);
-  // The candidates of a row, then those that the blocks of a cluster have sent to the first.
-  const int32_t most = C::many ? kMostFew : min(kMostFew, args.room / 2);
-  float* const few_values = reinterpret_cast<float*>(memory + row.slot_bytes());
-  int32_t* const few_indices = reinterpret_cast<int32_t*>(few_values + most);
-  Entry* const sent = reinterpret_cast<Entry*>(few_indices + most);
-  const int32_t room = C::many ? kMostFew / C::size() : most;
-  Mailbox<2> bounds(shared.limits.mailboxes);
-  Mailbox<> counts(&shared.mailboxes[0]), entries(&shared.mailboxes[1]);
-
-  const int step = int(gridDim.x) / C::size();
-  const int64_t first_row = int64_t(blockIdx.x) / C::size();
-  const auto request = [&](int64_t r) -> Request {
-    if (r >= args.x.rows) return {Budget(0), 1, 0};
-    const double k = per_row(args.k, r), budget = SOFT ? k : std::floor(k + 0.5);
-    const float alpha = SOFT ? float(per_row(args.alpha, r)) : 1.0f, rate = kLog2e / alpha;
-    const int32_t limit = min(most * 3 / 4, C::size() * kKeys * H::threads / 2);
-    const bool fits =
-        (SOFT ? budget > 0 : budget >= 0) && budget < limit && rate > 1e-36f && rate < 1e36f;
-    if (!fits) return {Budget(0), 1, 0};
-    const int32_t whole = int32_t(budget);
-    const int32_t wanted = SOFT ? whole + whole / 8 + 6 : max(whole, 1);
-    return {Budget(budget), alpha, wanted <= limit ? wanted : 0};
-  };
-  if (t == 0) shared.requests[0] = request(first_row);
-  C::sync();
-
-  const auto data = [&](int64_t r) {
-    return static_cast<const Raw*>(args.x.data) + r * args.x.stride;
-  };
-  // Whole granules of the last ragged row would reach beyond its end.
-  const auto fed = [&](int64_t r) {
-    if (!args.fed || r >= args.x.rows) return false;
-    return H::ragged ? r + 1 < args.x.rows && args.x.stride >= n : args.wide_x;
-  };
-  uint32_t phase = 0;
-  if (fed(first_row)) row.ask(data(first_row), warp == 0);
-  // The warps take turns, as each has its place among those of other blocks; messages are the
-  // first one's.
-  int turn = 0, slot = 0;
-  for (int64_t r = first_row; r < args.x.rows; r += step) {
-    const bool in_turn = warp == turn;
-    if constexpr (!C::many) turn = (turn + 1) % kWarps;
-    const Request now = shared.requests[slot];
-    slot ^= 1;
-    // Another one than the one in turn asks for the next row's numbers, which take their time.
-    if (t == (C::many ? 32 : turn * 32)) shared.requests[slot] = request(r + step);
-    if (fed(r)) {
-      row.template wait<1>(phase);
-      phase ^= 1;
-    } else {
-      H::sync();  // the row before has been read
-      row.copy(data(r), args.wide_x);
-    }
-    bool usual = false;
-    float L = 0, least = 0, maximum = 0;
-    if (now.wanted > 0) {
-      if (args.activation.bias != nullptr || args.activation.thresholds != nullptr) {
-        const Activated<S> activation(args);
-        row.template for_each<1>(
-            [&](int item) { row.replace(item, activation(row.chunk(item), map.index(item, 0))); });
-        row.release();
-      }
-      Maxima<kKeys> maxima;
-      keys_of_maxima(row, maxima.key);
-      find_limits(maxima, (now.wanted - 1) / C::size() + 1, kMaxima / 2, in_turn, shared.maxima,
-                  shared.limits, bounds);
-      H::sync();
-      L = shared.limits.limits.x, maximum = shared.limits.limits.y;
-      usual = maximum < infinity<float>;  // neither is NaN
-      least = SOFT ? L - kReach * now.alpha : L;
-      if (!(least > args.threshold)) least = value_of(key_of(args.threshold) + 1);
-      mark_groups<H>(maxima.key, least, shared.marks);
-    }
-    H::sync();  // the row has been read, but for the groups marked
-    int32_t count = 0;
-    if (in_turn) {
-      if (usual) {
-        count =
-            collect_in_order(row, least, shared, [&](int32_t place, float value, int32_t index) {
-              if (place >= room) return;
-              if constexpr (C::many) {
-                entries.send(sent + C::rank() * room + place, 0, Entry{value, index});
-              } else {
-                few_values[place] = value;
-                few_indices[place] = index;
-              }
-            });
-      }
-      if constexpr (C::many) {
-        if (lane == 0 && now.wanted > 0) {
-          counts.send(&shared.counts_of_blocks[C::rank()], 0, count);
-        }
-      }
-      __syncwarp();
-    }
-    if (fed(r + step)) row.ask(data(r + step), in_turn);
-    if (C::rank() != 0 || !in_turn) continue;
-
-    usual = usual && count <= room;
-    if constexpr (C::many) {
-      if (now.wanted > 0) {
-        counts.receive(C::size() * sizeof(int32_t));
-        int32_t arriving = 0;
-        count = 0;
-        for (int b = 0; b < C::size(); ++b) {
-          const int32_t of_block = shared.counts_of_blocks[b];
-          usual = usual && of_block <= room;
-          arriving += min(of_block % kTooMany, room);
-          count += of_block;
-        }
-        entries.receive(arriving * sizeof(Entry));
-        if (usual) {
-          merge_blocks<C>(sent, shared.counts_of_blocks, room, few_values, few_indices);
-        }
-      }
-    }
-    if (usual) {
-      const bool with_zeros = !(L - kReach * now.alpha > args.threshold);
-      const Few few = {few_values, few_indices, count, with_zeros ? n - count : 0, least, maximum};
-      if constexpr (SOFT) {
-        usual = write_soft<Element<S>::grain>(args, r, few, with_zeros ? 0 : L, now.k, now.alpha,
-                                              kLog2e / now.alpha);
-      } else {
-        write_hard<Element<S>::grain>(args, r, few);
-      }
-    }
-    if (!usual && lane == 0) args.code.counts[r] = kLeftRow;
+  __shared__ SelectShared shared;
+  Slot* const slots = reinterpret_cast<Slot*>(memory + unit_bytes(args.units.items));
+  Unit<S> unit(memory, &shared.barrier, args.units, args.x);
+  wait_for_kernel_before();
+  let_kernel_after_start();
+  const bool scans = threadIdx.x < kScanners;
+  if (scans) {
+    unit.move_to(int32_t(blockIdx.x));
+    if (args.units.fed && threadIdx.x < 32) unit.ask();
   }
-  C::sync();  // a block that has left can no longer be written to
+  __syncthreads();
+  if (scans) {
+    scan_units<S, SOFT, GROUPS>(args, unit, shared, slots);
+  } else {
+    const int at = int(threadIdx.x - kScanners) / 32;
+    solve_rows<S, SOFT>(args, at, slots[at]);
+  }
 }
 
 }  // namespace softtopk::cuda

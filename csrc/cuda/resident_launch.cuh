@@ -94,23 +94,28 @@ inline int64_t resident_blocks(const void* kernel, const Plan& plan,
   return clusters;
 }
 
-// Runs kernel(args) with as many clusters as fit, which share out the rows.
+// Runs kernel(args) with as many clusters as fit, which share out the rows. If it `overlaps` the
+// kernel before, it waits for it itself (griddepcontrol.wait).
 template <class Args>
 void launch_resident(void (*kernel)(Args), Args args, int64_t rows, const Plan& plan,
-                     const Device& device, void* stream) {
+                     const Device& device, void* stream, bool overlaps = false) {
   if (rows == 0) return;
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = unsigned(plan.blocks);
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  if (overlaps) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(plan.blocks));
   config.blockDim = dim3(unsigned(plan.threads));
   config.dynamicSmemBytes = size_t(plan.shared);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
-  config.numAttrs = plan.blocks > 1 ? 1 : 0;
+  config.numAttrs = plan.blocks > 1 || overlaps ? 1 : 0;
   const int64_t clusters = std::min(rows, resident_blocks(function, plan, config, device));
   config.gridDim = dim3(unsigned(clusters * plan.blocks));
   void* pointers[] = {&args};

@@ -344,8 +344,10 @@ class RegisterRow {
   }
   __device__ Chunk<S> chunk(int32_t item) const { return row_[item]; }
 
- private:
+ protected:
   Chunk<S> row_[ITEMS];
+
+ private:
   int32_t chunks_;
 };
 

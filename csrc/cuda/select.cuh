@@ -4,8 +4,12 @@
 
 #include "row.cuh"
 #include "threshold.cuh"
+#include "unit.cuh"
 
 namespace softtopk::cuda {
+
+struct Entry;
+struct Part;
 
 struct SelectArgs {
   Rows x;
@@ -14,10 +18,18 @@ struct SelectArgs {
   Selecting mode;
   Code code;
   bool wide_x, wide_bias;  // every row, and the bias, starts on 16 bytes
-  bool fed;                // of rows on chip: by the copy engine
   bool all;                // the careful kernel has all rows
-  int32_t room;            // and the words that a block has for candidates
-  float threshold;         // and the activation's, if it is one for all
+  float threshold;         // the activation's, if it is one for all
+  int64_t first_row;       // of the launch, where rows are short
+  // Of rows on chip (quick_select.cuh): how they are cut, how many candidates of a unit a warp has
+  // room for, and where the units of a row put theirs, what is known of these, and how many are
+  // done; and how many units have been drawn.
+  Units units;
+  int32_t room;
+  Entry* sent;
+  Part* sent_parts;
+  int32_t* arrived;
+  int32_t* drawn;  // null: the blocks have units in turns
 };
 
 inline constexpr int32_t kLeftRow = -2;        // marks a row, in the place of its count
@@ -38,11 +50,12 @@ class Activated {
         n_(int32_t(args.x.n)),
         wide_(args.wide_bias) {}
 
-  // Of the chunk whose first element is the row's `first`; what lies beyond the end stays.
+  // Of the chunk whose first element is the row's `first`; what lies before the row or beyond its
+  // end stays.
   __device__ __forceinline__ Chunk<S> operator()(const Chunk<S>& chunk, int32_t first) const {
     T x[kSize], bias[kSize] = {}, threshold[kSize];
     chunk.read(x);
-    const bool whole = first + kSize <= n_;
+    const bool whole = first >= 0 && first + kSize <= n_;
     if (bias_ != nullptr) {
       Chunk<S> biases{};
       if (wide_ && whole) {
@@ -50,14 +63,14 @@ class Activated {
       } else {
 #pragma unroll
         for (int i = 0; i < kSize; ++i)
-          biases.set_raw(i, first + i < n_ ? bias_[first + i] : Raw(0));
+          biases.set_raw(i, inside(first + i) ? bias_[first + i] : Raw(0));
       }
       biases.read(bias);
     }
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       threshold[i] = threshold_;
-      if (thresholds_ != nullptr && first + i < n_)
+      if (thresholds_ != nullptr && inside(first + i))
         threshold[i] = T(__ldg(thresholds_ + first + i));
     }
     Chunk<S> out{};
@@ -66,12 +79,16 @@ class Activated {
       Raw raw = chunk.raw(i);
       if (bias_ != nullptr) raw = Element<S>::raw(x[i] + bias[i]);
       if (Element<S>::value(raw) <= threshold[i]) raw = Raw(0);
-      out.set_raw(i, first + i < n_ ? raw : chunk.raw(i));
+      out.set_raw(i, inside(first + i) ? raw : chunk.raw(i));
     }
     return out;
   }
 
  private:
+  __device__ __forceinline__ bool inside(int32_t index) const {
+    return uint32_t(index) < uint32_t(n_);
+  }
+
   const Raw* bias_;
   const float* thresholds_;
   T threshold_;
@@ -142,12 +159,23 @@ class ActivatedRow : public LongRow<S, Group> {
   Activated<S> activated_;
 };
 
+// Those of a short row, made once.
+template <class S, class Group, int ITEMS>
+class ActivatedRegisters : public RegisterRow<S, Group, ITEMS> {
+ public:
+  __device__ ActivatedRegisters(const Source<S>& source, const Activated<S>& activated)
+      : RegisterRow<S, Group, ITEMS>(source, nullptr) {
+    this->for_each([&](int32_t item) {
+      this->row_[item] = activated(this->row_[item], chunk_index<Group>(item) * Chunk<S>::size);
+    });
+  }
+};
+
 // The code of row r by a group of threads. Its order is that of the chunks: item by item, and the
 // threads within an item.
-template <class S, class Group>
+template <class S, class Row, class Group>
 __device__ __forceinline__ void select_row(const SelectArgs& args, int64_t r, Group& group) {
   using T = Compute<S>;
-  using Row = ActivatedRow<S, Group>;
   constexpr int kSize = Chunk<S>::size;
   const int32_t n = int32_t(args.x.n);
   const Source<S> source(args.x.data, r * args.x.stride, n, args.wide_x, false);

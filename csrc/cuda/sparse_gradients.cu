@@ -2,35 +2,51 @@
 // y[row of e], and of its values: dots_e = <weight[l], y[row of e]>, from one gather of y.
 //
 // Bytes: every entry reads a row of y, from the L2 cache where that holds y; weight is read and
-// grad written once. A warp has a piece of the entries, in the order of their latents, and a tile
-// of the columns, 512 bytes wide, and needs nobody else: no barrier, no slower neighbour. Pieces
-// have kPiece entries, so that a latent which fires everywhere is as good as any other: a piece
-// follows its last latent to the end where that is near, and otherwise leaves a sum that a second
-// kernel adds to those of its neighbours, in order. That kernel also adds up what the tiles have of
-// every dot and squared norm. Where the gradient is projected, which needs whole rows of it, a
-// block has all tiles of a piece, and its warps meet at the end of every latent.
+// grad written once. The entries, in the order of their latents, are shared out among blocks in
+// pieces of kPiece, so that a latent which fires everywhere is as good as any other: latents of up
+// to kPiece entries belong to the piece where they begin, and the pieces of longer ones leave
+// partial sums that another kernel adds up, in order. All warps of a block are at the same entries,
+// each at its own columns, as many as its registers have room to sum, so that what an entry costs
+// beside the sums is shared by many of them. Every lane copies its own columns of the rows of y,
+// and of the weight where a latent begins, kStages entries ahead into places of shared memory that
+// no other lane reads: no registers hold what is on its way, no barrier is needed, and waiting for
+// the oldest row does not wait for the others. Rows that are too long for one block, and halves of
+// them where y is more than the L2 cache keeps, are gone through one after the other.
 //
 // In development runs on an H200 (dW and dots in bfloat16, microseconds, (rows, k, d, n) = (4096,
 // 64, 768, 24576) | (4096, 64, 2304, 16384) | (4096, 64, 2304, 65536) | (8192, 32, 4096, 131072)):
-// - a block for a piece, all its threads at one entry, the weight's row made anew for each: 139 |
-//   366 | 507 | 1327;
-// - the weight's row kept for a latent, rows of y four ahead: 129 | 331 | 480 | 1199;
-// - a warp for a piece and a tile: 127 | 333 | 391 | 851, in a quarter of the workspace;
-// - a block for a piece again, rows of y on their way in shared memory, another kernel: 125 | 313 |
-//   351 | 828 in the same run, with a projection 138 | 346 | 461 | 1318 for 163 | 662 | 1008 | 1858
-//   here.
-#include "launch.cuh"
+// - a block for a piece, a chunk to a thread, the weight's row made anew for each entry: 139 | 366
+//   | 507 | 1327;
+// - the weight's row kept for a latent, rows of y four ahead in registers: 129 | 331 | 480 | 1199;
+// - a warp for a piece and a tile of 512 bytes, another kernel for the dots: 127 | 333 | 391 | 851;
+// - a block for a piece again, rows on their way in shared memory: 123 | 311 | 350 | 824;
+// - on tensor cores, sixteen entries at a time, scales in two parts: 151 | 406 | 513 | 1339, for
+//   what it loses in loads of 64 bytes;
+// - a lane with 24 columns where a thread had 8: 97 | 208 | 285 | 867, with 32: 126 | 251 | 314 |
+//   867, with 16: 96 | 198 | 279 | 861, bound by the L2 cache from here on;
+// - the cache told what to keep, this: to be measured.
 #include "layout.cuh"
+#include "overlap.cuh"
 
 namespace softtopk::cuda {
 namespace {
 
-constexpr int kPiece = 64;       // entries
-constexpr int kTogether = 4;     // of them, whose rows are asked for at once
-constexpr int kResident = 6;     // blocks of a multiprocessor, which leave 80 registers to a thread
-constexpr int kWarps = 4;        // of a block whose warps are on their own
-constexpr int kMostTiles = 16;   // of a block that has them all
-constexpr int kFinishing = 512;  // threads of a block of the second kernel
+constexpr int kPiece = 64;         // entries
+constexpr int kMost = 2 * kPiece;  // of a block: the last latent may reach beyond its piece
+constexpr int kTogether = 4;       // entries whose dots are summed at once
+constexpr int kRegisters = 96;     // of a thread
+constexpr int kMostWarps = 65536 / (kRegisters * 32);
+constexpr int kFinishing = 256;        // threads of a block of the other kernel
+constexpr int64_t kCached = 32 << 20;  // bytes of y that stay in the L2 cache
+
+// Chunks of a row that a lane has, and rows on their way.
+template <class S>
+inline constexpr int kVectors = sizeof(S) == 2 ? 2 : 4;
+template <class S>
+inline constexpr int kStages = sizeof(S) == 2 ? 4 : 2;
+// Columns of a warp.
+template <class S>
+inline constexpr int64_t kTile = kVectors<S> * 32 * Chunk<S>::size;
 
 struct GradientArgs {
   const void* scale;
@@ -39,21 +55,38 @@ struct GradientArgs {
   const int32_t* entries;
   int64_t places;
   int32_t max_active, n;
-  int64_t d;
+  int32_t d;
+  int32_t first_column, end_column;  // those that are gone through
   const void* y;
   const void* weight;  // or null
   bool project, zero_silent;
+  bool given;  // the dots are there
   void* grad;
   void* dots;
   void* sums;
   void* squares;
   // The workspace.
+  void* partial;       // (pieces, 2, d), where a piece begins or ends within a long latent
+  void* partial_sums;  // (pieces, 2)
   int64_t pieces;
-  int tiles;
-  void* partial;          // (pieces, d), of a piece's last latent where it is not the piece's alone
-  void* partial_sums;     // (pieces,)
-  void* partial_dots;     // (tiles, places) in the order of the entries
-  void* partial_squares;  // (tiles, n)
+};
+
+// Whether pieces share a latent's entries.
+__device__ __forceinline__ bool is_long(int32_t begin, int32_t end) { return end - begin > kPiece; }
+
+// What a block has to know of an entry.
+enum Flags : int32_t {
+  kFresh = 1,   // the block's first of its latent
+  kLast = 2,    // the block's last of it
+  kShared = 4,  // other blocks have entries of the latent
+  kInside = 8,  // the latent begins after the first entry of the piece
+};
+template <class T>
+struct alignas(16) Entry {
+  T scale;
+  int32_t flags;
+  int32_t row;     // of y, or -1: there is none
+  int32_t weight;  // to be brought: the latent if the entry is its first, or -1
 };
 
 template <class T>
@@ -63,252 +96,381 @@ __device__ __forceinline__ T sum_of_warp(T value) {
   return value;
 }
 
-// Of SIZE values of every lane, a power of two, the sums over a warp: value i in the lanes that
-// have i in their highest bits.
-template <class T, int SIZE>
-__device__ __forceinline__ T sums_of_warp(const T (&values)[SIZE], int lane) {
+// Of SIZE values of every lane, a power of two, the sums over a warp: value i in the lanes i * 32 /
+// SIZE and following.
+template <int LANES = 32, class T, int SIZE>
+__device__ __forceinline__ T sums_of_warp(const T (&values)[SIZE]) {
+  constexpr int kMask = LANES / 2;
   if constexpr (SIZE == 1) {
     T sum = values[0];
+#pragma unroll
+    for (int mask = kMask; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
     return sum;
   } else {
-    constexpr int kHalf = SIZE / 2;
-    T half[kHalf];
-    // The lanes in the upper half of those that share these values take the upper values.
-    const int mask = 16 * SIZE / kTogether;
-    const bool upper = lane & mask;
+    // The upper half of the lanes takes the upper half of the values.
+    const bool upper = threadIdx.x & kMask;
+    T half[SIZE / 2];
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const T mine = upper ? values[i + kHalf] : values[i];
-      const T other = upper ? values[i] : values[i + kHalf];
-      half[i] = mine + __shfl_xor_sync(~0u, other, mask);
+    for (int i = 0; i < SIZE / 2; ++i) {
+      const T mine = upper ? values[i + SIZE / 2] : values[i];
+      const T other = upper ? values[i] : values[i + SIZE / 2];
+      half[i] = mine + __shfl_xor_sync(~0u, other, kMask);
     }
-    return sums_of_warp(half, lane);
+    return sums_of_warp<kMask>(half);
   }
 }
 
-// A lane's columns of a tile: VECTORS chunks, a warp's width apart.
-template <class S, int VECTORS, bool WIDE>
+// Stores 16 bytes that are not soon read again.
+__device__ __forceinline__ void store_passing(void* to, const uint4& words) {
+  asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
+// How the L2 cache is to treat what is copied: y stays, a row of the weight is read but once.
+struct Policies {
+  uint64_t keep, pass;
+  __device__ Policies() {
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(pass));
+  }
+};
+
+// Copies 16 bytes to shared memory if `wanted`; wait_copies<N>() returns when all groups of copies
+// but the last N that the thread closed with close_copies() have come, for the thread's own eyes.
+__device__ __forceinline__ void copy_16(uint4* to, const void* from, bool wanted, uint64_t policy) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred wanted;\n"
+      "  setp.ne.b32 wanted, %2, 0;\n"
+      "  @wanted cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %3;\n"
+      "}" ::"r"(shared_address(to)),
+      "l"(from), "r"(int(wanted)), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void close_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// A lane's columns: kVectors chunks, a warp's width apart. Its place for a chunk in shared memory
+// is a warp's width from the next as well.
+template <class S, bool WIDE>
 struct Columns {
   using Raw = typename Element<S>::Raw;
-  static constexpr int size = Chunk<S>::size;
-  int32_t first, d;
+  static constexpr int size = Chunk<S>::size, vectors = kVectors<S>;
+  int32_t first, end, d;
 
-  __device__ Columns(int tile, int lane, int64_t d)
-      : first((tile * VECTORS * 32 + lane) * size), d(int32_t(d)) {}
+  __device__ explicit Columns(const GradientArgs& args)
+      : first(args.first_column +
+              (int32_t(threadIdx.x / 32) * 32 * vectors + int32_t(threadIdx.x) % 32) * size),
+        end(args.end_column),
+        d(args.d) {}
   __device__ __forceinline__ int32_t column(int vector) const { return first + vector * 32 * size; }
-  __device__ __forceinline__ void load(const void* data, int32_t row,
-                                       Chunk<S> (&chunks)[VECTORS]) const {
-    const Raw* const from = static_cast<const Raw*>(data) + uint64_t(uint32_t(row)) * uint32_t(d);
+  // The lane's part of the first row of y or of the weight.
+  __device__ __forceinline__ const unsigned char* part(const void* data) const {
+    return static_cast<const unsigned char*>(data) + int64_t(first) * int64_t(sizeof(S));
+  }
+  // Begins to copy that of another row; columns beyond the end are left alone.
+  __device__ __forceinline__ void copy(uint4* to, const unsigned char* part, int32_t row,
+                                       uint64_t policy) const {
+    const unsigned char* const from =
+        part + uint64_t(uint32_t(row)) * (uint32_t(d) * uint32_t(sizeof(S)));
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       const int32_t at = column(v);
-      chunks[v] = Chunk<S>{};
       if constexpr (WIDE) {
-        if (at < d) chunks[v].words = __ldg(reinterpret_cast<const uint4*>(from + at));
+        copy_16(to + v * 32, from + v * 512, at < end && row >= 0, policy);
       } else {
+        const Raw* const own = reinterpret_cast<const Raw*>(from + v * 512);
+        Chunk<S> chunk{};
 #pragma unroll
         for (int i = 0; i < size; ++i) {
-          if (at + i < d) chunks[v].set_raw(i, __ldg(from + at + i));
+          if (at + i < end && row >= 0) chunk.set_raw(i, __ldg(own + i));
         }
+        to[v * 32] = chunk.words;
       }
     }
   }
-  template <class O, class T>
-  __device__ __forceinline__ void store(O* row, const T (&x)[VECTORS][size]) const {
+  template <class T>
+  __device__ __forceinline__ static void read(const uint4* from, int vector, T (&x)[size]) {
+    Chunk<S>{from[vector * 32]}.read(x);
+  }
+  // PASSING: it is not soon read again.
+  template <bool PASSING, class O, class T>
+  __device__ __forceinline__ void store(O* row, int vector, const T (&x)[size]) const {
     using RawOut = typename Element<O>::Raw;
     constexpr int kOut = Chunk<O>::size;
+    const int32_t at = column(vector);
+    RawOut* const to = reinterpret_cast<RawOut*>(row) + at;
+    if constexpr (WIDE && size % kOut == 0) {
+      if (at >= end) return;
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      const int32_t at = column(v);
-      RawOut* const to = reinterpret_cast<RawOut*>(row) + at;
-      if constexpr (WIDE && size % kOut == 0) {
-        if (at >= d) return;
+      for (int part = 0; part < size / kOut; ++part) {
+        Compute<O> own[kOut];
 #pragma unroll
-        for (int part = 0; part < size / kOut; ++part) {
-          Compute<O> own[kOut];
+        for (int i = 0; i < kOut; ++i) own[i] = Compute<O>(x[part * kOut + i]);
+        const uint4 words = Chunk<O>::of(own).words;
+        PASSING ? store_passing(to + part * kOut, words) : store_global(to + part * kOut, words);
+      }
+    } else {
 #pragma unroll
-          for (int i = 0; i < kOut; ++i) own[i] = Compute<O>(x[v][part * kOut + i]);
-          store_global(to + part * kOut, Chunk<O>::of(own).words);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < size; ++i) {
-          if (at + i < d) to[i] = Element<O>::raw(Compute<O>(x[v][i]));
-        }
+      for (int i = 0; i < size; ++i) {
+        if (at + i < end) to[i] = Element<O>::raw(Compute<O>(x[i]));
       }
     }
   }
 };
 
-// 32 entries in their order, one to a lane.
+// What a warp adds to the sums of its block, in dynamic shared memory: to the dot of each entry, to
+// the square of each latent, kept with its last entry, and to <grad, weight> of two latents in
+// turn.
 template <class T>
-struct Window {
-  int32_t place, latent;
-  T scale;
-
-  __device__ __forceinline__ void load(const GradientArgs& args) {  // `place` is there
-    latent = args.indices[place];
-    scale = static_cast<const T*>(args.scale)[place];
-  }
+struct OfWarp {
+  T dots[kMost], squares[kMost], along[2];
 };
 
-// WHOLE: a block has all tiles of a piece.
-template <class S, class O, int VECTORS, bool WIDE, bool DOTS, bool WHOLE>
-__global__ void __launch_bounds__(WHOLE ? kMostTiles * 32 : kWarps * 32, WHOLE ? 1 : kResident)
-    add_pieces(const GradientArgs args) {
+// By a block: clears what belongs to the unused ones among its share of the code's places, and to
+// the silent ones among its share of the latents.
+template <class T, class O>
+__device__ __forceinline__ void clear_unused(const GradientArgs& args) {
+  const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
+  const int threads = int(blockDim.x), warps = threads / 32;
+  if (args.dots != nullptr) {
+    for (int64_t i = int64_t(blockIdx.x) * threads + t; i < args.places;
+         i += int64_t(gridDim.x) * threads) {
+      if (args.indices[i] >= args.n) static_cast<T*>(args.dots)[i] = 0;
+    }
+  }
+  const int64_t share = (int64_t(args.n) + gridDim.x - 1) / gridDim.x;
+  const int64_t end = min(int64_t(args.n), (blockIdx.x + 1) * share);
+  for (int64_t first = blockIdx.x * share + warp; first < end; first += 32 * warps) {
+    const int64_t mine = first + lane * warps;
+    const bool silent = mine < end && args.offsets[mine] == args.offsets[mine + 1];
+    if (silent && args.sums != nullptr) static_cast<T*>(args.sums)[mine] = 0;
+    if (silent && args.squares != nullptr) static_cast<T*>(args.squares)[mine] = 0;
+    if (!args.zero_silent) continue;
+    for (uint32_t left = __ballot_sync(~0u, silent); left != 0; left &= left - 1) {
+      const int64_t latent = first + (__ffs(int(left)) - 1) * warps;
+      const int64_t size = int64_t(args.d) * int64_t(sizeof(O));
+      unsigned char* const bytes = static_cast<unsigned char*>(args.grad) + latent * size;
+      // As many whole 16 bytes as there are, then the rest.
+      const int64_t chunks = reinterpret_cast<uintptr_t>(bytes) % 16 == 0 ? size / 16 : 0;
+      for (int64_t at = lane; at < chunks; at += 32) {
+        store_passing(bytes + 16 * at, make_uint4(0, 0, 0, 0));
+      }
+      for (int64_t at = 16 * chunks + lane; at < size; at += 32) bytes[at] = 0;
+    }
+  }
+}
+
+// Where WIDE, rows come kStages ahead; otherwise they are brought when they are needed.
+template <class S, class O, bool WIDE, bool DOTS>
+__global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
   using T = Compute<S>;
-  using Own = Columns<S, VECTORS, WIDE>;
-  constexpr int kSize = Chunk<S>::size;
-  constexpr int kAtOnce = VECTORS == 1 ? kTogether : 1;  // as many rows as registers hold
-  constexpr uint32_t kAll = ~0u;
-  __shared__ T of_warps[2][WHOLE ? kMostTiles : 1];
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int tile = WHOLE ? warp : int(blockIdx.y);
-  const int64_t piece = WHOLE ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * kWarps + warp;
+  using Own = Columns<S, WIDE>;
+  constexpr int kSize = Chunk<S>::size, kMany = kVectors<S>, kAhead = WIDE ? kStages<S> : 1;
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ Entry<T> piece[kMost + kAhead];
+  __shared__ int32_t places[kMost], latents[kMost];  // of the entries
+  const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
+  const int threads = int(blockDim.x), warps = threads / 32;
+  const bool leading = args.first_column == 0;  // the first to go through the entries
+  wait_for_kernel_before();
+  let_kernel_after_start();
+  if (leading) clear_unused<T, O>(args);
   const int32_t total = args.offsets[args.n];
-  if (piece * kPiece >= total) return;
-  const int32_t begin = int32_t(piece) * kPiece, limit = min(begin + kPiece, total);
-  const Own own(tile, lane, args.d);
+  const int64_t begin = int64_t(blockIdx.x) * kPiece;
+  if (begin >= total) return;
 
-  // Which entries: without those of a latent that a piece before has followed to its end, and with
-  // the rest of the last latent if that ends before the piece after the next begins.
-  Window<T> window;
-  window.place = begin + lane < limit ? args.entries[begin + lane] : 0;
-  int32_t bound = lane == 0 ? begin : limit - 1;
-  bound = args.indices[args.entries[bound]];  // lane 0: the first latent, others: the last
-  const int32_t bound_start = args.offsets[bound], bound_end = args.offsets[bound + 1];
-  window.load(args);
-  const int32_t first_start = __shfl_sync(kAll, bound_start, 0);
-  const int32_t first_end = __shfl_sync(kAll, bound_end, 0);
-  const int32_t last_latent = __shfl_sync(kAll, bound, 1);
-  const int32_t last_start = __shfl_sync(kAll, bound_start, 1);
-  const int32_t last_end = __shfl_sync(kAll, bound_end, 1);
-  const int32_t from = first_start < begin && first_end <= begin + kPiece ? first_end : begin;
-  const int32_t to = last_end <= begin + 2 * kPiece ? last_end : limit;
-  const bool shared = last_start < begin || to < last_end;  // the last latent
-  if (from >= to) return;
+  // Which entries: from the first that belongs to nobody else, to the end of the last short latent.
+  const int32_t limit = min(int32_t(begin) + kPiece, total);
+  const int32_t first = args.indices[args.entries[begin]];
+  const int32_t last = args.indices[args.entries[limit - 1]];
+  const int32_t first_start = args.offsets[first], first_end = args.offsets[first + 1];
+  const int32_t last_start = args.offsets[last], last_end = args.offsets[last + 1];
+  const bool first_long = is_long(first_start, first_end),
+             last_long = is_long(last_start, last_end);
+  const int32_t from = first_start < begin && !first_long ? first_end : int32_t(begin);
+  const int32_t to = last_start >= begin && !last_long ? last_end : limit;
+  const int32_t count = to - from;
+  if (count <= 0) return;
+  // The lane's places for rows on their way: a ring of y's, and of the weight's after it.
+  constexpr int kRow = kMany * 32, kRing = kAhead * kRow;
+  uint4* const rows = reinterpret_cast<uint4*>(memory) + warp * (DOTS ? 2 : 1) * kRing + lane;
+  uint4* const weights = rows + kRing;
+  OfWarp<T>* const of_warps = reinterpret_cast<OfWarp<T>*>(reinterpret_cast<uint4*>(memory) +
+                                                           warps * (DOTS ? 2 : 1) * kRing);
+  for (int i = t; i < count; i += threads) {
+    const int32_t place = args.entries[from + i];
+    places[i] = place;
+    latents[i] = args.indices[place];
+    piece[i].row = int32_t(uint32_t(place) / uint32_t(args.max_active));
+    piece[i].scale = static_cast<const T*>(args.scale)[place];
+    if (args.given) of_warps->dots[i] = static_cast<const T*>(args.dots)[place];
+  }
 
-  T sum[VECTORS][kSize] = {}, w[VECTORS][kSize] = {}, along = 0, of_scales = 0;
-  int32_t latent = -1;
-  int turn = 0;
-  // The sums of a latent, to where they belong.
-  const auto finish = [&]() {
-    const bool sharing = shared && latent == last_latent;
-    if (sharing) {
-      own.store(static_cast<T*>(args.partial) + piece * args.d, sum);
-      if (lane == 0 && tile == 0) static_cast<T*>(args.partial_sums)[piece] = of_scales;
+  const Own own(args);
+#pragma unroll
+  for (int v = 0; v < kMany; ++v) {
+    if (own.column(v) < own.end) continue;
+    for (int i = 0; i < (DOTS ? 2 : 1) * kAhead; ++i) rows[i * kRow + v * 32] = uint4{};
+  }
+  __syncthreads();
+  for (int i = t; i < (count + kTogether - 1) / kTogether * kTogether + kAhead; i += threads) {
+    if (i >= count) {
+      piece[i] = {0, 0, -1, -1};
+      continue;
+    }
+    const int32_t latent = latents[i];
+    const bool fresh = i == 0 || latents[i - 1] != latent;
+    const bool ends = i + 1 == count || latents[i + 1] != latent;
+    const bool shared = (latent == first && first_long) || (latent == last && last_long);
+    const bool inside = latent != first || first_start > begin;
+    piece[i].flags =
+        (fresh ? kFresh : 0) | (ends ? kLast : 0) | (shared ? kShared : 0) | (inside ? kInside : 0);
+    piece[i].weight = fresh ? latent : -1;
+  }
+  __syncthreads();
+  const unsigned char *const y = own.part(args.y), *const weight = own.part(args.weight);
+  const Policies policies;
+  const auto ask = [&](int i, int slot) {
+    own.copy(rows + slot * kRow, y, piece[i].row, policies.keep);
+    const int32_t latent = piece[i].weight;
+    if (DOTS && latent >= 0) own.copy(weights + slot * kRow, weight, latent, policies.pass);
+    close_copies();
+  };
+
+  T sum[kMany][kSize] = {}, w[kMany][kSize] = {}, along = 0, of_scales = 0;
+  int turn = 0;  // of `along` in shared memory
+  // The sums of a latent, to where they belong, after the block's last entry of it.
+  const auto finish = [&](int i, int32_t flags) {
+    const int32_t latent = latents[i];
+    if (flags & kShared) {
+      const int64_t slot = int64_t(blockIdx.x) * 2 + ((flags & kInside) != 0);
+#pragma unroll
+      for (int v = 0; v < kMany; ++v) {
+        own.template store<false>(static_cast<T*>(args.partial) + slot * args.d, v, sum[v]);
+      }
+      if (t == 0 && leading) static_cast<T*>(args.partial_sums)[slot] = of_scales;
     } else {
-      if constexpr (WHOLE) {
-        along = sum_of_warp(along);
-        if (lane == 0) of_warps[turn][warp] = along;
-        __syncthreads();
-        T all = 0;
-        for (int other = 0; other < args.tiles; ++other) all += of_warps[turn][other];
-        turn ^= 1;
+      if constexpr (DOTS) {
+        if (args.project) {
+          T all = 0;
+          if (args.given) {
+            for (int e = i; all += piece[e].scale * of_warps->dots[e], !(piece[e].flags & kFresh);)
+              --e;
+          } else if (all = sum_of_warp(along); warps > 1) {
+            if (lane == 0) of_warps[warp].along[turn] = all;
+            __syncthreads();
+            all = 0;
+            for (int other = 0; other < warps; ++other) all += of_warps[other].along[turn];
+            turn ^= 1;
+          }
 #pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
+          for (int v = 0; v < kMany; ++v) {
 #pragma unroll
-          for (int j = 0; j < kSize; ++j) sum[v][j] -= all * w[v][j];
+            for (int j = 0; j < kSize; ++j) sum[v][j] -= all * w[v][j];
+          }
         }
       }
-      own.store(static_cast<O*>(args.grad) + int64_t(latent) * args.d, sum);
+      O* const out = static_cast<O*>(args.grad) + int64_t(latent) * args.d;
+#pragma unroll
+      for (int v = 0; v < kMany; ++v) own.template store<true>(out, v, sum[v]);
       if (args.squares != nullptr) {
         T square = 0;
 #pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
+        for (int v = 0; v < kMany; ++v) {
 #pragma unroll
           for (const T x : sum[v]) square = fma(x, x, square);
         }
         square = sum_of_warp(square);
-        if (lane == 0) {
-          static_cast<T*>(args.partial_squares)[int64_t(tile) * args.n + latent] = square;
-        }
+        if (lane == 0) of_warps[warp].squares[i] = square;
       }
-      if (args.sums != nullptr && tile == 0 && lane == 0) {
-        static_cast<T*>(args.sums)[latent] = of_scales;
-      }
+      if (args.sums != nullptr && t == 0 && leading) static_cast<T*>(args.sums)[latent] = of_scales;
     }
     along = of_scales = 0;
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
+    for (int v = 0; v < kMany; ++v) {
 #pragma unroll
       for (T& x : sum[v]) x = 0;
     }
   };
 
-  int32_t before = -1;  // the latent of the last entry of the window before
+  static_assert(kTogether % kAhead == 0);
+  if constexpr (WIDE) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ask(i, i);
+  }
 #pragma unroll 1
-  for (int32_t base = begin; base < to; base += 32) {
-    if (base > begin) window.load(args);
-    const int32_t row = int32_t(uint32_t(window.place) / uint32_t(args.max_active));
-    const bool active = base + lane >= from && base + lane < to;
-    int32_t previous = __shfl_up_sync(kAll, window.latent, 1);
-    if (lane == 0) previous = before;
-    before = __shfl_sync(kAll, window.latent, 31);
-    const uint32_t actives = __ballot_sync(kAll, active);
-    // Where a latent begins.
-    const uint32_t fresh =
-        __ballot_sync(kAll, active && (window.latent != previous || base + lane == from));
-    const Window<T> now = window;
-    if (base + 32 < to) window.place = base + 32 + lane < to ? args.entries[base + 32 + lane] : 0;
-    T* const dots = static_cast<T*>(args.partial_dots) + tile * args.places + base;
-#pragma unroll 1
-    for (int start = 0; start < 32; start += kAtOnce) {
-      const uint32_t here = actives >> start;
-      if ((here & ((1u << kAtOnce) - 1)) == 0) {
-        if (here == 0) break;
-        continue;
+  for (int base = 0; base < count; base += kTogether) {
+    T dots[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int slot = i % kAhead;
+      if constexpr (WIDE) {
+        wait_copies<kAhead - 1>();
+      } else {
+        ask(base + i, slot);
       }
-      Chunk<S> y[kAtOnce][VECTORS], weights[kAtOnce][VECTORS];
+      const int32_t flags = piece[base + i].flags;
+      const T scale = piece[base + i].scale;
+      if (DOTS && flags & kFresh) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int32_t which = __shfl_sync(kAll, row, start + i);
-        const int32_t of = __shfl_sync(kAll, now.latent, start + i);
-        if (actives >> (start + i) & 1) own.load(args.y, which, y[i]);
-        if (DOTS && fresh >> (start + i) & 1) own.load(args.weight, of, weights[i]);
+        for (int v = 0; v < kMany; ++v) Own::read(weights + slot * kRow, v, w[v]);
       }
-      T dot[kAtOnce];
+      T dot = 0;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        dot[i] = 0;
-        if (!(actives >> (start + i) & 1)) continue;
-        if (fresh >> (start + i) & 1) {
-          if (latent >= 0) finish();
-          latent = __shfl_sync(kAll, now.latent, start + i);
-          if constexpr (DOTS) {
+      for (int v = 0; v < kMany; ++v) {
+        T x[kSize];
+        Own::read(rows + slot * kRow, v, x);
 #pragma unroll
-            for (int v = 0; v < VECTORS; ++v) weights[i][v].read(w[v]);
-          }
+        for (int j = 0; j < kSize; ++j) {
+          sum[v][j] = fma(scale, x[j], sum[v][j]);
+          if constexpr (DOTS) dot = fma(w[v][j], x[j], dot);
         }
-        const T scale = __shfl_sync(kAll, now.scale, start + i);
-        of_scales += scale;
-#pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-          T x[kSize];
-          y[i][v].read(x);
-#pragma unroll
-          for (int j = 0; j < kSize; ++j) {
-            sum[v][j] = fma(scale, x[j], sum[v][j]);
-            if constexpr (DOTS) dot[i] = fma(w[v][j], x[j], dot[i]);
-          }
-        }
-        if constexpr (WHOLE) along = fma(scale, dot[i], along);
       }
-      if constexpr (DOTS) {
-        constexpr int kLanes = 32 / kAtOnce;
-        T mine = dot[0];
-        if constexpr (kAtOnce > 1) mine = sums_of_warp(dot, lane);
-#pragma unroll
-        for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-          mine += __shfl_xor_sync(kAll, mine, mask);
-        }
-        const int at = start + lane / kLanes;
-        if (lane % kLanes == 0 && actives >> at & 1) dots[at] = mine;
-      }
+      if constexpr (WIDE) ask(base + i + kAhead, slot);  // into the place of what was read
+      dots[i] = dot;
+      of_scales += scale;
+      if constexpr (DOTS) along = fma(scale, dot, along);
+      if (flags & kLast) finish(base + i, flags);
+    }
+    if constexpr (DOTS) {
+      constexpr int kLanes = 32 / kTogether;
+      const T own_sum = sums_of_warp(dots);
+      if (lane % kLanes == 0 && !args.given) of_warps[warp].dots[base + lane / kLanes] = own_sum;
     }
   }
-  finish();
+  if (!DOTS && args.squares == nullptr) return;
+  __syncthreads();
+  for (int i = t; i < count; i += threads) {
+    if (DOTS && !args.given) {
+      T* const out = static_cast<T*>(args.dots) + places[i];
+      T dot = leading ? 0 : *out;
+      for (int other = 0; other < warps; ++other) dot += of_warps[other].dots[i];
+      *out = dot;
+    }
+    if (!(piece[i].flags & kLast) || piece[i].flags & kShared || args.squares == nullptr) continue;
+    T* const out = static_cast<T*>(args.squares) + latents[i];
+    T square = leading ? 0 : *out;
+    for (int other = 0; other < warps; ++other) square += of_warps[other].squares[i];
+    *out = square;
+  }
 }
+
+struct Long {
+  int32_t latent, begin, end;
+};
+
+constexpr int kWide = 4;
+template <class T>
+struct alignas(16) Wide {
+  T values[kWide];
+};
 
 // The sum of a value over a block of kFinishing threads, in all of them.
 template <class T>
@@ -323,208 +485,176 @@ __device__ __forceinline__ T sum_of_block(T value, T (&of_warps)[kFinishing / 32
   return total;
 }
 
-// The sum over `count` values, `stride` apart.
-template <class T>
-__device__ __forceinline__ T strided_sum(const T* values, int64_t stride, int count) {
-  T sum = 0;
-#pragma unroll 8
-  for (int i = 0; i < count; ++i) sum += values[i * stride];
-  return sum;
-}
-
-// Whether the entries of a latent are shared among pieces: from the one where it begins to the one
-// before its last, which takes the last's entries as well.
-__device__ __forceinline__ bool is_shared(int32_t begin, int32_t end) {
-  return end > (begin / kPiece + 2) * int64_t(kPiece);
-}
-
-// By a warp: clears the row of a latent's gradient.
-template <class O>
-__device__ __forceinline__ void clear_row(const GradientArgs& args, int64_t latent) {
-  const int64_t size = args.d * int64_t(sizeof(O));
-  unsigned char* const bytes = static_cast<unsigned char*>(args.grad) + latent * size;
-  const int lane = int(threadIdx.x) % 32;
-  // As many whole 16 bytes as there are, then the rest.
-  const int64_t chunks = reinterpret_cast<uintptr_t>(bytes) % 16 == 0 ? size / 16 : 0;
-  for (int64_t at = lane; at < chunks; at += 32) {
-    store_global(bytes + 16 * at, make_uint4(0, 0, 0, 0));
-  }
-  for (int64_t at = 16 * chunks + lane; at < size; at += 32) bytes[at] = 0;
-}
-
-// By a block: adds up the partial sums of a shared latent, in the columns that are the block's.
+// By a block: adds up the partial sums of a long latent, for its slice of columns, of which a
+// thread has kWide neighbours.
 template <class S, class O>
-__device__ __forceinline__ void add_partial(const GradientArgs& args, int32_t latent,
-                                            Compute<S> (&of_warps)[kFinishing / 32]) {
+__device__ __forceinline__ void add_partial_of(const GradientArgs& args, const Long& found,
+                                               Compute<S> (&of_warps)[kFinishing / 32]) {
   using T = Compute<S>;
   const int t = int(threadIdx.x);
-  const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
-  const int64_t first = begin / kPiece, pieces = (end - 1) / kPiece - first;
-  const int64_t d = args.d, step = int64_t(gridDim.y) * kFinishing;
-  T* const partial = static_cast<T*>(args.partial) + first * d;
+  const int64_t d = args.d;
+  const auto [latent, begin, end] = found;
+  // The first piece has it last, but where it begins with it; the others have it first.
+  const int32_t first = begin / kPiece, last = (end - 1) / kPiece;
+  T* const start =
+      static_cast<T*>(args.partial) + (int64_t(first) * 2 + (begin > first * kPiece)) * d;
+  const T* const others = static_cast<const T*>(args.partial) + int64_t(first) * 2 * d;
   const auto* const weight = static_cast<const typename Element<S>::Raw*>(args.weight) +
                              (args.project ? int64_t(latent) * d : 0);
   auto* const out = static_cast<typename Element<O>::Raw*>(args.grad) + int64_t(latent) * d;
+  const int64_t first_column = (int64_t(blockIdx.y) * kFinishing + t) * kWide;
+  const int64_t step = int64_t(gridDim.y) * kFinishing * kWide;
   T along = 0, square = 0;
-  for (int64_t column = int64_t(blockIdx.y) * kFinishing + t; column < d; column += step) {
-    T sum = 0;
+  for (int64_t column = first_column; column < d; column += step) {
+    const int count = int(min(int64_t(kWide), d - column));
+    T sum[kWide];
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) sum[i] = i < count ? start[column + i] : T(0);
+    if (d % kWide == 0) {
 #pragma unroll 16
-    for (int64_t piece = 0; piece < pieces; ++piece) sum += partial[piece * d + column];
-    if (args.project) {
-      partial[column] = sum;  // this thread's from here on
-      along = fma(sum, Element<S>::value(weight[column]), along);
+      for (int32_t piece = 1; piece <= last - first; ++piece) {
+        const Wide<T> own =
+            *reinterpret_cast<const Wide<T>*>(others + int64_t(piece) * 2 * d + column);
+#pragma unroll
+        for (int i = 0; i < kWide; ++i) sum[i] += own.values[i];
+      }
     } else {
-      out[column] = Element<O>::raw(Compute<O>(sum));
-      square = fma(sum, sum, square);
+      for (int32_t piece = 1; piece <= last - first; ++piece) {
+#pragma unroll
+        for (int i = 0; i < kWide; ++i) {
+          if (i < count) sum[i] += others[int64_t(piece) * 2 * d + column + i];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) {
+      if (i >= count) continue;
+      if (args.project) {
+        start[column + i] = sum[i];  // this thread's from here on
+        along = fma(sum[i], Element<S>::value(weight[column + i]), along);
+      } else {
+        out[column + i] = Element<O>::raw(Compute<O>(sum[i]));
+        square = fma(sum[i], sum[i], square);
+      }
     }
   }
   if (args.project) {
     along = sum_of_block(along, of_warps);
-    for (int64_t column = t; column < d; column += kFinishing) {
-      const T sum = partial[column] - along * Element<S>::value(weight[column]);
-      out[column] = Element<O>::raw(Compute<O>(sum));
-      square = fma(sum, sum, square);
+    for (int64_t column = first_column; column < d; column += step) {
+      for (int64_t i = column; i < min(column + kWide, d); ++i) {
+        const T sum = start[i] - along * Element<S>::value(weight[i]);
+        out[i] = Element<O>::raw(Compute<O>(sum));
+        square = fma(sum, sum, square);
+      }
     }
   }
   if (args.squares != nullptr) {
     square = sum_of_block(square, of_warps);
     if (t == 0) static_cast<T*>(args.squares)[latent] = square;
   }
-  if (args.sums != nullptr && blockIdx.y == 0 && t == 0) {
-    static_cast<T*>(args.sums)[latent] =
-        strided_sum(static_cast<const T*>(args.partial_sums) + first, 1, int(pieces));
+  if (args.sums != nullptr && blockIdx.y == 0 && t < 32) {
+    const T* const sums = static_cast<const T*>(args.partial_sums);
+    T sum = 0;
+    for (int32_t piece = first + t; piece <= last; piece += 32) {
+      sum += sums[int64_t(piece) * 2 + (piece == first && begin > first * kPiece)];
+    }
+    sum = sum_of_warp(sum);
+    if (t == 0) static_cast<T*>(args.sums)[latent] = sum;
   }
 }
 
-// Finishes what the pieces have left: dots, squared norms, shared latents and silent ones.
+// The long latents, each by the block that has the first piece which begins within it.
 template <class S, class O>
-__global__ void __launch_bounds__(kFinishing) finish_gradients(const GradientArgs args) {
-  using T = Compute<S>;
-  constexpr int kFinishingWarps = kFinishing / 32;
-  __shared__ T of_warps[kFinishingWarps];
-  __shared__ int32_t shared[kFinishing];
+__global__ void __launch_bounds__(kFinishing) add_partial(const GradientArgs args) {
+  __shared__ Compute<S> of_warps[kFinishing / 32];
+  __shared__ Long found[kFinishing];
   __shared__ int count;
-  const int t = int(threadIdx.x), lane = t % 32;
-  const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
-  const int64_t blocks = int64_t(gridDim.x) * gridDim.y;
-  if (args.dots != nullptr) {
-    T* const dots = static_cast<T*>(args.dots);
-    const int32_t total = args.offsets[args.n];
-    for (int64_t i = block * kFinishing + t; i < args.places; i += blocks * kFinishing) {
-      if (i < total) {
-        dots[args.entries[i]] =
-            strided_sum(static_cast<const T*>(args.partial_dots) + i, args.places, args.tiles);
-      }
-      if (args.indices[i] >= args.n) dots[i] = 0;
-    }
-  }
-  // Neighbours, which may all be shared, go to different blocks.
-  for (int64_t base = blockIdx.x; base < args.n; base += int64_t(gridDim.x) * kFinishing) {
-    const int64_t latent = base + int64_t(t) * gridDim.x;
+  const int t = int(threadIdx.x);
+  wait_for_kernel_before();
+  const int32_t total = args.offsets[args.n];
+  const int64_t step = gridDim.x, pieces = (int64_t(total) + kPiece - 1) / kPiece;
+  for (int64_t base = blockIdx.x; base < pieces; base += step * kFinishing) {
     if (t == 0) count = 0;
     __syncthreads();
-    bool silent = false;
-    if (latent < args.n) {
+    const int64_t piece = base + t * step;
+    if (piece < pieces) {
+      const int32_t latent = args.indices[args.entries[piece * kPiece]];
       const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
-      silent = begin == end;
-      if (is_shared(begin, end)) {
-        shared[atomicAdd(&count, 1)] = int32_t(latent);
-      } else if (blockIdx.y == 0) {
-        if (silent && args.sums != nullptr) static_cast<T*>(args.sums)[latent] = 0;
-        if (args.squares != nullptr) {
-          const T* const squares = static_cast<const T*>(args.partial_squares) + latent;
-          static_cast<T*>(args.squares)[latent] =
-              silent ? T(0) : strided_sum(squares, args.n, args.tiles);
-        }
-      }
-    }
-    if (args.zero_silent && blockIdx.y == 0) {
-      for (uint32_t left = __ballot_sync(~0u, silent); left != 0; left &= left - 1) {
-        clear_row<O>(args, latent + int64_t(__ffs(int(left)) - 1 - lane) * gridDim.x);
+      if (is_long(begin, end) && begin > (piece - 1) * kPiece) {
+        found[atomicAdd(&count, 1)] = {latent, begin, end};
       }
     }
     __syncthreads();
-    for (int i = 0; i < count; ++i) add_partial<S, O>(args, shared[i], of_warps);
+    for (int i = 0; i < count; ++i) add_partial_of<S, O>(args, found[i], of_warps);
     __syncthreads();
   }
-}
-
-void run(void (*kernel)(GradientArgs), GradientArgs args, dim3 blocks, int64_t threads,
-         void* stream) {
-  void* pointers[] = {&args};
-  check(cudaLaunchKernel(kernel, blocks, dim3(unsigned(threads)), pointers, 0,
-                         static_cast<cudaStream_t>(stream)),
-        "kernel launch");
-}
-
-template <class S, class O, int VECTORS, bool WIDE>
-void add(GradientArgs args, void* stream) {
-  if (args.project) {
-    run(add_pieces<S, O, VECTORS, WIDE, true, true>, args, dim3(unsigned(args.pieces)),
-        args.tiles * 32, stream);
-    return;
-  }
-  const auto kernel = args.dots != nullptr ? add_pieces<S, O, VECTORS, WIDE, true, false>
-                                           : add_pieces<S, O, VECTORS, WIDE, false, false>;
-  const dim3 blocks(unsigned((args.pieces + kWarps - 1) / kWarps), unsigned(args.tiles));
-  run(kernel, args, blocks, kWarps * 32, stream);
-}
-
-int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
-
-// Tiles of the columns, at least one: d may be 0.
-int64_t tiles_of(int64_t d, int64_t size, int64_t vectors) {
-  const int64_t width = vectors * 32 * (16 / size);
-  return std::max<int64_t>((d + width - 1) / width, 1);
-}
-
-template <class S, class O>
-void gradients(GradientArgs args, int64_t rows, void* stream) {
-  constexpr int64_t kSize = Chunk<S>::size;
-  constexpr int kMany = 8;  // vectors of a tile, where a block has not enough warps otherwise
-  const int64_t d = args.d;
-  const bool wide = is_wide(args.y, rows, d, sizeof(S)) &&
-                    is_wide(args.weight, args.n, d, sizeof(S)) &&
-                    is_wide(args.grad, args.n, d, sizeof(O)) && d % kSize == 0;
-  const bool many = args.project && args.tiles > kMostTiles;
-  if (many) {
-    args.tiles = int(tiles_of(d, sizeof(S), kMany));
-    if (args.tiles > kMostTiles) {
-      throw std::runtime_error("softtopk: d=" + std::to_string(d) +
-                               " is more than the CUDA backend projects in this type, " +
-                               std::to_string(kMostTiles * kMany * 32 * kSize));
-    }
-  }
-  if (args.pieces > 0) {
-    if (many) {
-      run(add_pieces<S, O, kMany, false, true, true>, args, dim3(unsigned(args.pieces)),
-          args.tiles * 32, stream);
-    } else if (wide) {
-      add<S, O, 1, true>(args, stream);
-    } else {
-      add<S, O, 1, false>(args, stream);
-    }
-  }
-  // What needs a whole row of the gradient takes all columns at once.
-  const bool whole = args.project || args.squares != nullptr;
-  const int64_t columns = whole ? 1 : (d + kFinishing - 1) / kFinishing;
-  const int64_t most = std::max<int64_t>((args.n + 31) / 32, (args.places + 511) / 512);
-  run(finish_gradients<S, O>, args,
-      dim3(unsigned(std::clamp<int64_t>(most, 1, 1024)),
-           unsigned(std::clamp<int64_t>(columns, 1, 16))),
-      kFinishing, stream);
 }
 
 int64_t pieces_of(int64_t places) { return (places + kPiece - 1) / kPiece; }
 
+template <class S, class O>
+void gradients(GradientArgs args, int64_t rows, const Device& device, void* stream) {
+  using T = Compute<S>;
+  const int64_t d = args.d, arrays = args.weight != nullptr ? 2 : 1;
+  const auto warps_of = [](int64_t columns) {  // at least one: d may be 0
+    return std::max<int64_t>((columns + kTile<S> - 1) / kTile<S>, 1);
+  };
+  const auto shared_of = [&](int64_t warps, int64_t stages) {
+    return warps * (arrays * stages * kVectors<S> * 512 + int64_t(sizeof(OfWarp<T>)));
+  };
+  const int64_t room = device.shared_limit - 8 * 1024;  // beside what every block has
+  const bool wide = is_wide(args.y, rows, d, sizeof(S)) &&
+                    is_wide(args.weight, args.n, d, sizeof(S)) &&
+                    is_wide(args.grad, args.n, d, sizeof(O)) && d % Chunk<S>::size == 0;
+  const int64_t most_warps =
+      std::min<int64_t>(kMostWarps, room / shared_of(1, wide ? kStages<S> : 1));
+  int64_t slices = (warps_of(d) + most_warps - 1) / most_warps;
+  // A projection needs whole rows, or else the dots beforehand.
+  const bool twice = args.project && slices > 1;
+  if (!args.project && warps_of(d) > 1 && rows * d * int64_t(sizeof(S)) > kCached) {
+    slices = std::max<int64_t>(slices, 2);
+  }
+  const auto kernel =
+      wide ? (args.weight != nullptr ? add_pieces<S, O, true, true> : add_pieces<S, O, true, false>)
+           : (args.weight != nullptr ? add_pieces<S, O, false, true>
+                                     : add_pieces<S, O, false, false>);
+  const int64_t width = (warps_of(d) + slices - 1) / slices * kTile<S>;
+  // Enough blocks to clear silent latents even if there are few entries.
+  const int64_t blocks = std::max(args.pieces, std::min<int64_t>((args.n + 31) / 32, 1024));
+  const auto add = [&](GradientArgs now) {
+    for (int64_t slice = 0; slice < slices && blocks > 0; ++slice) {
+      now.first_column = int32_t(slice * width);
+      now.end_column = int32_t(std::min(d, (slice + 1) * width));
+      const int64_t warps = warps_of(now.end_column - now.first_column);
+      const int64_t shared = shared_of(warps, wide ? kStages<S> : 1);
+      if (shared > 32 * 1024) allow_shared_once(reinterpret_cast<const void*>(kernel));
+      launch_overlapping(kernel, now, dim3(unsigned(blocks)), warps * 32, shared, device.fed(),
+                         stream);
+    }
+  };
+  if (twice) {
+    GradientArgs dots = args;
+    dots.project = dots.zero_silent = false;
+    dots.squares = nullptr;
+    add(dots);
+    args.given = true;
+  }
+  add(args);
+  if (args.pieces == 0) return;
+  const bool whole = args.project || args.squares != nullptr;
+  constexpr int64_t kColumns = kFinishing * kWide;
+  const int64_t parts = whole ? 1 : std::clamp<int64_t>((d + kColumns - 1) / kColumns, 1, 4);
+  launch_overlapping(add_partial<S, O>, args,
+                     dim3(unsigned(std::min<int64_t>(args.pieces, 256)), unsigned(parts)),
+                     kFinishing, 0, device.fed(), stream);
+}
+
 }  // namespace
 
-int64_t gradients_workspace(Type type, int64_t rows, int64_t max_active, int64_t n, int64_t d,
-                            bool dots, bool squares) {
-  const int64_t size = type == Type::float64 ? 8 : 4, places = rows * max_active;
-  const int64_t tiles = tiles_of(d, size_of(type), 1);
-  return size *
-         (pieces_of(places) * (d + 1) + (dots ? tiles * places : 0) + (squares ? tiles * n : 0));
+int64_t gradients_workspace(Type type, int64_t rows, int64_t max_active, int64_t, int64_t d, bool,
+                            bool) {
+  const int64_t size = type == Type::float64 ? 8 : 4;
+  return size * pieces_of(rows * max_active) * 2 * (d + 1);
 }
 
 void latent_gradients(const void* scale, const int32_t* indices, const int32_t* offsets,
@@ -535,28 +665,24 @@ void latent_gradients(const void* scale, const int32_t* indices, const int32_t* 
   check_length(n);
   check_length(rows * max_active);
   const DeviceGuard guard(device);
-  const int64_t places = rows * max_active;
   with_type(type, [&](auto tag) {
     using S = typename decltype(tag)::type;
     using T = Compute<S>;
     GradientArgs args = {};
     args.scale = scale, args.indices = indices, args.offsets = offsets, args.entries = entries;
-    args.places = places, args.max_active = int32_t(max_active), args.n = int32_t(n), args.d = d;
+    args.places = rows * max_active, args.max_active = int32_t(max_active);
+    args.n = int32_t(n), args.d = int32_t(d);
     args.y = y, args.weight = weight, args.project = project, args.zero_silent = zero_silent;
     args.grad = grad, args.dots = dots, args.sums = sums, args.squares = squares;
-    args.pieces = pieces_of(places), args.tiles = int(tiles_of(d, sizeof(S), 1));
-    T* const partial = static_cast<T*>(workspace);
-    T* const partial_sums = partial + args.pieces * d;
-    T* const partial_dots = partial_sums + args.pieces;
-    T* const partial_squares = partial_dots + (dots != nullptr ? args.tiles * places : 0);
-    args.partial = partial, args.partial_sums = partial_sums;
-    args.partial_dots = partial_dots, args.partial_squares = partial_squares;
+    args.pieces = pieces_of(args.places);
+    args.partial = workspace;
+    args.partial_sums = static_cast<T*>(workspace) + args.pieces * 2 * d;
     if constexpr (sizeof(S) == 8) {
-      gradients<S, S>(args, rows, stream);
+      gradients<S, S>(args, rows, device_at(device), stream);
     } else if (out_type == Type::float32) {
-      gradients<S, float>(args, rows, stream);
+      gradients<S, float>(args, rows, device_at(device), stream);
     } else if (out_type == type) {
-      gradients<S, S>(args, rows, stream);
+      gradients<S, S>(args, rows, device_at(device), stream);
     } else {
       throw std::runtime_error("softtopk: a gradient is of float32 or of the type of y");
     }

@@ -40,6 +40,8 @@ class SparseKernels:
         state = None if mode == "hard" else pre.new_empty((len(pre), 7), dtype=dtype)
         bias = None if bias is None else bias.contiguous()
         thresholds = threshold.contiguous() if isinstance(threshold, Tensor) else None
+        size = self.launchers.select_workspace(*pre.shape, TYPES[pre.dtype])
+        workspace = pre.new_empty(size, dtype=torch.uint8)
         self.launchers.code_forward(
             *rows(pre, True),
             *per_row(k),
@@ -54,6 +56,7 @@ class SparseKernels:
             counts.data_ptr(),
             address(state),
             max_active,
+            workspace.data_ptr(),
             *self.where(pre),
         )
         return values, indices, active, counts, state

@@ -248,6 +248,31 @@ def test_project_and_squares(backend, device, copied):
         assert (grad * weight).sum(1).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("rows,d,copied", [(70, 13001, True), (70, 13000, False), (1100, 16384, True)])
+def test_rows_longer_than_a_block_has_room_for(backend, device, rows, d, copied):
+    """Of the last, y is also more than a cache keeps; some latents have more entries than a chunk."""
+    skip_if_slow(backend, device, False)
+    code, x = random_code(rows, 12, 6, device, skewed=True, backend=backend)
+    code = code.with_values(code.values.detach().requires_grad_())
+    weight = torch.nn.functional.normalize(weights(12, d, torch.float32, device)[0], dim=1)
+    copy = weight.bfloat16() if copied else None
+    used = weight if copy is None else copy
+    weight.requires_grad_()
+    g = torch.randn(rows, d, device=device).to(used.dtype)
+    squares = torch.full((12,), nan, device=device)
+    dots = (g.double() @ used.detach().double().t()).gather(1, code.indices.long().clamp(max=11))
+    for project in (False, True):
+        out = sparse_decode(code, weight, copy=copy, project=project, squares=squares, backend=backend)
+        to_values, grad = torch.autograd.grad(out, [code.values, weight], g)
+        want = x.double().t() @ g.double()
+        scale = x.double().abs().t() @ g.double().abs()
+        if project:
+            want = want - (want * used.double()).sum(1, keepdim=True) * used.double()
+        assert ((grad.double() - want).abs() <= 1e-5 * scale).all()
+        torch.testing.assert_close(squares.double(), want.square().sum(1), atol=0, rtol=1e-5)
+        torch.testing.assert_close(to_values.double(), dots * (code.indices < 12), atol=1e-4, rtol=1e-5)
+
+
 def test_rows_of_silent_latents_are_not_written(backend, device):
     """torch.empty is NaN in tests."""
     code, x = random_code(6, 50, 4, device, backend=backend)

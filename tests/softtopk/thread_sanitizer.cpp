@@ -114,7 +114,7 @@ void add_sparse(const Case& c, Selecting mode, int threads, std::vector<Bytes>& 
                   counts.data(),
                   hard ? nullptr : state.data(),
                   C};
-  cpu::code_forward(z, k, alpha, activation, mode, code, threads);
+  cpu::code_forward(z, k, alpha, activation, mode, code, nullptr, threads);
   if (!hard)
     cpu::code_backward(computed == 8 ? Type::float64 : Type::float32, c.rows, C, active.data(),
                        mode == Selecting::soft ? nullptr : values.data(), counts.data(),
