@@ -37,6 +37,8 @@ constexpr int kTogether = 4;       // entries whose dots are summed at once
 constexpr int kRegisters = 96;     // of a thread
 constexpr int kMostWarps = 65536 / (kRegisters * 32);
 constexpr int kFinishing = 256;        // threads of a block of the other kernel
+constexpr int kResident = 4;           // of which a multiprocessor holds so many
+constexpr int kSearched = 16;          // pieces to a thread that are looked at at once
 constexpr int64_t kCached = 32 << 20;  // bytes of y that stay in the L2 cache
 
 // Chunks of a row that a lane has, and rows on their way.
@@ -68,6 +70,7 @@ struct GradientArgs {
   // The workspace.
   void* partial;       // (pieces, 2, d), where a piece begins or ends within a long latent
   void* partial_sums;  // (pieces, 2)
+  int32_t* longs;      // (pieces,) the long latent that begins in a piece, or -1
   int64_t pieces;
 };
 
@@ -297,6 +300,7 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
   const int32_t from = first_start < begin && !first_long ? first_end : int32_t(begin);
   const int32_t to = last_start >= begin && !last_long ? last_end : limit;
   const int32_t count = to - from;
+  if (t == 0 && leading) args.longs[blockIdx.x] = last_long && last_start >= begin ? last : -1;
   if (count <= 0) return;
   // The lane's places for rows on their way: a ring of y's, and of the weight's after it.
   constexpr int kRow = kMany * 32, kRing = kAhead * kRow;
@@ -462,10 +466,6 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
   }
 }
 
-struct Long {
-  int32_t latent, begin, end;
-};
-
 constexpr int kWide = 4;
 template <class T>
 struct alignas(16) Wide {
@@ -488,12 +488,12 @@ __device__ __forceinline__ T sum_of_block(T value, T (&of_warps)[kFinishing / 32
 // By a block: adds up the partial sums of a long latent, for its slice of columns, of which a
 // thread has kWide neighbours.
 template <class S, class O>
-__device__ __forceinline__ void add_partial_of(const GradientArgs& args, const Long& found,
+__device__ __forceinline__ void add_partial_of(const GradientArgs& args, int32_t latent,
                                                Compute<S> (&of_warps)[kFinishing / 32]) {
   using T = Compute<S>;
   const int t = int(threadIdx.x);
   const int64_t d = args.d;
-  const auto [latent, begin, end] = found;
+  const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
   // The first piece has it last, but where it begins with it; the others have it first.
   const int32_t first = begin / kPiece, last = (end - 1) / kPiece;
   T* const start =
@@ -511,7 +511,7 @@ __device__ __forceinline__ void add_partial_of(const GradientArgs& args, const L
 #pragma unroll
     for (int i = 0; i < kWide; ++i) sum[i] = i < count ? start[column + i] : T(0);
     if (d % kWide == 0) {
-#pragma unroll 16
+#pragma unroll 8
       for (int32_t piece = 1; piece <= last - first; ++piece) {
         const Wide<T> own =
             *reinterpret_cast<const Wide<T>*>(others + int64_t(piece) * 2 * d + column);
@@ -563,29 +563,57 @@ __device__ __forceinline__ void add_partial_of(const GradientArgs& args, const L
   }
 }
 
-// The long latents, each by the block that has the first piece which begins within it.
+// The long latents, in turns of the blocks. Each of these looks through all pieces for them,
+// kSearched to a thread at a time.
 template <class S, class O>
-__global__ void __launch_bounds__(kFinishing) add_partial(const GradientArgs args) {
-  __shared__ Compute<S> of_warps[kFinishing / 32];
-  __shared__ Long found[kFinishing];
-  __shared__ int count;
-  const int t = int(threadIdx.x);
+__global__ void __launch_bounds__(kFinishing, kResident) add_partial(const GradientArgs args) {
+  constexpr int kWarps = kFinishing / 32, kEach = kSearched * kWarps / 32;
+  __shared__ Compute<S> of_warps[kWarps];
+  __shared__ int32_t found[kSearched * kFinishing], starts[kSearched * kWarps];
+  __shared__ int32_t count;
+  const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
   wait_for_kernel_before();
-  const int32_t total = args.offsets[args.n];
-  const int64_t step = gridDim.x, pieces = (int64_t(total) + kPiece - 1) / kPiece;
-  for (int64_t base = blockIdx.x; base < pieces; base += step * kFinishing) {
-    if (t == 0) count = 0;
+  const int64_t pieces = (int64_t(args.offsets[args.n]) + kPiece - 1) / kPiece;
+  int64_t before = 0, next = blockIdx.x;  // among all long latents
+  for (int64_t base = 0; base < pieces; base += kSearched * kFinishing) {
+    int32_t latents[kSearched];
+#pragma unroll
+    for (int i = 0; i < kSearched; ++i) {
+      const int64_t piece = base + i * kFinishing + t;
+      latents[i] = piece < pieces ? args.longs[piece] : -1;
+    }
+    uint32_t of_warp[kSearched];
+#pragma unroll
+    for (int i = 0; i < kSearched; ++i) {
+      of_warp[i] = __ballot_sync(~0u, latents[i] >= 0);
+      if (lane == 0) starts[i * kWarps + warp] = __popc(of_warp[i]);
+    }
     __syncthreads();
-    const int64_t piece = base + t * step;
-    if (piece < pieces) {
-      const int32_t latent = args.indices[args.entries[piece * kPiece]];
-      const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
-      if (is_long(begin, end) && begin > (piece - 1) * kPiece) {
-        found[atomicAdd(&count, 1)] = {latent, begin, end};
+    if (warp == 0) {
+      int32_t* const own = starts + lane * kEach;
+      int32_t sum = 0;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) sum += own[i];
+      int32_t start = int32_t(inclusive_scan<32>(unsigned(sum), lane)) - sum;
+      if (lane == 31) count = start + sum;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int32_t size = own[i];
+        own[i] = start;
+        start += size;
       }
     }
     __syncthreads();
-    for (int i = 0; i < count; ++i) add_partial_of<S, O>(args, found[i], of_warps);
+#pragma unroll
+    for (int i = 0; i < kSearched; ++i) {
+      const int32_t place = starts[i * kWarps + warp] + __popc(of_warp[i] & ((1u << lane) - 1));
+      if (latents[i] >= 0) found[place] = latents[i];
+    }
+    __syncthreads();
+    for (; next < before + count; next += gridDim.x) {
+      add_partial_of<S, O>(args, found[next - before], of_warps);
+    }
+    before += count;
     __syncthreads();
   }
 }
@@ -644,9 +672,10 @@ void gradients(GradientArgs args, int64_t rows, const Device& device, void* stre
   const bool whole = args.project || args.squares != nullptr;
   constexpr int64_t kColumns = kFinishing * kWide;
   const int64_t parts = whole ? 1 : std::clamp<int64_t>((d + kColumns - 1) / kColumns, 1, 4);
+  const int64_t turns = std::max<int64_t>(device.multiprocessors * kResident / parts, 1);
   launch_overlapping(add_partial<S, O>, args,
-                     dim3(unsigned(std::min<int64_t>(args.pieces, 256)), unsigned(parts)),
-                     kFinishing, 0, device.fed(), stream);
+                     dim3(unsigned(std::min(args.pieces, turns)), unsigned(parts)), kFinishing, 0,
+                     device.fed(), stream);
 }
 
 }  // namespace
@@ -654,7 +683,7 @@ void gradients(GradientArgs args, int64_t rows, const Device& device, void* stre
 int64_t gradients_workspace(Type type, int64_t rows, int64_t max_active, int64_t, int64_t d, bool,
                             bool) {
   const int64_t size = type == Type::float64 ? 8 : 4;
-  return size * pieces_of(rows * max_active) * 2 * (d + 1);
+  return pieces_of(rows * max_active) * (size * 2 * (d + 1) + int64_t(sizeof(int32_t)));
 }
 
 void latent_gradients(const void* scale, const int32_t* indices, const int32_t* offsets,
@@ -676,7 +705,9 @@ void latent_gradients(const void* scale, const int32_t* indices, const int32_t* 
     args.grad = grad, args.dots = dots, args.sums = sums, args.squares = squares;
     args.pieces = pieces_of(args.places);
     args.partial = workspace;
-    args.partial_sums = static_cast<T*>(workspace) + args.pieces * 2 * d;
+    T* const partial_sums = static_cast<T*>(workspace) + args.pieces * 2 * d;
+    args.partial_sums = partial_sums;
+    args.longs = reinterpret_cast<int32_t*>(partial_sums + args.pieces * 2);
     if constexpr (sizeof(S) == 8) {
       gradients<S, S>(args, rows, device_at(device), stream);
     } else if (out_type == Type::float32) {

@@ -126,9 +126,11 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
 
 int64_t select_workspace(int64_t rows, int64_t n, Type type) {
   const int64_t size = type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
-  const Units units = cut_rows(n * size, true, true);
-  const int parts = units.parts;
-  if (size == 8 || units.items == 0 || parts == 1) return 0;
+  if (size == 8) return 0;
+  // A ragged row may have a unit more, or be too long to be cut.
+  const int parts =
+      std::max(cut_rows(n * size, false, true).parts, cut_rows(n * size, true, true).parts);
+  if (parts == 1) return 0;
   const int64_t entries = int64_t(kScanningWarps) * room_of_warp(parts);
   return rows * (parts * (int64_t(sizeof(Part)) + entries * int64_t(sizeof(Entry))) + 4) + 4;
 }

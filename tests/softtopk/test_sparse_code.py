@@ -56,6 +56,42 @@ def test_soft_values(backend, device, family, alpha, n):
     assert_values(code, want, pre.relu())
 
 
+@functools.cache
+def long_case(n: int, dtype: torch.dtype):
+    """Rows that chip memory holds whole or in parts: usual ones, one sorted, one of few distinct values."""
+    pre = torch.randn(6, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    pre[4], pre[5] = pre[4].sort().values, pre[5].round()
+    k = torch.tensor([32.0, 48.5, 64, 96, 64, 64])
+    return pre, k, dense(pre.double(), k, 1e-4), dense_hard(pre.double(), k.round())
+
+
+@pytest.mark.parametrize(
+    "n,dtype",
+    [
+        (2048, torch.bfloat16),
+        (16384, torch.bfloat16),
+        (24575, torch.bfloat16),
+        (24576, torch.float32),
+        (65536, torch.bfloat16),
+        (100003, torch.float32),
+        (262144, torch.float32),
+    ],
+)
+def test_long_rows(backend, device, dtype, n):
+    """With room enough for the tied row."""
+    skip_if_slow(backend, device, False)
+    if backend == "reference":
+        pytest.skip("what is wanted is its work")
+    pre, k, want, want_hard = long_case(n, dtype)
+    at = pre.to(device)
+    code = soft_topk_code(at, k.to(device), 1e-4, max_active=n // 4, backend=backend)
+    assert_well_formed(code)
+    assert_values(code, want, pre.relu())
+    hard = hard_topk_code(at, k.round().to(device), backend=backend)
+    assert_well_formed(hard)
+    assert torch.equal(hard.to_dense().double().cpu(), want_hard)
+
+
 @pytest.mark.parametrize("family", ["relu", "heavy_tailed", "tied", "negative"])
 @pytest.mark.parametrize("n", [64, 3000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
