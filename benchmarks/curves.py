@@ -138,7 +138,7 @@ def draw(path: Path, rows: list[dict], title: str) -> None:
         if row is not rows[0]:
             below.plot(steps, [a / b - 1 for a, b in zip(line, dense, strict=True)], color=colour, lw=1)
     above.set(yscale="log", ylabel="reconstruction loss", title=title)
-    below.set(xlabel="step", ylabel=f"over {rows[0]['name']}, less 1")
+    below.set(xlabel="step", ylabel="relative\ndifference")
     below.axhline(0, color="0.6", lw=0.8)
     above.legend(frameon=False)
     for panel in (above, below):

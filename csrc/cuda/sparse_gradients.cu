@@ -24,7 +24,8 @@
 //   what it loses in loads of 64 bytes;
 // - a lane with 24 columns where a thread had 8: 97 | 208 | 285 | 867, with 32: 126 | 251 | 314 |
 //   867, with 16: 96 | 198 | 279 | 861, bound by the L2 cache from here on;
-// - the cache told what to keep, this: to be measured.
+// - the cache told what to keep, long latents looked for once, this: 94 | 196 | 264 | 816, without
+//   dots 64 | 150 | 189 | 554, of Zipf latents 112 | - | 271 | -.
 #include "layout.cuh"
 #include "overlap.cuh"
 
