@@ -64,7 +64,8 @@ __device__ __forceinline__ int32_t keep_in_order(const Few& few, F keep) {
     const float x = i < few.places ? few.values[i] : -infinity<float>;
     const int32_t index = i < few.places ? few.indices[i] : 0;
     const bool own = keep(x);
-    const uint32_t all = __ballot_sync(~0u, own);  // all have read before one writes
+    const uint32_t all = __ballot_sync(~0u, own);
+    __syncwarp();  // all have read before one writes
     if (own) {
       const int32_t place = kept + __popc(all & ((1u << lane) - 1));
       few.values[place] = x;

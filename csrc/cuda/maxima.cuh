@@ -18,25 +18,30 @@ struct LimitsShared {
   float2 of_blocks[2][H::C::many ? kMostBlocks : 1];
 };
 
-// By one warp: a bound that at least `need` of the maxima reach, if ties allow it at most `enough`;
+// By one warp: a bound that at least `need` of N maxima reach, if ties allow it at most `enough`;
 // and the greatest of them. GRAIN: by how much the keys of neighbouring values differ.
-template <uint32_t GRAIN>
+template <uint32_t GRAIN, int N = kMaxima>
 __device__ __forceinline__ float2 bound_of_maxima(const uint4* maxima, int need, int enough) {
+  constexpr int kOwn = N / 32;
   const int lane = int(threadIdx.x) % 32;
-  const uint4 a = maxima[lane], b = maxima[32 + lane];
-  const uint32_t key[kMaxima / 32] = {a.x / GRAIN, a.y / GRAIN, a.z / GRAIN, a.w / GRAIN,
-                                      b.x / GRAIN, b.y / GRAIN, b.z / GRAIN, b.w / GRAIN};
-  // The least of 128 maxima of two: so many reach it.
+  uint32_t key[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; i += 4) {
+    const uint4 four = maxima[i * 8 + lane];
+    key[i] = four.x / GRAIN, key[i + 1] = four.y / GRAIN;
+    key[i + 2] = four.z / GRAIN, key[i + 3] = four.w / GRAIN;
+  }
+  // The least of N / 2 maxima of two: so many reach it.
   uint32_t least = ~0u, least_of_pairs = ~0u, most = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    least = min(least, min(key[i], key[i + 4]));
-    least_of_pairs = min(least_of_pairs, max(key[i], key[i + 4]));
-    most = max(most, max(key[i], key[i + 4]));
+  for (int i = 0; i < kOwn / 2; ++i) {
+    least = min(least, min(key[i], key[i + kOwn / 2]));
+    least_of_pairs = min(least_of_pairs, max(key[i], key[i + kOwn / 2]));
+    most = max(most, max(key[i], key[i + kOwn / 2]));
   }
-  uint32_t bound = __reduce_min_sync(~0u, need <= kMaxima / 2 ? least_of_pairs : least);
+  uint32_t bound = __reduce_min_sync(~0u, need <= N / 2 ? least_of_pairs : least);
   const uint32_t high = __reduce_max_sync(~0u, most);
-  bisect(key, need, enough, bound, high, kMaxima);
+  bisect(key, need, enough, bound, high, N);
   return make_float2(value_of(bound * GRAIN), value_of(high * GRAIN));
 }
 

@@ -19,6 +19,10 @@
 // and the zeros are a tie below them. A row that does not fit the pattern, or whose solution is not
 // right, is marked, and left to the careful kernel of sparse_select.cu.
 //
+// A block has room for 96 candidates of each scanning warp and looks for its bound among 256
+// maxima; where a code has room for more than usual, for 256 among 512, so that up to 384 can be
+// wanted.
+//
 // An activation with one threshold for all and no bias costs nothing: what is not above it is never
 // a candidate. With a bias or thresholds every thread applies them to its own chunks on chip.
 //
@@ -28,6 +32,9 @@
 // 0.40. Scanning warps and one that solves, units of up to 32 KiB, a row's in a power of two, order
 // by counting: 0.46 | 0.36 | 0.60 | 0.81. Rows of up to 48 KiB one unit, two solving warps, sixteen
 // groups: 0.71 | 0.78 | 0.78 | 0.90. This: 0.70 | 0.79 | 0.81 | 0.91.
+// With 256 candidates of a warp k = 220 takes 147 | 181 us at 16384 | 24576 in place of the careful
+// kernel's 1500 | 2164. Rows of 1024 were solved by a warp each from its registers: 262144 of them
+// in 18.1 ms, here in 2.0, 6% of reading them: a row takes its turn of solving however short it is.
 #pragma once
 
 #include "few_select.cuh"
@@ -38,16 +45,22 @@
 namespace softtopk::cuda {
 
 inline constexpr int kScanningWarps = kScanners / 32;
-inline constexpr int kOfWarp = 96;  // candidates of a row from one warp
-inline constexpr int kMostFew = kScanningWarps * kOfWarp;
-inline constexpr int kMostWanted = 192;  // of kMaxima maxima
-inline constexpr int kMostParts = 16;    // units of a row
-inline constexpr int kMostSolvers = 3;   // warps of a block that solve
-inline constexpr float kBelow = 4;       // alphas below L that the threshold may lie
-inline constexpr float kReach = 36;      // and that candidates reach
+// Candidates of a row from one warp that there is room for: where few are wanted, and where more
+// are, for which blocks have less of a multiprocessor.
+inline constexpr int kFewOfWarp = 96, kManyOfWarp = 256;
+template <int OF_WARP>
+inline constexpr int kMostFew = kScanningWarps * OF_WARP;
+template <int OF_WARP>
+inline constexpr int kMaximaFor = OF_WARP > kFewOfWarp ? 2 * kMaxima : kMaxima;
+template <int OF_WARP>
+inline constexpr int kMostWanted = kMaximaFor<OF_WARP> / 4 * 3;  // of so many maxima
+inline constexpr int kMostParts = 16;                            // units of a row
+inline constexpr int kMostSolvers = 3;                           // warps of a block that solve
+inline constexpr float kBelow = 4;   // alphas below L that the threshold may lie
+inline constexpr float kReach = 36;  // and that candidates reach
 static_assert(int64_t(kMostParts) * kMostStripes * kScanners * 8 <= int64_t(1)
                                                                         << (32 - kPlaceBits));
-static_assert(kMostFew <= 1 << kPlaceBits);
+static_assert(kMostFew<kManyOfWarp> <= 1 << kPlaceBits);
 inline constexpr int kTooMany = 0x10000;  // a count of candidates that are not to be had
 
 // A block hands rows over in slots, one for each of its solving warps. Of each slot two barriers:
@@ -87,8 +100,8 @@ __device__ __forceinline__ int32_t add_in_order(int32_t* to, int32_t value) {
   return before;
 }
 
-// The candidates of a unit that a warp has room for: in memory where a row has several.
-constexpr int32_t room_of_warp(int parts) { return parts == 1 ? kOfWarp : 192 / parts + 12; }
+// The candidates of a warp that there is room for in memory, of a row in several units.
+constexpr int32_t room_in_memory(int parts) { return 192 / parts + 12; }
 
 struct Entry {
   float value;
@@ -115,14 +128,15 @@ struct Request {
 
 // What is handed over. A warp's candidates are kScanningWarps places apart. Those of a row in
 // several units go by way of memory, and the places here are the solving warp's.
+template <int OF_WARP>
 struct alignas(16) Slot {
   union {
-    uint4 maxima[kMaxima / 4];  // keys, before there are candidates
-    float values[kMostFew];
+    uint4 maxima[kMaximaFor<OF_WARP> / 4];  // keys, before there are candidates
+    float values[kMostFew<OF_WARP>];
   };
-  int32_t indices[kMostFew];
+  int32_t indices[kMostFew<OF_WARP>];
   union {
-    uint16_t order[kMostFew];
+    uint16_t order[kMostFew<OF_WARP>];
     int32_t starts[kScanningWarps * kMostParts];  // of the candidates in memory
   };
   int32_t counts[kScanningWarps];
@@ -140,8 +154,9 @@ struct SelectShared {
 
 // What a block has besides: the unit, and the slots after it.
 __host__ __device__ constexpr int32_t unit_bytes(int items) { return items * kScanners * 16; }
+template <int OF_WARP>
 __host__ __device__ constexpr int32_t select_bytes(int items, int solvers) {
-  return unit_bytes(items) + solvers * int32_t(sizeof(Slot));
+  return unit_bytes(items) + solvers * int32_t(sizeof(Slot<OF_WARP>));
 }
 
 // Which elements of a chunk are from `least` > 0 on, as bits.
@@ -200,12 +215,18 @@ class Groups {
       }
     }
   }
-  // The keys of the largest in even and in odd groups.
-  __device__ __forceinline__ uint2 keys() const {
-    Most most[2] = {most_[0], most_[1]};
-#pragma unroll
-    for (int i = 2; i < GROUPS; ++i) most[i % 2] = larger(most[i % 2], most_[i]);
-    return {key(most[0]), key(most[1])};
+  // The keys of the largest in groups of groups: of two, or of four.
+  __device__ __forceinline__ void keys(uint2& to) const {
+    const Most even = most_of<2>(0), odd = most_of<2>(1);
+    to = {key(even), key(odd)};
+  }
+  __device__ __forceinline__ void keys(uint4& to) const {
+    if constexpr (sizeof(S) == 2) {
+      const Most even = most_of<2>(0), odd = most_of<2>(1);
+      to = {key_of_half(even), key_of_half(even >> 16), key_of_half(odd), key_of_half(odd >> 16)};
+    } else {
+      to = {key(most_of<4>(0)), key(most_of<4>(1)), key(most_of<4>(2)), key(most_of<4>(3))};
+    }
   }
   // Which groups have elements that reach it, as bits.
   __device__ __forceinline__ uint32_t from(const Reaching<S>& reaching) const {
@@ -234,10 +255,21 @@ class Groups {
       return larger(larger(x[0], x[1]), larger(x[2], x[3]));
     }
   }
+  // Of every STEP-th group, from `first` on.
+  template <int STEP>
+  __device__ __forceinline__ Most most_of(int first) const {
+    Most most = most_[first];
+#pragma unroll
+    for (int i = STEP; i < GROUPS; i += STEP) most = larger(most, most_[first + i]);
+    return most;
+  }
   __device__ static uint32_t key(float most) { return key_of(most); }
   __device__ static uint32_t key(uint32_t pair) {
-    using Raw = typename Element<S>::Raw;
-    return key_of(max_with_nan(Element<S>::value(Raw(pair)), Element<S>::value(Raw(pair >> 16))));
+    return key_of(max_with_nan(half(pair), half(pair >> 16)));
+  }
+  __device__ static uint32_t key_of_half(uint32_t raw) { return key_of(half(raw)); }
+  __device__ static float half(uint32_t raw) {
+    return Element<S>::value(typename Element<S>::Raw(raw));
   }
 
   Most most_[GROUPS];
@@ -251,8 +283,8 @@ __device__ __forceinline__ int32_t collect(const Unit<S>& unit, const Groups<S, 
   const int t = int(threadIdx.x);
   const uint32_t lanes_below = (1u << t % 32) - 1;
   uint32_t left = groups.from(reaching);
-  left = (left | left << GROUPS) & ((2u << (unit.own() - 1)) - 1);  // of the thread's chunks
-  uint32_t found = 0;                                               // of chunk `item`
+  left = (left | left << GROUPS) & uint32_t((uint64_t(1) << unit.own()) - 1);  // of the own chunks
+  uint32_t found = 0;                                                          // of chunk `item`
   int item = 0;
   int32_t count = 0;
 #pragma unroll 1
@@ -275,13 +307,13 @@ __device__ __forceinline__ int32_t collect(const Unit<S>& unit, const Groups<S, 
 }
 
 // By one thread: the numbers of row r.
-template <bool SOFT>
+template <bool SOFT, int OF_WARP>
 __device__ __forceinline__ Request request_of(const SelectArgs& args, int64_t r) {
   const double k = per_row(args.k, r), budget = SOFT ? k : std::floor(k + 0.5);
   const float alpha = SOFT ? float(per_row(args.alpha, r)) : 1.0f,
               rate = quick_ratio(1.4426950408889634f, alpha);
-  const bool fits =
-      (SOFT ? budget > 0 : budget >= 0) && budget < kMostFew && rate > 1e-36f && rate < 1e36f;
+  const bool fits = (SOFT ? budget > 0 : budget >= 0) && budget < kMostFew<OF_WARP> &&
+                    rate > 1e-36f && rate < 1e36f;
   if (!fits) return {Budget(0), 1, 0};
   const int32_t whole = int32_t(budget);
   // At L - 4 alpha p is 1 - e^-4 / 2 from L on.
@@ -290,13 +322,15 @@ __device__ __forceinline__ Request request_of(const SelectArgs& args, int64_t r)
     const float share = quick_ratio(float(wanted), float(args.units.parts));
     wanted = int32_t(share + 5 * quick_sqrt(share)) + 4;
   }
-  return {Budget(budget), alpha, wanted <= kMostWanted ? wanted : 0};
+  return {Budget(budget), alpha, wanted <= kMostWanted<OF_WARP> ? wanted : 0};
 }
 
 // The scanning warps; the block's first unit has been asked for.
-template <class S, bool SOFT, int GROUPS>
+template <class S, bool SOFT, int GROUPS, int OF_WARP>
 __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit,
-                                           SelectShared& shared, Slot* slots) {
+                                           SelectShared& shared, Slot<OF_WARP>* slots) {
+  using Keys =
+      std::conditional_t<kMaximaFor<OF_WARP> / kScanners == 2, uint2, uint4>;  // of a thread
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
   const auto after = [&](int slot) {
     return slot + 1 < (int(blockDim.x) - kScanners) / 32 ? slot + 1 : 0;
@@ -315,11 +349,11 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
   if (t == 32) upcoming = draw(now);
 #pragma unroll 1
   while (now < units) {
-    Slot& slot = slots[at];
+    Slot<OF_WARP>& slot = slots[at];
     if (t == 32) {  // while the unit comes
       shared.next = upcoming;
       upcoming = draw(upcoming);
-      shared.request = request_of<SOFT>(args, now / parts);
+      shared.request = request_of<SOFT, OF_WARP>(args, now / parts);
     }
     __syncwarp();
     unit.receive(phase);
@@ -332,14 +366,14 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
     }
     const Groups<S, GROUPS> groups(unit);
     wait_at<Barrier::emptied>(at);
-    reinterpret_cast<uint2*>(slot.maxima)[t] = groups.keys();
+    groups.keys(reinterpret_cast<Keys*>(slot.maxima)[t]);
     sync_scanners();
     if (warp == 0) {
       float2 limits = make_float2(0, infinity<float>);
       const Request request = shared.request;
       if (request.wanted > 0) {
-        limits = bound_of_maxima<Element<S>::grain>(slot.maxima, request.wanted,
-                                                    request.wanted + request.wanted / 8);
+        limits = bound_of_maxima<Element<S>::grain, kMaximaFor<OF_WARP>>(
+            slot.maxima, request.wanted, request.wanted + request.wanted / 8);
       }
       if (lane == 0) {
         shared.limits = limits;
@@ -387,7 +421,7 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
     wait_at<Barrier::emptied>(at);
     if (warp == 0) {
       if (lane == 0) slots[at].unit = -1;
-      arrive_at<Barrier::filled>(at);
+      wait_at<Barrier::filled>(at);
     }
     at = after(at);
   }
@@ -400,12 +434,13 @@ struct Gathered {
 };
 
 // By one warp: those of the one unit of a row, where they are; empty places become -inf.
-__device__ __forceinline__ Gathered gather_warps(Slot& slot) {
+template <int OF_WARP>
+__device__ __forceinline__ Gathered gather_warps(Slot<OF_WARP>& slot) {
   const int lane = int(threadIdx.x) % 32, warp = lane % kScanningWarps;
   const int32_t own = slot.counts[warp];  // of all places that this lane sees
   const int32_t most = __reduce_max_sync(~0u, own);
   const int32_t count = __reduce_add_sync(~0u, own) / (32 / kScanningWarps);
-  if (most > kOfWarp) return {kTooMany, kTooMany, slot.taken};
+  if (most > OF_WARP) return {kTooMany, kTooMany, slot.taken};
 #pragma unroll 2
   for (int32_t i = lane; i < most * kScanningWarps; i += 32) {
     if (i / kScanningWarps >= own) slot.values[i] = -infinity<float>;
@@ -415,7 +450,9 @@ __device__ __forceinline__ Gathered gather_warps(Slot& slot) {
 }
 
 // By one warp, the last one to come with candidates of row r: brings those of all units.
-__device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t r, Slot& slot) {
+template <int OF_WARP>
+__device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t r,
+                                                 Slot<OF_WARP>& slot) {
   constexpr int kEach = kScanningWarps * kMostParts / 32;  // warps whose candidates a lane counts
   const int lane = int(threadIdx.x) % 32, parts = args.units.parts;
   const int segments = parts * kScanningWarps;
@@ -475,7 +512,7 @@ __device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t
       const bool keep = __int_as_float(words[j].x) >= taken.least;
       const uint32_t all = __ballot_sync(~0u, keep);
       const int32_t place = kept + __popc(all & ((1u << lane) - 1));
-      if (keep && place < kMostFew) {
+      if (keep && place < kMostFew<OF_WARP>) {
         slot.values[place] = __int_as_float(words[j].x);
         slot.indices[place] = words[j].y;
       }
@@ -487,11 +524,11 @@ __device__ __forceinline__ Gathered gather_units(const SelectArgs& args, int64_t
 }
 
 // By one warp: the code of row r from its candidates, if they suffice.
-template <class S, bool SOFT>
+template <class S, bool SOFT, int OF_WARP>
 __device__ __forceinline__ bool write_row(const SelectArgs& args, int64_t r,
                                           const Gathered& gathered, const Request& now,
-                                          Slot& slot) {
-  if (gathered.places > kMostFew) return false;
+                                          Slot<OF_WARP>& slot) {
+  if (gathered.places > kMostFew<OF_WARP>) return false;
   constexpr float kLog2e = 1.4426950408889634f;
   const Taken& taken = gathered.taken;
   const bool complete = taken.limit == -infinity<float>;
@@ -518,8 +555,8 @@ __device__ __forceinline__ bool write_row(const SelectArgs& args, int64_t r,
 }
 
 // A warp that solves, of the units in its slot.
-template <class S, bool SOFT>
-__device__ __forceinline__ void solve_rows(const SelectArgs& args, int at, Slot& slot) {
+template <class S, bool SOFT, int OF_WARP>
+__device__ __forceinline__ void solve_rows(const SelectArgs& args, int at, Slot<OF_WARP>& slot) {
   const int lane = int(threadIdx.x) % 32, parts = args.units.parts;
 #pragma unroll 1
   while (true) {
@@ -542,7 +579,7 @@ __device__ __forceinline__ void solve_rows(const SelectArgs& args, int at, Slot&
       if (__shfl_sync(~0u, before, 0) != parts - 1) continue;
       gathered = gather_units(args, r, slot);
     }
-    if (!write_row<S, SOFT>(args, r, gathered, now, slot) && lane == 0) {
+    if (!write_row<S, SOFT, OF_WARP>(args, r, gathered, now, slot) && lane == 0) {
       args.code.counts[r] = kLeftRow;
     }
   }
@@ -553,12 +590,12 @@ constexpr int blocks_of(int groups) { return groups > 16 ? 4 : 5; }
 
 // GROUPS: as many as a unit has stripes, if there can be, so that a chunk is not looked through for
 // what others of its group have.
-template <class S, bool SOFT, int GROUPS>
+template <class S, bool SOFT, int GROUPS, int OF_WARP>
 __global__ void __launch_bounds__(kScanners + 32 * kMostSolvers, blocks_of(GROUPS))
     select_quick(const SelectArgs args) {
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ SelectShared shared;
-  Slot* const slots = reinterpret_cast<Slot*>(memory + unit_bytes(args.units.items));
+  auto* const slots = reinterpret_cast<Slot<OF_WARP>*>(memory + unit_bytes(args.units.items));
   Unit<S> unit(memory, &shared.barrier, args.units, args.x);
   wait_for_kernel_before();
   let_kernel_after_start();
@@ -569,10 +606,10 @@ __global__ void __launch_bounds__(kScanners + 32 * kMostSolvers, blocks_of(GROUP
   }
   __syncthreads();
   if (scans) {
-    scan_units<S, SOFT, GROUPS>(args, unit, shared, slots);
+    scan_units<S, SOFT, GROUPS, OF_WARP>(args, unit, shared, slots);
   } else {
     const int at = int(threadIdx.x - kScanners) / 32;
-    solve_rows<S, SOFT>(args, at, slots[at]);
+    solve_rows<S, SOFT, OF_WARP>(args, at, slots[at]);
   }
 }
 

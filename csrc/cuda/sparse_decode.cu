@@ -12,10 +12,14 @@
 // 128 bytes - | - | 243 | 557: what a narrow tile gains in the cache it loses in requests.
 // These took 42 instructions an entry, of which 24 load, convert and add. It is 25 since entries of
 // which all are there are not asked one by one, and columns beyond a row are read as well: 48 | 139
-// | 177 | 406, where the kernel before had 63 | 169 | 236 | 517 in the same run, and with the tiles
-// of a row side by side, as where the block that has solved a row decodes it at once, 63 | 223 |
-// 273 | 544: no gain from that, and soft_topk_decode is two kernels. On tensor cores, sixteen
-// entries at a time: 65 | 185 | 190 | 391.
+// | 177 | 406, where the kernel before had 63 | 169 | 236 | 517 in the same run. On tensor cores,
+// sixteen entries at a time: 65 | 185 | 190 | 391.
+//
+// soft_topk_decode is two kernels, 114 | 194 | 340 | 980 with the selection. In one, where the warp
+// that has solved a row decodes it at once, tile by tile, the same bits take 150 | 304 | 585 |
+// 1410; with fewer blocks and 12 warps of a multiprocessor that solve 125 | 194 | 627 | 1523, with
+// 18 114 | 195 | 613 | 1529: a row's tiles one after another leave the cache, and no hiding of one
+// behind the other makes up for it.
 #include <type_traits>
 
 #include "launch.cuh"

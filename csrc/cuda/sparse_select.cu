@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(256, sizeof(S) == 8 ? 1 : 2)
   }
 }
 
-constexpr int kItems = 24;               // most stripes of a unit, so that four are on chip
-constexpr int64_t kShortest = 256 * 16;  // bytes of a row that is worth it
+constexpr int kItems = 24;                  // most stripes of a unit, so that four are on chip
+constexpr int64_t kShortest = 32 * 2 * 16;  // bytes of a row that a warp's registers hold
 
 // How rows of so many bytes are cut, into units as even as can be; items = 0: they do not fit.
 Units cut_rows(int64_t bytes, bool ragged, bool fed) {
@@ -55,43 +55,47 @@ struct Quick {
   void (*kernel)(const SelectArgs);
   Plan plan;
 };
-template <class S, bool SOFT>
-Quick quick_for(int items, const Device& device) {
-  const bool small = items <= 16;
-  const int most = blocks_of(small ? 16 : 24);
+template <class S, bool SOFT, int GROUPS, int OF_WARP>
+Quick quick_of(int items, const Device& device) {
   // A multiprocessor has 1 KiB of shared memory more than a block can have, and each block has 1
   // KiB that is not its own.
   constexpr int64_t kReserved = 1024;
+  const auto bytes = [&](int solvers) { return select_bytes<OF_WARP>(items, solvers); };
   const auto blocks = [&](int solvers) {
-    const int64_t each = select_bytes(items, solvers) + int64_t(sizeof(SelectShared)) + kReserved;
-    return std::min<int64_t>(most, (device.shared_limit + kReserved) / each);
+    const int64_t each = bytes(solvers) + int64_t(sizeof(SelectShared)) + kReserved;
+    return std::min<int64_t>(blocks_of(GROUPS), (device.shared_limit + kReserved) / each);
   };
   int solvers = 2;
   while (solvers < kMostSolvers && blocks(solvers + 1) == blocks(2)) ++solvers;
-  return {small ? select_quick<S, SOFT, 16> : select_quick<S, SOFT, 24>,
-          Plan{1, kScanners + 32 * solvers, 0, select_bytes(items, solvers)}};
+  return {select_quick<S, SOFT, GROUPS, OF_WARP>,
+          Plan{1, kScanners + 32 * solvers, 0, bytes(solvers)}};
+}
+// Few are wanted of rows whose code has room for no more than kMostPlaces, a quarter more than the
+// budgets and some to spare (softtopk/sparse_checks.py).
+constexpr int64_t kMostPlaces = 288;
+template <class S, bool SOFT>
+Quick quick_for(int items, bool few, const Device& device) {
+  if (!few) return quick_of<S, SOFT, 24, kManyOfWarp>(items, device);
+  return items <= 16 ? quick_of<S, SOFT, 16, kFewOfWarp>(items, device)
+                     : quick_of<S, SOFT, 24, kFewOfWarp>(items, device);
 }
 
-// Rows that the registers of a warp hold.
-template <int ITEMS>
-using Short = Layout<Warp, RegisterRow, ITEMS>;
-template <class S, int ITEMS>
-__global__ void __launch_bounds__(Short<ITEMS>::block, sizeof(S) == 8 ? 2
-                                                       : ITEMS > 2    ? 3
-                                                                      : 5)
+// Rows that the registers of a warp hold, two chunks to a lane.
+using Short = Layout<Warp, RegisterRow, 2>;
+template <class S>
+__global__ void __launch_bounds__(Short::block, sizeof(S) == 8 ? 2 : 5)
     select_short(const SelectArgs args) {
   Warp::Storage none;
   Warp group(none);
-  const int64_t r = Short<ITEMS>::row(args.first_row);
-  if (r < args.x.rows) select_row<S, ActivatedRegisters<S, Warp, ITEMS>>(args, r, group);
+  const int64_t r = Short::row(args.first_row);
+  if (r < args.x.rows) select_row<S, ActivatedRegisters<S, Warp, 2>>(args, r, group);
 }
 
 template <class S>
 void select_rows(SelectArgs args, void* workspace, const Device& device, void* stream) {
   const Rows& x = args.x;
   const int64_t chunks = (x.n * int64_t(sizeof(S)) + 15) / 16;
-  if (chunks <= 32 * 2) return launch<Short<2>>(select_short<S, 2>, args, x.rows, 0, stream);
-  if (chunks <= 32 * 8) return launch<Short<8>>(select_short<S, 8>, args, x.rows, 0, stream);
+  if (chunks * 16 <= kShortest) return launch<Short>(select_short<S>, args, x.rows, 0, stream);
   if constexpr (sizeof(S) <= 4) {
     const bool ragged =
         !is_wide(x.data, x.rows, x.stride, sizeof(S)) || x.n * int64_t(sizeof(S)) % 16 != 0;
@@ -100,7 +104,8 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
       const int64_t all = x.rows * units.parts;
       args.all = false;
       args.units = units;
-      args.room = room_of_warp(units.parts);
+      const bool few = args.code.max_active <= kMostPlaces;
+      args.room = units.parts > 1 ? room_in_memory(units.parts) : few ? kFewOfWarp : kManyOfWarp;
       if (units.parts > 1) {
         args.sent_parts = static_cast<Part*>(workspace);
         args.sent = reinterpret_cast<Entry*>(args.sent_parts + all);
@@ -113,8 +118,8 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
       SelectArgs quick = args;
       quick.wide_bias = args.wide_bias && !ragged;
       const auto [kernel, plan] = args.mode == Selecting::hard
-                                      ? quick_for<S, false>(units.items, device)
-                                      : quick_for<S, true>(units.items, device);
+                                      ? quick_for<S, false>(units.items, few, device)
+                                      : quick_for<S, true>(units.items, few, device);
       launch_resident(kernel, quick, all, plan, device, stream);
     }
   }
@@ -131,7 +136,7 @@ int64_t select_workspace(int64_t rows, int64_t n, Type type) {
   const int parts =
       std::max(cut_rows(n * size, false, true).parts, cut_rows(n * size, true, true).parts);
   if (parts == 1) return 0;
-  const int64_t entries = int64_t(kScanningWarps) * room_of_warp(parts);
+  const int64_t entries = int64_t(kScanningWarps) * room_in_memory(parts);
   return rows * (parts * (int64_t(sizeof(Part)) + entries * int64_t(sizeof(Entry))) + 4) + 4;
 }
 

@@ -110,6 +110,6 @@ def test_rules_that_need_the_whole_batch_get_it():
     assert rows_at_a_time(sae, phase, 48, torch.float32, 64) == 48
     for samples in (1, 100, 8192, 100_000):
         rows = rows_at_a_time(sae, phase, samples, torch.bfloat16, None)
-        assert rows <= samples and rows * N * 2 <= 8 << 20
+        assert rows <= samples and rows * N * 2 <= 16 << 20
     with pytest.raises(ValueError, match="rows_at_a_time"):
         TrainConfig(rows_at_a_time=0)

@@ -68,6 +68,9 @@ def long_case(n: int, dtype: torch.dtype):
 @pytest.mark.parametrize(
     "n,dtype",
     [
+        (520, torch.bfloat16),
+        (700, torch.float32),
+        (1027, torch.bfloat16),
         (2048, torch.bfloat16),
         (16384, torch.bfloat16),
         (24575, torch.bfloat16),
@@ -78,18 +81,35 @@ def long_case(n: int, dtype: torch.dtype):
     ],
 )
 def test_long_rows(backend, device, dtype, n):
-    """With room enough for the tied row."""
     skip_if_slow(backend, device, False)
     if backend == "reference":
         pytest.skip("what is wanted is its work")
     pre, k, want, want_hard = long_case(n, dtype)
     at = pre.to(device)
-    code = soft_topk_code(at, k.to(device), 1e-4, max_active=n // 4, backend=backend)
-    assert_well_formed(code)
-    assert_values(code, want, pre.relu())
+    for rows, room in (5, 256), (6, max(n // 4, 320)):  # more, and room enough, for the tied row
+        code = soft_topk_code(at[:rows], k[:rows].to(device), 1e-4, max_active=room, backend=backend)
+        assert_well_formed(code)
+        assert code.values.shape[1] == room
+        assert_values(code, want[:rows], pre[:rows].relu())
     hard = hard_topk_code(at, k.round().to(device), backend=backend)
     assert_well_formed(hard)
     assert torch.equal(hard.to_dense().double().cpu(), want_hard)
+
+
+@pytest.mark.parametrize("n", [1500, 4096, 24576, 65536])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_wanted(backend, device, dtype, n):
+    skip_if_slow(backend, device, False)
+    if backend == "reference":
+        pytest.skip("what is wanted is its work")
+    pre = torch.randn(6, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    k = torch.tensor([3, 150, 220.5, 300, 370, 450])
+    code = soft_topk_code(pre.to(device), k.to(device), 1e-4, backend=backend)
+    assert_well_formed(code)
+    assert_values(code, dense(pre.double(), k, 1e-4), pre.relu())
+    hard = hard_topk_code(pre.to(device), k.round().to(device), backend=backend)
+    assert_well_formed(hard)
+    assert torch.equal(hard.to_dense().double().cpu(), dense_hard(pre.double(), k.round()))
 
 
 @pytest.mark.parametrize("family", ["relu", "heavy_tailed", "tied", "negative"])
