@@ -4,6 +4,7 @@
     python -m benchmarks.sanitizers --tools racecheck --processes 30   # the slowest alone: CPU-bound
     python -m benchmarks.sanitizers --tools racecheck --continue       # what ran out of --seconds
     python -m benchmarks.sanitizers --backends cuda     # where the other's kernels are as they were
+    python -m benchmarks.sanitizers --of sparse         # the sparse path alone
 
 memcheck and initcheck run without torch's caching allocator, whose blocks would hide an access
 beyond a tensor or memory that was never written, and so without the tests that capture a CUDA graph;
@@ -29,7 +30,14 @@ import torch
 
 from benchmarks.environment import RESULTS, ROOT, commit, device_label, write
 
-FILES = ("cuda_backend", "triton_backend", "log", "edges", "hard_topk")
+# What the kernels are of -> their tests.
+FILES = {
+    "operator": ("cuda_backend", "triton_backend", "log", "edges", "hard_topk"),
+    "sparse": (
+        *("sparse_code", "sparse_decode", "sparse_gradients", "sparse_encode", "gate", "shift", "budget"),
+        *("activity", "optim", "relu_projection", "squared_error"),
+    ),
+}
 LEFT_OUT = (
     *("many_rows", "long_rows", "two_billion", "stream", "compile_without", "without_a_gpu"),
     *("cpu", "reference", "without_clusters", "clusters_grow"),
@@ -44,11 +52,11 @@ TOOLS = {
 }
 
 
-def collect(tool: str, backends: Sequence[str]) -> list[str]:
+def collect(tool: str, backends: Sequence[str], of: Sequence[str]) -> list[str]:
     """The names of the tests that a tool runs."""
     left_out = (*LEFT_OUT, *TOOLS[tool][1], *(name for name in BACKENDS if name not in backends))
     chosen = " and ".join([f"({' or '.join(backends)})", *(f"not {name}" for name in left_out)])
-    files = [f"tests/softtopk/test_{name}.py" for name in FILES]
+    files = [f"tests/softtopk/test_{name}.py" for which in of for name in FILES[which]]
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
     listed = subprocess.run([*command, *files, "-k", chosen], cwd=ROOT, capture_output=True, text=True)
     return [line for line in listed.stdout.splitlines() if "::" in line]
@@ -83,11 +91,14 @@ def run(tool: str, tests: list[str], seconds: float, gpu: int) -> dict:
     }
 
 
-def together(tool: str, parts: list[dict], backends: Sequence[str] = BACKENDS) -> dict:
+def together(
+    tool: str, parts: list[dict], backends: Sequence[str] = BACKENDS, of: Sequence[str] = tuple(FILES)
+) -> dict:
     """One row of several parts; what was stopped (exit code None) is left to --continue."""
     return {
         "tool": tool,
         "backends": [*backends],
+        "of": [*of],
         "exit_codes": sorted({part["exit_code"] for part in parts} - {None}),
         "tests": dict(sum((Counter(part["tests"]) for part in parts), Counter())),
         "errors": sum(part["errors"] for part in parts),
@@ -105,7 +116,7 @@ def continued(before: dict, row: dict) -> dict:
 
 
 def key(row: dict) -> tuple:
-    return row["tool"], *row.get("backends", BACKENDS)
+    return row["tool"], *row["backends"], *row["of"]
 
 
 def main() -> None:
@@ -116,6 +127,7 @@ def main() -> None:
         "--tools", nargs="+", default=list(TOOLS), choices=TOOLS, help="others keep their rows in the file"
     )
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
+    parser.add_argument("--of", nargs="+", default=list(FILES), choices=FILES)
     parser.add_argument("--processes", type=int, default=4, help="of each tool, side by side")
     parser.add_argument("--seconds", type=float, default=3600, help="limit of each process")
     parser.add_argument(
@@ -127,7 +139,7 @@ def main() -> None:
     gpus = args.gpus or range(torch.cuda.device_count())
     path = args.out or RESULTS / f"sanitizers-{device_label('cuda')}.json"
     before = {key(row): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    keys = {tool: (tool, *args.backends) for tool in args.tools}
+    keys = {tool: (tool, *args.backends, *args.of) for tool in args.tools}
     if args.go_on:
         for tool in args.tools:
             if before.get(keys[tool], {}).get("commit") != commit():
@@ -136,8 +148,8 @@ def main() -> None:
         if args.go_on:
             tests = {tool: before[keys[tool]]["unfinished"] for tool in args.tools}
         else:
-            listed = pool.map(collect, args.tools, [args.backends] * len(args.tools))
-            tests = dict(zip(args.tools, listed, strict=True))
+            tests = {tool: pool.submit(collect, tool, args.backends, args.of) for tool in args.tools}
+            tests = {tool: listed.result() for tool, listed in tests.items()}
         running = {
             tool: [
                 pool.submit(run, tool, names[i :: args.processes], args.seconds, gpus[i % len(gpus)])
@@ -146,7 +158,7 @@ def main() -> None:
             for tool, names in tests.items()
         }
         rows = [
-            together(tool, [part.result() for part in parts], args.backends)
+            together(tool, [part.result() for part in parts], args.backends, args.of)
             for tool, parts in running.items()
         ]
     if args.go_on:
