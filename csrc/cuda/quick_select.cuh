@@ -560,7 +560,7 @@ __device__ __forceinline__ void solve_rows(const SelectArgs& args, int at, Slot<
   const int lane = int(threadIdx.x) % 32, parts = args.units.parts;
 #pragma unroll 1
   while (true) {
-    arrive_at<Barrier::emptied>(at);
+    wait_at<Barrier::emptied>(at);
     wait_at<Barrier::filled>(at);
     const int32_t unit = slot.unit;
     if (unit < 0) break;
