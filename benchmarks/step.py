@@ -137,7 +137,7 @@ def stages(shape: Shape, trainer: str, path: str, precision: str, ms: float) -> 
     """Of a training of its own, with markers between the stages; idle: what of ms no kernel ran."""
     batches = draw_batches(shape, "cuda")
     marker = step_stages.Marker(lambda: torch.cuda._sleep(1))
-    with step_stages.staged(marker):
+    with step_stages.staged(marker, "cuda"):
         run = step_ours.training(shape, trainer, path, precision, "cuda", batches)
         step_ours.do_steps(run, batches, WARM_UP)
         kernels = step_stages.profiled(lambda: step_ours.do_steps(run, batches, PROFILED))

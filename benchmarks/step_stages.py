@@ -149,14 +149,14 @@ def profiled(run_steps: Callable[[], object]) -> list[Kernel]:
 
 
 @contextlib.contextmanager
-def staged(marker: Marker) -> Iterator[None]:
-    """softsae's and softtopk's functions as stages."""
+def staged(marker: Marker, device: str) -> Iterator[None]:
+    """softsae's and softtopk's functions, those of a device's kernels, as stages."""
     from softsae import autoencoder, losses, parts, selectors, step
     from softsae.k_estimator import KEstimator
     from softsae.sparse import CenterGradient
     from softtopk import dispatch, optim, projection, sparse_autograd
 
-    kernels = dispatch.sparse_kernels(None, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    kernels = dispatch.sparse_kernels(None, torch.device(device))
     sae = autoencoder.SparseAutoencoder
     softsae, topk = selectors.of("softsae"), selectors.of("topk")
     # (owner, name, stage, what follows)

@@ -149,7 +149,7 @@ def test_the_stages_of_our_steps_are_marked(trainer, path):
     marker = Marker(lambda: launched.append(1))
     batches = [torch.randn(SMALL[:2]) for _ in range(2)]
     before = {owner: dict(vars(owner)) for owner in (step_ours.Trainer, sys.modules["softsae.step"].Step)}
-    with step_stages.staged(marker):
+    with step_stages.staged(marker, "cpu"):
         run = step_ours.training(SMALL, trainer, path, "bfloat16", "cpu", batches)
         step_ours.do_steps(run, batches, 3)
         steps_launched = len(launched)

@@ -415,14 +415,14 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
     }
     at = after(at);
   }
-  // The end, for each solver. No barrier is left behind half full.
+  // The end, for each solver, in the steps of a unit. No barrier is left behind half full.
 #pragma unroll 1
   for (int i = kScanners; i < int(blockDim.x); i += 32) {
     wait_at<Barrier::emptied>(at);
-    if (warp == 0) {
-      if (lane == 0) slots[at].unit = -1;
-      wait_at<Barrier::filled>(at);
-    }
+    sync_scanners();
+    if (t == 0) slots[at].unit = -1;
+    sync_scanners();
+    if (warp == 0) arrive_at<Barrier::filled>(at);
     at = after(at);
   }
 }
@@ -560,7 +560,7 @@ __device__ __forceinline__ void solve_rows(const SelectArgs& args, int at, Slot<
   const int lane = int(threadIdx.x) % 32, parts = args.units.parts;
 #pragma unroll 1
   while (true) {
-    wait_at<Barrier::emptied>(at);
+    arrive_at<Barrier::emptied>(at);
     wait_at<Barrier::filled>(at);
     const int32_t unit = slot.unit;
     if (unit < 0) break;

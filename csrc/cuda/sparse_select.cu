@@ -70,9 +70,15 @@ Quick quick_of(int items, const Device& device) {
   return {select_quick<S, SOFT, GROUPS, OF_WARP>,
           Plan{1, kScanners + 32 * solvers, 0, bytes(solvers)}};
 }
-// Few are wanted of rows whose code has room for no more than kMostPlaces, a quarter more than the
-// budgets and some to spare (softtopk/sparse_checks.py).
+// Whether few are wanted: at most kMostFewWanted by one budget for all, or else by what the code
+// has room for, a quarter more than the budgets and some to spare (softtopk/sparse_checks.py).
+constexpr double kMostFewWanted = 187;  // so that kMostWanted are not exceeded
 constexpr int64_t kMostPlaces = 288;
+bool few_wanted(const SelectArgs& args) {
+  return args.k.data == nullptr ? args.k.number <= kMostFewWanted
+                                : args.code.max_active <= kMostPlaces;
+}
+
 template <class S, bool SOFT>
 Quick quick_for(int items, bool few, const Device& device) {
   if (!few) return quick_of<S, SOFT, 24, kManyOfWarp>(items, device);
@@ -104,7 +110,7 @@ void select_rows(SelectArgs args, void* workspace, const Device& device, void* s
       const int64_t all = x.rows * units.parts;
       args.all = false;
       args.units = units;
-      const bool few = args.code.max_active <= kMostPlaces;
+      const bool few = few_wanted(args);
       args.room = units.parts > 1 ? room_in_memory(units.parts) : few ? kFewOfWarp : kManyOfWarp;
       if (units.parts > 1) {
         args.sent_parts = static_cast<Part*>(workspace);
