@@ -63,29 +63,30 @@ static_assert(int64_t(kMostParts) * kMostStripes * kScanners * 8 <= int64_t(1)
 static_assert(kMostFew<kManyOfWarp> <= 1 << kPlaceBits);
 inline constexpr int kTooMany = 0x10000;  // a count of candidates that are not to be had
 
-// A block hands rows over in slots, one for each of its solving warps. Of each slot two barriers:
-// one at which its solver meets all that scan, when it is empty, and one at which it meets the
-// collecting warp, when it is filled. They are spelled out, for a barrier whose number is not known
-// counts as all of a block's, of which a multiprocessor has not enough.
+// A block hands rows over in slots, one for each of its solving warps. Of each slot two barriers,
+// at which its solver meets all that scan: one when it is empty, and one when it is filled. (Where
+// only one scanning warp came to the second, for the others as well, racecheck took the slot for
+// contended.) They are spelled out, for a barrier whose number is not known counts as all of a
+// block's, of which a multiprocessor has not enough.
 enum class Barrier { emptied, filled };
 template <Barrier B, class F>
 __device__ __forceinline__ void with_barrier(int slot, F f) {
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < kMostSolvers; ++i) {
-    if (slot == i) f(2 + 2 * i + int(B), B == Barrier::emptied ? kScanners + 32 : 64);
+    if (slot == i) f(2 + 2 * i + int(B));
   }
 }
 template <Barrier B>
 __device__ __forceinline__ void arrive_at(int slot) {
-  with_barrier<B>(slot, [](int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+  with_barrier<B>(slot, [](int barrier) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kScanners + 32) : "memory");
   });
 }
 template <Barrier B>
 __device__ __forceinline__ void wait_at(int slot) {
-  with_barrier<B>(slot, [](int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+  with_barrier<B>(slot, [](int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kScanners + 32) : "memory");
   });
 }
 
@@ -409,10 +410,8 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
     now = shared.next;
     sync_scanners();  // the unit has been read
     unit.move_to(now);
-    if (warp == 0) {
-      if (args.units.fed && now < units) unit.ask();
-      arrive_at<Barrier::filled>(at);
-    }
+    if (warp == 0 && args.units.fed && now < units) unit.ask();
+    arrive_at<Barrier::filled>(at);
     at = after(at);
   }
   // The end, for each solver, in the steps of a unit. No barrier is left behind half full.
@@ -422,7 +421,7 @@ __device__ __forceinline__ void scan_units(const SelectArgs& args, Unit<S>& unit
     sync_scanners();
     if (t == 0) slots[at].unit = -1;
     sync_scanners();
-    if (warp == 0) arrive_at<Barrier::filled>(at);
+    arrive_at<Barrier::filled>(at);
     at = after(at);
   }
 }
