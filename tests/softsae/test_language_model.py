@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -25,13 +26,19 @@ def lm(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def sequences(lm, prose):
-    train, _ = corpus([prose], heldout=0.2)
-    return tokenize(lm.tokenizer, train, context=40, max_tokens=1000)
+def documents(prose):
+    """All, in order: which are held out depends on where their folder is."""
+    return sorted(itertools.chain(*corpus([prose], heldout=0.2)), key=lambda document: document.name)
+
+
+@pytest.fixture(scope="module")
+def sequences(lm, documents):
+    return tokenize(lm.tokenizer, documents, context=40, max_tokens=1000)
 
 
 @pytest.fixture
 def sae(lm):
+    torch.manual_seed(0)
     sae = SparseAutoencoder(AutoencoderConfig(d=lm.d, n=64, k=8, architecture="topk"))
     sae.initialize(torch.randn(100, lm.d))
     return sae.eval()
@@ -247,9 +254,8 @@ def test_nonfinite_activations_are_named_and_refused_or_left_out(lm, sequences, 
     assert 0 < source.manifest["excluded"]["nonfinite"] == sequences.tokens - source.rows
 
 
-def test_a_bos_that_the_tokenizer_adds_leads_every_sequence_and_is_left_out(lm, sequences, tmp_path, prose):
-    train, _ = corpus([prose], heldout=0.2)
-    led = tokenize(lm.tokenizer, train, context=40, max_tokens=500, bos=0)
+def test_a_bos_of_the_tokenizer_leads_every_sequence_and_is_left_out(lm, sequences, tmp_path, documents):
+    led = tokenize(lm.tokenizer, documents, context=40, max_tokens=500, bos=0)
     assert all(led[s][0] == 0 and len(led[s]) <= 40 for s in range(len(led)))
     source = collect(lm, led, tmp_path / "a", CollectConfig(layer=1, outlier_factor=None), Exclusion(None, 0))
     assert source.rows == led.tokens - len(led) and source.position.min() == 1
