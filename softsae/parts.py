@@ -26,9 +26,10 @@ from softtopk.backends.reference import compute_dtype
 if TYPE_CHECKING:
     from softsae.autoencoder import SparseAutoencoder
 
-# Of a part's matrix (rows, n), of which there are up to five at a time. On an H200, at B = 8192, d = 512,
-# n = 4096, a step takes 1.68 | 1.52 | 1.36 | 1.22 ms with 8 | 12 | 16 | 32 MiB and has 111 | 127 | 153 | 237
-# MiB beside its state: small parts are bound by the latency of their kernels, not by where they are cached.
+# Of a part's matrix (rows, n), of which there are up to five at a time. In a development run on an H200, at
+# B = 8192, d = 512, n = 4096, a step took 1.68 | 1.52 | 1.36 | 1.22 ms with 8 | 12 | 16 | 32 MiB and had 143
+# | 159 | 185 | 269 MiB beside its state, each the first step of its process. (Of 8 MiB, where others had
+# trained before in the process, benchmarks/results/step-h200.json has 111.)
 PART_BYTES = 16 << 20
 # Rows of a part, times d: of fewer, adding up the gradients (n, d) would be a good part of the work.
 ROWS_PER_WIDTH = 2

@@ -20,8 +20,8 @@
 // right, is marked, and left to the careful kernel of sparse_select.cu.
 //
 // A block has room for 96 candidates of each scanning warp and looks for its bound among 256
-// maxima; where a code has room for more than usual, for 256 among 512, so that up to 384 can be
-// wanted.
+// maxima; where more may be wanted (few_wanted in sparse_select.cu), for 256 among 512, so that up
+// to 384 can be.
 //
 // An activation with one threshold for all and no bias costs nothing: what is not above it is never
 // a candidate. With a bias or thresholds every thread applies them to its own chunks on chip.
