@@ -19,7 +19,7 @@ from softsae.activations.tensors import TensorSource
 from softsae.architectures import ARCHITECTURES
 from softsae.cli import main
 from softsae.report import plots
-from softsae.trainer import NonFiniteActivations
+from softsae.trainer import NonFiniteActivations, pick_device
 from tests.softsae.test_cli import collected, run  # noqa: F401
 
 D, N, STEPS = 16, 48, 40
@@ -244,7 +244,7 @@ def test_the_command_with_a_language_model(collected, tmp_path):  # noqa: F811
             best = rows["topk-k6-lr0.005"]["explained_variance"]
             assert row["k"] in (3, 6) and row["explained_variance"] < best
             continue
-        sae = softsae.load(out / "autoencoders" / name / "sae")
+        sae = softsae.load(out / "autoencoders" / name / "sae", pick_device("auto"))
         held = softsae.activations.as_source(collected / "heldout")
         measured = softsae.evaluate(sae, held.in_order(1024))
         assert row["explained_variance"] == pytest.approx(measured["explained_variance"], abs=1e-9)
