@@ -121,10 +121,13 @@ def products_at_a_time(part: slice, weight: Tensor, dtype: torch.dtype) -> Itera
 
 
 def columns_of(buffer: Tensor, rows: int, part: slice) -> Tensor:
-    """The buffer as (rows, columns of the part), rows on 16 bytes."""
+    """The buffer as (rows, columns of the part), rows on 16 bytes. What is between them is 0: kernels read
+    eight columns at a time."""
     columns = part.stop - part.start
     stride = round_up(columns, 8)
-    return buffer[: rows * stride].view(rows, stride)[:, :columns]
+    whole = buffer[: rows * stride].view(rows, stride)
+    whole[:, columns:].zero_()
+    return whole[:, :columns]
 
 
 def even(n: int, most: int) -> int:

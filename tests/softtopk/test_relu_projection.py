@@ -20,6 +20,18 @@ from tests.waiting import record
 SHAPES = [(1, 1, 1), (5, 7, 3), (3, 12, 33), (9, 5, 257), (37, 8, 700), (17, 20, 1024), (70, 3, 300)]
 
 
+@pytest.fixture(params=["torch", "cuda"])
+def steps(request) -> tuple[object, str]:
+    """What is done between the products, and the device where it is done."""
+    if request.param == "torch":
+        return projection.TorchSteps, "cpu"
+    if (reason := softtopk.available_backends()["cuda"]) is not None:
+        pytest.skip(f"cuda: {reason}")
+    from softtopk.backends import cuda
+
+    return cuda.projection.steps, "cuda"
+
+
 @pytest.fixture
 def small_products(monkeypatch):
     """Products of as few columns as there may be, of chunks that have more."""
@@ -48,6 +60,58 @@ def dense(x, weight, bias, w2) -> Tensor:
 def weights_of(scores: Tensor) -> Tensor:
     """Another gradient for every row, one of them 0."""
     return torch.arange(len(scores), dtype=scores.dtype, device=scores.device).sub(1).cos().sub(1)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_steps(steps, shape, kind):
+    """Each by its formula, in double precision from the same rounded numbers."""
+    steps, device = steps
+    rows, d, n = shape
+    wide = torch.float64 if kind == torch.float64 else torch.float32
+
+    def given(t, dtype):
+        """A tensor for the steps, and what they see of it."""
+        t = t.detach().to(dtype)
+        return t.to(device), t.double()
+
+    def empty(*size, dtype=wide):
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def columns():
+        return projection.columns_of(empty(rows * (n + 7), dtype=kind), rows, slice(0, n))
+
+    def close(got, want, error=1e-5):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=error, atol=1e-5 * n**0.5)
+
+    x, weight, bias, w2 = problem(shape, "cpu", torch.float64)
+    hidden, seen = given(x @ weight.T + bias, kind)
+    (weight, weights), (bias, biases), (w2, w2s) = given(weight, kind), given(bias, kind), given(w2, wide)
+    scores, mask = empty(rows), empty(rows, (n + 7) // 8, dtype=torch.uint8)
+    z = columns().copy_(hidden)
+    for times, add in (1, False), (2, True):
+        steps.relu_dot(z, w2, add, scores, mask)
+        close(scores, times * (seen.relu() @ w2s))
+    on = (seen > 0).double()
+    assert torch.equal(projection.unpack(mask.cpu(), n).double(), on)
+
+    g, gs = given(weights_of(x[:, 0]), wide)
+    expanded = columns()
+    sums = steps.expand_mask(mask, g, expanded)
+    assert torch.equal(expanded.cpu(), (gs[:, None] * on).to(kind))
+    gamma = on.T @ gs
+    close(sums.sum(0), gamma)
+
+    products, of = given(torch.randn(n, d, generator=torch.Generator().manual_seed(1)), wide)
+    for out in dict.fromkeys((kind, wide)):
+        to_weight, (to_bias, to_w2, squares) = empty(n, d, dtype=out), (empty(n) for _ in range(3))
+        steps.scale_gradient(products, weight, bias, w2, sums, to_weight, to_bias, to_w2, squares)
+        exact = max(1e-5, torch.finfo(out).eps)
+        close(to_weight, of * w2s[:, None], exact)
+        close(to_bias, w2s * gamma)
+        close(to_w2, (of * weights).sum(1) + biases * gamma)
+        # In torch of what has been rounded.
+        close(squares, (of * w2s[:, None]).square().sum(1), 2 * exact)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -254,7 +318,7 @@ def test_kernels_compile_without_a_gpu(tmp_path):
 
 
 @pytest.mark.gpu
-class TestOnTheGpu:
+class TestLargeProducts:
     @pytest.fixture(params=["cuda", "triton"])
     def backend(self, request) -> str:
         if (reason := softtopk.available_backends()[request.param]) is not None:
@@ -262,7 +326,7 @@ class TestOnTheGpu:
         return request.param
 
     @pytest.mark.parametrize("shape", [(512, 256, 20000), (1000, 333, 4099)], ids=str)
-    def test_large(self, backend, shape):
+    def test_is_the_dense_layer(self, backend, shape):
         x, weight, bias, w2 = problem(shape, "cuda")
         copy = weight.detach().bfloat16()
         scores = relu_projection(x, weight, bias, w2, copy=copy, backend=backend)
