@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # Of a part's matrix (rows, n), of which there are up to five at a time. In a development run on an H200, at
 # B = 8192, d = 512, n = 4096, a step took 1.68 | 1.52 | 1.36 | 1.22 ms with 8 | 12 | 16 | 32 MiB and had 143
-# | 159 | 185 | 269 MiB beside its state, each the first step of its process. (Of 8 MiB, where others had
-# trained before in the process, benchmarks/results/step-h200.json has 111.)
+# | 159 | 185 | 269 MiB beside its state, each the first step of its process. (Of 16 MiB, where others had
+# trained before in the process, benchmarks/results/step-h200.json has 153.)
 PART_BYTES = 16 << 20
 # Rows of a part, times d: of fewer, adding up the gradients (n, d) would be a good part of the work.
 ROWS_PER_WIDTH = 2
