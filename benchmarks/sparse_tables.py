@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks import sparse_bars, sparse_plots
 from benchmarks.environment import RESULTS
-from benchmarks.sparse_bars import DENSE_TOPK, STEP_SHAPES
+from benchmarks.sparse_bars import DENSE_TOPK, SOFTSAE_REFERENCE, STEP_SHAPES, TOPK_REFERENCE, WIDE
 from benchmarks.tables import caption, markdown
 
 NOTHING = "Not measured yet."
@@ -148,21 +148,20 @@ def step() -> str:
 
 
 def step_summary() -> str:
-    """For README.md: the fastest step of each trainer at each shape."""
-    path = RESULTS / STEP_FILE
-    if not path.exists():
-        return NOTHING
-    data = json.loads(path.read_text())
-    trainers = dict.fromkeys((row["trainer"], row["precision"]) for row in data["rows"])
+    """For README.md: a step of SoftSAE with the published estimator as it chooses its path, beside others."""
+    rows = json.loads((RESULTS / STEP_FILE).read_text())["rows"]
     body = []
-    for trainer, precision in trainers:
-        cells = []
-        for shape in STEP_SHAPES:
-            row = sparse_bars.fastest(data["rows"], shape, trainer, precision)
-            cells.append("–" if row is None else f"{row['ms']:.3g}")
-        body.append([trainer, precision, *cells])
-    header = ["ms a step", "products", *("B={}, d={}, n={}, k={}".format(*shape) for shape in STEP_SHAPES)]
-    return f"{markdown(header, body)}\n\n{caption(data['environment'])}."
+    for shape in STEP_SHAPES:
+        ours = sparse_bars.fastest([row for row in rows if row["path"] == "auto"], shape, WIDE, "bfloat16")
+        peers = [
+            sparse_bars.fastest(rows, shape, name, "TF32") for name in (SOFTSAE_REFERENCE, TOPK_REFERENCE)
+        ]
+        cells = ["{}, {}, {}, {}".format(*shape), f"{ours['ms']:.3g} ms", ours["took"]]
+        cells += [f"{peer['ms']:.3g} ms ({peer['ms'] / ours['ms']:.3g}×)" for peer in peers]
+        cells += [f"{ours['beyond_bytes'] / peers[0]['beyond_bytes']:.2f}", ours["commit"][:7]]
+        body.append(cells)
+    header = ["B, d, n, k", "a step of SoftSAE", "path", "its authors'", "TopK, dictionary_learning"]
+    return markdown([*header, "memory, of its authors'", "commit"], body)
 
 
 def curves() -> str:

@@ -1,6 +1,16 @@
 """benchmarks/sanitizers.py: what is written down of runs that ended, were stopped, or go on."""
 
-from benchmarks.sanitizers import continued, together
+import pytest
+
+from benchmarks.environment import ROOT
+from benchmarks.sanitizers import FILES, TOOLS, continued, together
+
+
+@pytest.mark.parametrize("name", sorted({name for _, left_out, _ in TOOLS.values() for name in left_out}))
+def test_what_a_tool_leaves_out_is_there(name):
+    """Or a test that was renamed would be run."""
+    files = [ROOT / "tests/softtopk" / f"test_{name}.py" for names in FILES.values() for name in names]
+    assert any(name in line for file in files for line in file.read_text().splitlines() if "def test" in line)
 
 
 def part(code, errors=0, unfinished=(), **tests):
