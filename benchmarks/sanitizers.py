@@ -39,8 +39,8 @@ from benchmarks.environment import RESULTS, ROOT, commit, device_label, write
 FILES = {
     "operator": ("cuda_backend", "triton_backend", "log", "edges", "hard_topk"),
     "sparse": (
-        *("sparse_code", "sparse_decode", "sparse_gradients", "sparse_encode", "gate", "shift", "budget"),
-        *("activity", "optim", "relu_projection", "squared_error"),
+        *("topk_code", "sparse_code", "sparse_decode", "sparse_gradients", "sparse_encode", "gate", "shift"),
+        *("budget", "activity", "optim", "relu_projection", "squared_error"),
     ),
 }
 LEFT_OUT = (
