@@ -26,57 +26,19 @@
 //   867, with 16: 96 | 198 | 279 | 861, bound by the L2 cache from here on;
 // - the cache told what to keep, long latents looked for once, this: 94 | 196 | 264 | 816, without
 //   dots 64 | 150 | 189 | 554, of Zipf latents 112 | - | 271 | -.
-#include "layout.cuh"
+#include "columns.cuh"
 #include "overlap.cuh"
+#include "partial_sums.cuh"
+#include "pieces.cuh"
 
 namespace softtopk::cuda {
 namespace {
 
-constexpr int kPiece = 64;         // entries
 constexpr int kMost = 2 * kPiece;  // of a block: the last latent may reach beyond its piece
 constexpr int kTogether = 4;       // entries whose dots are summed at once
 constexpr int kRegisters = 96;     // of a thread
 constexpr int kMostWarps = 65536 / (kRegisters * 32);
-constexpr int kFinishing = 256;        // threads of a block of the other kernel
-constexpr int kResident = 4;           // of which a multiprocessor holds so many
-constexpr int kSearched = 16;          // pieces to a thread that are looked at at once
 constexpr int64_t kCached = 32 << 20;  // bytes of y that stay in the L2 cache
-
-// Chunks of a row that a lane has, and rows on their way.
-template <class S>
-inline constexpr int kVectors = sizeof(S) == 2 ? 2 : 4;
-template <class S>
-inline constexpr int kStages = sizeof(S) == 2 ? 4 : 2;
-// Columns of a warp.
-template <class S>
-inline constexpr int64_t kTile = kVectors<S> * 32 * Chunk<S>::size;
-
-struct GradientArgs {
-  const void* scale;
-  const int32_t* indices;
-  const int32_t* offsets;
-  const int32_t* entries;
-  int64_t places;
-  int32_t max_active, n;
-  int32_t d;
-  int32_t first_column, end_column;  // those that are gone through
-  const void* y;
-  const void* weight;  // or null
-  bool project, zero_silent;
-  bool given;  // the dots are there
-  void* grad;
-  void* dots;
-  void* sums;
-  void* squares;
-  // The workspace.
-  void* partial;       // (pieces, 2, d), where a piece begins or ends within a long latent
-  void* partial_sums;  // (pieces, 2)
-  int32_t* longs;      // (pieces,) the long latent that begins in a piece, or -1
-  int64_t pieces;
-};
-
-// Whether pieces share a latent's entries.
-__device__ __forceinline__ bool is_long(int32_t begin, int32_t end) { return end - begin > kPiece; }
 
 // What a block has to know of an entry.
 enum Flags : int32_t {
@@ -92,13 +54,6 @@ struct alignas(16) Entry {
   int32_t row;     // of y, or -1: there is none
   int32_t weight;  // to be brought: the latent if the entry is its first, or -1
 };
-
-template <class T>
-__device__ __forceinline__ T sum_of_warp(T value) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(~0u, value, mask);
-  return value;
-}
 
 // Of SIZE values of every lane, a power of two, the sums over a warp: value i in the lanes i * 32 /
 // SIZE and following.
@@ -123,111 +78,6 @@ __device__ __forceinline__ T sums_of_warp(const T (&values)[SIZE]) {
     return sums_of_warp<kMask>(half);
   }
 }
-
-// Stores 16 bytes that are not soon read again.
-__device__ __forceinline__ void store_passing(void* to, const uint4& words) {
-  asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y),
-               "r"(words.z), "r"(words.w)
-               : "memory");
-}
-
-// How the L2 cache is to treat what is copied: y stays, a row of the weight is read but once.
-struct Policies {
-  uint64_t keep, pass;
-  __device__ Policies() {
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(pass));
-  }
-};
-
-// Copies 16 bytes to shared memory if `wanted`; wait_copies<N>() returns when all groups of copies
-// but the last N that the thread closed with close_copies() have come, for the thread's own eyes.
-__device__ __forceinline__ void copy_16(uint4* to, const void* from, bool wanted, uint64_t policy) {
-  asm volatile(
-      "{\n"
-      "  .reg .pred wanted;\n"
-      "  setp.ne.b32 wanted, %2, 0;\n"
-      "  @wanted cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %3;\n"
-      "}" ::"r"(shared_address(to)),
-      "l"(from), "r"(int(wanted)), "l"(policy)
-      : "memory");
-}
-__device__ __forceinline__ void close_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int N>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-// A lane's columns: kVectors chunks, a warp's width apart. Its place for a chunk in shared memory
-// is a warp's width from the next as well.
-template <class S, bool WIDE>
-struct Columns {
-  using Raw = typename Element<S>::Raw;
-  static constexpr int size = Chunk<S>::size, vectors = kVectors<S>;
-  int32_t first, end, d;
-
-  __device__ explicit Columns(const GradientArgs& args)
-      : first(args.first_column +
-              (int32_t(threadIdx.x / 32) * 32 * vectors + int32_t(threadIdx.x) % 32) * size),
-        end(args.end_column),
-        d(args.d) {}
-  __device__ __forceinline__ int32_t column(int vector) const { return first + vector * 32 * size; }
-  // The lane's part of the first row of y or of the weight.
-  __device__ __forceinline__ const unsigned char* part(const void* data) const {
-    return static_cast<const unsigned char*>(data) + int64_t(first) * int64_t(sizeof(S));
-  }
-  // Begins to copy that of another row; columns beyond the end are left alone.
-  __device__ __forceinline__ void copy(uint4* to, const unsigned char* part, int32_t row,
-                                       uint64_t policy) const {
-    const unsigned char* const from =
-        part + uint64_t(uint32_t(row)) * (uint32_t(d) * uint32_t(sizeof(S)));
-#pragma unroll
-    for (int v = 0; v < vectors; ++v) {
-      const int32_t at = column(v);
-      if constexpr (WIDE) {
-        copy_16(to + v * 32, from + v * 512, at < end && row >= 0, policy);
-      } else {
-        const Raw* const own = reinterpret_cast<const Raw*>(from + v * 512);
-        Chunk<S> chunk{};
-#pragma unroll
-        for (int i = 0; i < size; ++i) {
-          if (at + i < end && row >= 0) chunk.set_raw(i, __ldg(own + i));
-        }
-        to[v * 32] = chunk.words;
-      }
-    }
-  }
-  template <class T>
-  __device__ __forceinline__ static void read(const uint4* from, int vector, T (&x)[size]) {
-    Chunk<S>{from[vector * 32]}.read(x);
-  }
-  // PASSING: it is not soon read again.
-  template <bool PASSING, class O, class T>
-  __device__ __forceinline__ void store(O* row, int vector, const T (&x)[size]) const {
-    using RawOut = typename Element<O>::Raw;
-    constexpr int kOut = Chunk<O>::size;
-    const int32_t at = column(vector);
-    RawOut* const to = reinterpret_cast<RawOut*>(row) + at;
-    if constexpr (WIDE && size % kOut == 0) {
-      if (at >= end) return;
-#pragma unroll
-      for (int part = 0; part < size / kOut; ++part) {
-        Compute<O> own[kOut];
-#pragma unroll
-        for (int i = 0; i < kOut; ++i) own[i] = Compute<O>(x[part * kOut + i]);
-        const uint4 words = Chunk<O>::of(own).words;
-        PASSING ? store_passing(to + part * kOut, words) : store_global(to + part * kOut, words);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < size; ++i) {
-        if (at + i < end) to[i] = Element<O>::raw(Compute<O>(x[i]));
-      }
-    }
-  }
-};
 
 // What a warp adds to the sums of its block, in dynamic shared memory: to the dot of each entry, to
 // the square of each latent, kept with its last entry, and to <grad, weight> of two latents in
@@ -318,7 +168,7 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
     if (args.given) of_warps->dots[i] = static_cast<const T*>(args.dots)[place];
   }
 
-  const Own own(args);
+  const Own own(args.first_column, args.end_column, args.d);
 #pragma unroll
   for (int v = 0; v < kMany; ++v) {
     if (own.column(v) < own.end) continue;
@@ -464,158 +314,6 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
     T square = leading ? 0 : *out;
     for (int other = 0; other < warps; ++other) square += of_warps[other].squares[i];
     *out = square;
-  }
-}
-
-constexpr int kWide = 4;
-template <class T>
-struct alignas(16) Wide {
-  T values[kWide];
-};
-
-// The sum of a value over a block of kFinishing threads, in all of them.
-template <class T>
-__device__ __forceinline__ T sum_of_block(T value, T (&of_warps)[kFinishing / 32]) {
-  value = sum_of_warp(value);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  T total = 0;
-#pragma unroll
-  for (const T of_warp : of_warps) total += of_warp;
-  return total;
-}
-
-// By a block: adds up the partial sums of a long latent, for its slice of columns, of which a
-// thread has kWide neighbours.
-template <class S, class O>
-__device__ __forceinline__ void add_partial_of(const GradientArgs& args, int32_t latent,
-                                               Compute<S> (&of_warps)[kFinishing / 32]) {
-  using T = Compute<S>;
-  const int t = int(threadIdx.x);
-  const int64_t d = args.d;
-  const int32_t begin = args.offsets[latent], end = args.offsets[latent + 1];
-  // The first piece has it last, but where it begins with it; the others have it first.
-  const int32_t first = begin / kPiece, last = (end - 1) / kPiece;
-  T* const start =
-      static_cast<T*>(args.partial) + (int64_t(first) * 2 + (begin > first * kPiece)) * d;
-  const T* const others = static_cast<const T*>(args.partial) + int64_t(first) * 2 * d;
-  const auto* const weight = static_cast<const typename Element<S>::Raw*>(args.weight) +
-                             (args.project ? int64_t(latent) * d : 0);
-  auto* const out = static_cast<typename Element<O>::Raw*>(args.grad) + int64_t(latent) * d;
-  const int64_t first_column = (int64_t(blockIdx.y) * kFinishing + t) * kWide;
-  const int64_t step = int64_t(gridDim.y) * kFinishing * kWide;
-  T along = 0, square = 0;
-  for (int64_t column = first_column; column < d; column += step) {
-    const int count = int(min(int64_t(kWide), d - column));
-    T sum[kWide];
-#pragma unroll
-    for (int i = 0; i < kWide; ++i) sum[i] = i < count ? start[column + i] : T(0);
-    if (d % kWide == 0) {
-#pragma unroll 8
-      for (int32_t piece = 1; piece <= last - first; ++piece) {
-        const Wide<T> own =
-            *reinterpret_cast<const Wide<T>*>(others + int64_t(piece) * 2 * d + column);
-#pragma unroll
-        for (int i = 0; i < kWide; ++i) sum[i] += own.values[i];
-      }
-    } else {
-      for (int32_t piece = 1; piece <= last - first; ++piece) {
-#pragma unroll
-        for (int i = 0; i < kWide; ++i) {
-          if (i < count) sum[i] += others[int64_t(piece) * 2 * d + column + i];
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kWide; ++i) {
-      if (i >= count) continue;
-      if (args.project) {
-        start[column + i] = sum[i];  // this thread's from here on
-        along = fma(sum[i], Element<S>::value(weight[column + i]), along);
-      } else {
-        out[column + i] = Element<O>::raw(Compute<O>(sum[i]));
-        square = fma(sum[i], sum[i], square);
-      }
-    }
-  }
-  if (args.project) {
-    along = sum_of_block(along, of_warps);
-    for (int64_t column = first_column; column < d; column += step) {
-      for (int64_t i = column; i < min(column + kWide, d); ++i) {
-        const T sum = start[i] - along * Element<S>::value(weight[i]);
-        out[i] = Element<O>::raw(Compute<O>(sum));
-        square = fma(sum, sum, square);
-      }
-    }
-  }
-  if (args.squares != nullptr) {
-    square = sum_of_block(square, of_warps);
-    if (t == 0) static_cast<T*>(args.squares)[latent] = square;
-  }
-  if (args.sums != nullptr && blockIdx.y == 0 && t < 32) {
-    const T* const sums = static_cast<const T*>(args.partial_sums);
-    T sum = 0;
-    for (int32_t piece = first + t; piece <= last; piece += 32) {
-      sum += sums[int64_t(piece) * 2 + (piece == first && begin > first * kPiece)];
-    }
-    sum = sum_of_warp(sum);
-    if (t == 0) static_cast<T*>(args.sums)[latent] = sum;
-  }
-}
-
-// The long latents, in turns of the blocks. Each of these looks through all pieces for them,
-// kSearched to a thread at a time.
-template <class S, class O>
-__global__ void __launch_bounds__(kFinishing, kResident) add_partial(const GradientArgs args) {
-  constexpr int kWarps = kFinishing / 32, kEach = kSearched * kWarps / 32;
-  __shared__ Compute<S> of_warps[kWarps];
-  __shared__ int32_t found[kSearched * kFinishing], starts[kSearched * kWarps];
-  __shared__ int32_t count;
-  const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
-  wait_for_kernel_before();
-  const int64_t pieces = (int64_t(args.offsets[args.n]) + kPiece - 1) / kPiece;
-  int64_t before = 0, next = blockIdx.x;  // among all long latents
-  for (int64_t base = 0; base < pieces; base += kSearched * kFinishing) {
-    int32_t latents[kSearched];
-#pragma unroll
-    for (int i = 0; i < kSearched; ++i) {
-      const int64_t piece = base + i * kFinishing + t;
-      latents[i] = piece < pieces ? args.longs[piece] : -1;
-    }
-    uint32_t of_warp[kSearched];
-#pragma unroll
-    for (int i = 0; i < kSearched; ++i) {
-      of_warp[i] = __ballot_sync(~0u, latents[i] >= 0);
-      if (lane == 0) starts[i * kWarps + warp] = __popc(of_warp[i]);
-    }
-    __syncthreads();
-    if (warp == 0) {
-      int32_t* const own = starts + lane * kEach;
-      int32_t sum = 0;
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) sum += own[i];
-      int32_t start = int32_t(inclusive_scan<32>(unsigned(sum), lane)) - sum;
-      if (lane == 31) count = start + sum;
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int32_t size = own[i];
-        own[i] = start;
-        start += size;
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kSearched; ++i) {
-      const int32_t place = starts[i * kWarps + warp] + __popc(of_warp[i] & ((1u << lane) - 1));
-      if (latents[i] >= 0) found[place] = latents[i];
-    }
-    __syncthreads();
-    for (; next < before + count; next += gridDim.x) {
-      add_partial_of<S, O>(args, found[next - before], of_warps);
-    }
-    before += count;
-    __syncthreads();
   }
 }
 
