@@ -149,19 +149,24 @@ def step() -> str:
 
 def step_summary() -> str:
     """For README.md: a step of SoftSAE with the published estimator as it chooses its path, beside others."""
-    rows = json.loads((RESULTS / STEP_FILE).read_text())["rows"]
+    path = RESULTS / STEP_FILE
+    if not path.exists():
+        return NOTHING
+    rows = json.loads(path.read_text())["rows"]
     body = []
     for shape in STEP_SHAPES:
         ours = sparse_bars.fastest([row for row in rows if row["path"] == "auto"], shape, WIDE, "bfloat16")
-        peers = [
-            sparse_bars.fastest(rows, shape, name, "TF32") for name in (SOFTSAE_REFERENCE, TOPK_REFERENCE)
-        ]
+        if ours is None:
+            continue
+        authors = sparse_bars.fastest(rows, shape, SOFTSAE_REFERENCE, "TF32")
+        topk = sparse_bars.fastest(rows, shape, TOPK_REFERENCE, "TF32")
         cells = ["{}, {}, {}, {}".format(*shape), f"{ours['ms']:.3g} ms", ours["took"]]
-        cells += [f"{peer['ms']:.3g} ms ({peer['ms'] / ours['ms']:.3g}×)" for peer in peers]
-        cells += [f"{ours['beyond_bytes'] / peers[0]['beyond_bytes']:.2f}", ours["commit"][:7]]
-        body.append(cells)
+        for peer in (authors, topk):
+            cells.append(f"{peer['ms']:.3g} ms ({peer['ms'] / ours['ms']:.3g}×)" if peer else "–")
+        cells.append(f"{ours['beyond_bytes'] / authors['beyond_bytes']:.2f}" if authors else "–")
+        body.append([*cells, ours["commit"][:7]])
     header = ["B, d, n, k", "a step of SoftSAE", "path", "its authors'", "TopK, dictionary_learning"]
-    return markdown([*header, "memory, of its authors'", "commit"], body)
+    return markdown([*header, "memory, of its authors'", "commit"], body) if body else NOTHING
 
 
 def curves() -> str:

@@ -23,6 +23,11 @@ def device_of(backend: str) -> str:
     return "cuda" if gpu else "cpu"
 
 
+def skip_if_slow(backend: str, device: str, small: bool):
+    if backend == "triton" and device == "cpu" and not small:
+        pytest.skip("too slow in Triton's interpreter")
+
+
 @pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
 def backend(request) -> str:
     """The name of each backend in turn, skipped with its reason where it is not there."""

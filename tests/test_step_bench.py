@@ -224,7 +224,6 @@ def test_files_hold_peers_and_stages(tmp_path, monkeypatch):
     picture = tmp_path / "step-h200-stages.png"
     page = tables.step()
     assert "17 of 17 bars are met." in page and f"(results/{picture.name})" in page and "100×" in page
-    assert f"| {WIDE} | bfloat16 | 1 | 1 | 1 | 1 |" in tables.step_summary()
     assert sparse_plots.stale() == [picture]
     sparse_plots.draw()
     assert sparse_plots.stale() == []
@@ -234,6 +233,22 @@ def test_files_hold_peers_and_stages(tmp_path, monkeypatch):
     data = json.loads(path.read_text())
     assert next(row for row in data["rows"] if "stages" in row)["ms"] == 60.0
     assert sum(not bar["met"] for bar in data["bars"]) == 2 and "✗" in tables.step()
+
+
+def test_the_summary_has_a_line_for_every_shape_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rows = rows_that_meet()
+    forced = next(row for row in rows if row["trainer"] == WIDE)  # of the first shape
+    chosen = forced | {"path": "auto", "took": "dense", "ms": 1.25, "commit": "0123456789ab"}
+    first = "| 8192, 512, 4096, 220 | 1.25 ms | dense |"
+
+    def lines(rows: list[dict]) -> list[str]:
+        (tmp_path / tables.STEP_FILE).write_text(json.dumps({"rows": rows}))
+        return tables.step_summary().splitlines()[2:]  # below the header
+
+    assert lines([*rows, chosen]) == [f"{first} 100 ms (80×) | 2.5 ms (2×) | 0.20 | 0123456 |"]
+    assert lines([chosen]) == [f"{first} – | – | – | 0123456 |"]
+    assert lines(rows) == [] and tables.step_summary() == tables.NOTHING  # none chose its path
 
 
 def test_peers_are_entered_without_their_init(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from tests.accuracy import (
     units_in_last_place,
 )
 from tests.cases import ADVERSARIAL_FAMILIES, ALPHAS, BAR_FAMILIES, LENGTHS, budgets, gapped, make
+from tests.conftest import skip_if_slow
 
 
 @functools.cache
@@ -43,11 +44,6 @@ def log_case(backend, device, form, x, k, alpha, v):
     want = oracle(x, k, alpha, v, form=form)
     k = k.to(device) if isinstance(k, torch.Tensor) else k
     return run(dispatch.module(backend), x.to(device), k, alpha, v.to(device), form=form), want
-
-
-def skip_if_slow(backend, device, small: bool):
-    if backend == "triton" and device == "cpu" and not small:
-        pytest.skip("too slow in Triton's interpreter")
 
 
 @pytest.mark.parametrize("n", LENGTHS)

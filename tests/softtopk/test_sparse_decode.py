@@ -7,7 +7,7 @@ import torch
 from torch import nan
 
 from softtopk import SparseCode, dispatch, soft_topk_code, soft_topk_decode, sparse_decode
-from tests.softtopk.test_sparse_code import skip_if_slow
+from tests.conftest import skip_if_slow
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softtopk import encode_hard_topk, encode_soft_topk, soft_topk_code, sparse_decode
-from tests.softtopk.test_sparse_code import skip_if_slow
+from tests.conftest import skip_if_slow
 from tests.sparse_oracle import autoencoder, dense, dense_hard, leaves
 
 

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from softtopk import hard_topk_code, soft_topk_code, soft_topk_decode
 from tests.accuracy import alpha_weight, difference, oracle
 from tests.cases import BAR_FAMILIES, gapped, make
-from tests.softtopk.test_sparse_code import skip_if_slow
+from tests.conftest import skip_if_slow
 from tests.sparse_oracle import dense, dense_hard, leaves, places
 
 

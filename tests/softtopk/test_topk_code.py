@@ -14,6 +14,7 @@ from torch import inf, nan
 import softtopk
 from softtopk import SparseCode, hard_topk, hard_topk_code, soft_topk_code, sparse
 from tests.cases import BAR_FAMILIES, FAMILIES, gapped, make
+from tests.conftest import skip_if_slow
 from tests.sparse_oracle import activation, assert_values, assert_well_formed, dense, dense_hard
 
 SETTINGS = settings(
@@ -22,11 +23,6 @@ SETTINGS = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-def skip_if_slow(backend, device, small: bool):
-    if backend == "triton" and device == "cpu" and not small:
-        pytest.skip("too slow in Triton's interpreter")
 
 
 def budgets(n: int) -> torch.Tensor:
