@@ -50,6 +50,19 @@ def fuzz() -> str:
     return markdown(["backend", "rows, all within the bars", "first seed", "on"], body)
 
 
+def sanitizers() -> str:
+    """What each tool of compute-sanitizer said of which GPU tests."""
+    body = []
+    for path in sorted(RESULTS.glob("sanitizers-*.json")):
+        data = json.loads(path.read_text())
+        for r in data["rows"]:
+            counts = (*(r["tests"].get(name, 0) for name in ("passed", "failed")), r["errors"])
+            names = [r["tool"], ", ".join(r["of"]), ", ".join(r["backends"]), data["environment"]["gpu"]]
+            body.append([*names, *map(str, (*counts, len(r["unfinished"]))), r["commit"][:7]])
+    header = ["tool", "tests of", "backends", "on", "passed", "failed", "errors", "not reached", "commit"]
+    return markdown(header, body)
+
+
 def transformer() -> str:
     """The pruning transformer, trained in several ways."""
     data = load("transformer-h200.json")
@@ -184,6 +197,7 @@ TABLES = {
     "sweep-cpu": partial(sweep, "cpu", "results"),
     "accuracy": accuracy,
     "fuzz": fuzz,
+    "sanitizers": sanitizers,
     "transformer": transformer,
     **speed_tables.TABLES,
     **sparse_tables.TABLES,

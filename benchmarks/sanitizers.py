@@ -61,12 +61,14 @@ TOOLS = {
 
 
 def collect(tool: str, backends: Sequence[str], of: Sequence[str]) -> list[str]:
-    """The names of the tests that a tool runs."""
+    """The names of the tests that a tool runs; RuntimeError if a file cannot be read."""
     left_out = (*LEFT_OUT, *TOOLS[tool][1], *(name for name in BACKENDS if name not in backends))
     chosen = " and ".join([f"({' or '.join(backends)})", *(f"not {name}" for name in left_out)])
     files = [f"tests/softtopk/test_{name}.py" for which in of for name in FILES[which]]
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
     listed = subprocess.run([*command, *files, "-k", chosen], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:  # or what is in that file would be left out, and nobody told
+        raise RuntimeError(f"pytest cannot list {chosen}: {listed.stdout[-4000:]}{listed.stderr[-1000:]}")
     return [line for line in listed.stdout.splitlines() if "::" in line]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.environment import ROOT
-from benchmarks.sanitizers import FILES, TOOLS, continued, together
+from benchmarks.sanitizers import FILES, LEFT_OUT, TOOLS, collect, continued, together
 
 
 @pytest.mark.parametrize("name", sorted({name for _, left_out, _ in TOOLS.values() for name in left_out}))
@@ -11,6 +11,19 @@ def test_what_a_tool_leaves_out_is_there(name):
     """Or a test that was renamed would be run."""
     files = [ROOT / "tests/softtopk" / f"test_{name}.py" for names in FILES.values() for name in names]
     assert any(name in line for file in files for line in file.read_text().splitlines() if "def test" in line)
+
+
+def test_listed_are_the_tests_of_a_backend(monkeypatch):
+    monkeypatch.setitem(FILES, "sparse", ("gate",))
+    listed = collect("memcheck", ["cuda"], ["sparse"])
+    assert listed and all("[cuda" in test for test in listed)
+    assert not any(name in test.split("::")[1] for test in listed for name in LEFT_OUT)
+
+
+def test_a_file_that_cannot_be_read_is_no_empty_one(monkeypatch):
+    monkeypatch.setitem(FILES, "sparse", ("gate", "nothing_of_this_name"))
+    with pytest.raises(RuntimeError, match="nothing_of_this_name"):
+        collect("memcheck", ["cuda"], ["sparse"])
 
 
 def part(code, errors=0, unfinished=(), **tests):
