@@ -84,8 +84,10 @@ def synchronize(device: str) -> None:
 
 
 def release(device: str) -> None:
+    """So that what is measured next has all of its memory to itself, cuBLAS's workspaces as well."""
     gc.collect()
     if device != "cpu":
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 

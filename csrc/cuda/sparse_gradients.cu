@@ -38,6 +38,7 @@ constexpr int kMost = 2 * kPiece;  // of a block: the last latent may reach beyo
 constexpr int kTogether = 4;       // entries whose dots are summed at once
 constexpr int kRegisters = 96;     // of a thread
 constexpr int kMostWarps = 65536 / (kRegisters * 32);
+constexpr int64_t kClearing = 1024;    // blocks that clear silent latents, if there are so many
 constexpr int64_t kCached = 32 << 20;  // bytes of y that stay in the L2 cache
 
 // What a block has to know of an entry.
@@ -87,19 +88,18 @@ struct OfWarp {
   T dots[kMost], squares[kMost], along[2];
 };
 
-// By a block: clears what belongs to the unused ones among its share of the code's places, and to
-// the silent ones among its share of the latents.
+// By one of so many blocks: clears what belongs to the unused ones among its share of the code's
+// places, and to the silent ones among its share of the latents.
 template <class T, class O>
-__device__ __forceinline__ void clear_unused(const GradientArgs& args) {
+__device__ __forceinline__ void clear_unused(const GradientArgs& args, int64_t blocks) {
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
   const int threads = int(blockDim.x), warps = threads / 32;
   if (args.dots != nullptr) {
-    for (int64_t i = int64_t(blockIdx.x) * threads + t; i < args.places;
-         i += int64_t(gridDim.x) * threads) {
+    for (int64_t i = int64_t(blockIdx.x) * threads + t; i < args.places; i += blocks * threads) {
       if (args.indices[i] >= args.n) static_cast<T*>(args.dots)[i] = 0;
     }
   }
-  const int64_t share = (int64_t(args.n) + gridDim.x - 1) / gridDim.x;
+  const int64_t share = (int64_t(args.n) + blocks - 1) / blocks;
   const int64_t end = min(int64_t(args.n), (blockIdx.x + 1) * share);
   for (int64_t first = blockIdx.x * share + warp; first < end; first += 32 * warps) {
     const int64_t mine = first + lane * warps;
@@ -121,9 +121,10 @@ __device__ __forceinline__ void clear_unused(const GradientArgs& args) {
   }
 }
 
-// Where WIDE, rows come kStages ahead; otherwise they are brought when they are needed.
+// By a block: a piece of the entries. Where WIDE, rows come kStages ahead; otherwise they are
+// brought when they are needed.
 template <class S, class O, bool WIDE, bool DOTS>
-__global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
+__device__ __forceinline__ void add_piece(const GradientArgs& args, int64_t which, int32_t total) {
   using T = Compute<S>;
   using Own = Columns<S, WIDE>;
   constexpr int kSize = Chunk<S>::size, kMany = kVectors<S>, kAhead = WIDE ? kStages<S> : 1;
@@ -133,12 +134,7 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
   const int t = int(threadIdx.x), warp = t / 32, lane = t % 32;
   const int threads = int(blockDim.x), warps = threads / 32;
   const bool leading = args.first_column == 0;  // the first to go through the entries
-  wait_for_kernel_before();
-  let_kernel_after_start();
-  if (leading) clear_unused<T, O>(args);
-  const int32_t total = args.offsets[args.n];
-  const int64_t begin = int64_t(blockIdx.x) * kPiece;
-  if (begin >= total) return;
+  const int64_t begin = which * kPiece;
 
   // Which entries: from the first that belongs to nobody else, to the end of the last short latent.
   const int32_t limit = min(int32_t(begin) + kPiece, total);
@@ -151,7 +147,7 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
   const int32_t from = first_start < begin && !first_long ? first_end : int32_t(begin);
   const int32_t to = last_start >= begin && !last_long ? last_end : limit;
   const int32_t count = to - from;
-  if (t == 0 && leading) args.longs[blockIdx.x] = last_long && last_start >= begin ? last : -1;
+  if (t == 0 && leading) args.longs[which] = last_long && last_start >= begin ? last : -1;
   if (count <= 0) return;
   // The lane's places for rows on their way: a ring of y's, and of the weight's after it.
   constexpr int kRow = kMany * 32, kRing = kAhead * kRow;
@@ -205,7 +201,7 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
   const auto finish = [&](int i, int32_t flags) {
     const int32_t latent = latents[i];
     if (flags & kShared) {
-      const int64_t slot = int64_t(blockIdx.x) * 2 + ((flags & kInside) != 0);
+      const int64_t slot = which * 2 + ((flags & kInside) != 0);
 #pragma unroll
       for (int v = 0; v < kMany; ++v) {
         own.template store<false>(static_cast<T*>(args.partial) + slot * args.d, v, sum[v]);
@@ -317,6 +313,24 @@ __global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
   }
 }
 
+template <class S, class O, bool WIDE, bool DOTS>
+__global__ void __maxnreg__(kRegisters) add_pieces(const GradientArgs args) {
+  wait_for_kernel_before();
+  let_kernel_after_start();
+  const int32_t total = args.offsets[args.n];
+  const int64_t pieces = (int64_t(total) + kPiece - 1) / kPiece, blocks = gridDim.x;
+  // The blocks that have entries clear as well, so that what is bound by memory is done beside what
+  // is bound by the cache; others help if these are few.
+  const int64_t clearing = min(blocks, max(pieces, kClearing));
+  if (args.first_column == 0 && blockIdx.x < clearing) {
+    clear_unused<Compute<S>, O>(args, clearing);
+  }
+  for (int64_t which = blockIdx.x; which < pieces; which += blocks) {
+    add_piece<S, O, WIDE, DOTS>(args, which, total);
+    __syncthreads();
+  }
+}
+
 int64_t pieces_of(int64_t places) { return (places + kPiece - 1) / kPiece; }
 
 template <class S, class O>
@@ -346,8 +360,9 @@ void gradients(GradientArgs args, int64_t rows, const Device& device, void* stre
            : (args.weight != nullptr ? add_pieces<S, O, false, true>
                                      : add_pieces<S, O, false, false>);
   const int64_t width = (warps_of(d) + slices - 1) / slices * kTile<S>;
-  // Enough blocks to clear silent latents even if there are few entries.
-  const int64_t blocks = std::max(args.pieces, std::min<int64_t>((args.n + 31) / 32, 1024));
+  // A code has more room than entries: of full ones the first blocks have two pieces.
+  const int64_t blocks =
+      std::max((args.pieces * 5 + 7) / 8, std::min((int64_t(args.n) + 31) / 32, kClearing));
   const auto add = [&](GradientArgs now) {
     for (int64_t slice = 0; slice < slices && blocks > 0; ++slice) {
       now.first_column = int32_t(slice * width);
