@@ -8,6 +8,9 @@ all others.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -30,18 +33,35 @@ class Scalars:
         self.values.copy_(staged, non_blocking=True)
 
 
+@contextlib.contextmanager
+def on_stream(stream: torch.cuda.Stream | None, *given: Tensor | None) -> Iterator[None]:
+    """What is asked for inside is done on a stream, in its turn among what the current one does, from which
+    the tensors given are; on the current one for None."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+    for tensor in given:
+        if tensor is not None and tensor.is_cuda:
+            tensor.record_stream(stream)
+
+
 class Recorder:
     """Runs steps; on a GPU it records and replays them.
 
     Args:
         step: what is run.
         device: of the autoencoder.
-        record: False runs every step as it is, with its numbers on the device.
+        stream: on which steps are run and recorded. None runs every step as it is, with its numbers on the
+            device.
     """
 
-    def __init__(self, step: Step, device: torch.device, record: bool = True):
-        self.step, self.device, self.record = step, device, record
-        self.stream = torch.cuda.Stream(device) if record else None
+    def __init__(self, step: Step, device: torch.device, stream: torch.cuda.Stream | None):
+        self.step, self.device, self.stream = step, device, stream
         self.key: tuple | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -57,9 +77,10 @@ class Recorder:
         self.scalars.write(given)
         if self.graph is not None and x.shape == self.x.shape:
             return self.replay(x, target)
-        if not self.record or self.graph is not None or self.warm < WARM_UP:
+        if self.stream is None or self.graph is not None or self.warm < WARM_UP:
             self.warm += 1
-            return self.on_stream(x, target, self.on_device(numbers), plan)
+            with on_stream(self.stream, x, target):
+                return self.step(x, target, self.on_device(numbers), plan)
         self.capture(x, target, self.on_device(numbers), plan)
         return self.replay(x, target)
 
@@ -68,19 +89,6 @@ class Recorder:
         views = self.scalars.views
         phase = numbers.phase._replace(k_target=views["k_target"], alpha=views.get("alpha"))
         return Numbers(phase, views["lr"], {name: views[f"weight {name}"] for name in numbers.weights})
-
-    def on_stream(self, x, target, numbers: Numbers, plan: Plan) -> Result:
-        """A step as it is, on the stream on which one will be recorded."""
-        if self.stream is None:
-            return self.step(x, target, numbers, plan)
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            result = self.step(x, target, numbers, plan)
-        current.wait_stream(self.stream)
-        for tensor in (x, *([] if target is None else [target])):
-            tensor.record_stream(self.stream)
-        return result
 
     def capture(self, x, target, numbers: Numbers, plan: Plan):
         self.x, self.target = x.clone(), None if target is None else target.clone()

@@ -24,7 +24,7 @@ from softsae.config import (
     square_norm,
 )
 from softsae.dead import DeadLatents
-from softsae.graph import Recorder
+from softsae.graph import Recorder, on_stream
 from softsae.keys import build
 from softsae.lockstep import NonFiniteActivations as NonFiniteActivations
 from softsae.lockstep import train_together
@@ -122,13 +122,16 @@ class Trainer:
             self.sae, self.config, self.optimizer, self.dead, self.path.support, self.path.measures_dense
         )
         recorded = train.cuda_graph and self.device.type == "cuda"
-        self.run_step = Recorder(self.one_step, self.device) if recorded else self.one_step
+        self.stream = torch.cuda.Stream(self.device) if recorded else None
+        self.run_step = Recorder(self.one_step, self.device, self.stream) if recorded else self.one_step
         self.resumed = self.resume()
 
     def initialize(self, batch: Tensor, source):
         """Normalisation, b_dec and the rule from the first batches of the source as one."""
         x, target = self.sae.split(batch)
-        self.sae.initialize(x, target)
+        # Where the steps will run: for every stream cuBLAS keeps a workspace, of 32 MiB on an H200.
+        with on_stream(self.stream, x, target):
+            self.sae.initialize(x, target)
         prepared = self.sae.selector.prepare(self.sae, x, source, self.config.train.seed)
         if prepared is not None:
             self.record({"event": "prepared", "step": 0, **prepared})

@@ -21,7 +21,7 @@ def numbers_on_the_device(monkeypatch):
     def recorder(self, source, held_out=None, start=Trainer.start):
         start(self, source, held_out)
         if not self.config.train.cuda_graph:
-            self.run_step = Recorder(self.one_step, self.device, record=False)
+            self.run_step = Recorder(self.one_step, self.device, stream=None)
 
     monkeypatch.setattr(Trainer, "start", recorder)
 
@@ -164,6 +164,21 @@ def test_memory_is_accounted_for(keep_copies):
     assert memory["optimizer"] == 8 * floats + 4 * len(list(run.sae.parameters()))
     parts = [value for name, value in memory.items() if name != "peak"]
     assert sum(parts) == memory["peak"] and memory["rest"] > 0
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_a_recorded_training_has_no_second_workspace_of_cublas(path):
+    """Which keeps one for every stream: all of a training is done on the stream of its steps."""
+
+    def workspaces(graph: bool) -> int:
+        torch._C._cuda_clearCublasWorkspaces()
+        run, _ = records("softsae-wide", path=path, dtype="bfloat16", cuda_graph=graph, **GPU)
+        held = torch.cuda.memory_allocated()
+        torch._C._cuda_clearCublasWorkspaces()
+        assert (run.stream is not None) == graph
+        return held - torch.cuda.memory_allocated()
+
+    assert workspaces(graph=True) == workspaces(graph=False) > 0
 
 
 def test_the_autoencoder_is_the_one_of_the_cpu():

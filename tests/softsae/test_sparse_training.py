@@ -143,7 +143,7 @@ def test_steps_with_their_numbers_on_the_device_are_the_same(name, path, monkeyp
 
     def recorder(self, source, held_out=None, start=Trainer.start):
         start(self, source, held_out)
-        self.run_step = Recorder(self.one_step, self.device, record=False)
+        self.run_step = Recorder(self.one_step, self.device, stream=None)
 
     monkeypatch.setattr(Trainer, "start", recorder)
     _, found = records(name, Exactly, **train)
